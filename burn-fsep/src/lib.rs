@@ -1,1 +1,10 @@
-//! x
+//! Fully Sharded Expert Parallel
+pub mod comm;
+mod error;
+pub mod moe;
+pub mod ops;
+mod runtime;
+pub mod shard;
+pub use error::FsepError;
+pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
+pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats, percentile};

@@ -1,0 +1,54 @@
+use burn_fsep_planner::PlannerError;
+use thiserror::Error;
+
+use crate::comm::CommError;
+
+/// What can go wrong in `burn-fsep`.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
+pub enum FsepError {
+    /// A collective did not complete.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// The planner refused its input.
+    #[error(transparent)]
+    Planner(#[from] PlannerError),
+    /// A configuration that cannot work.
+    #[error("invalid configuration: {0}")]
+    Config(String),
+    /// A tensor of the wrong shape or type.
+    #[error("{what}: expected {expected}, got {actual}")]
+    Shape {
+        /// The tensor.
+        what: String,
+        /// What was expected.
+        expected: String,
+        /// What came.
+        actual: String,
+    },
+    /// Ranks entered a layer with different ideas of it; found before anything is computed.
+    #[error("ranks disagree on {what} of layer {layer}: rank {rank} has {ours}, rank {peer} has {theirs}")]
+    Divergence {
+        /// What differs.
+        what: &'static str,
+        /// The layer.
+        layer: usize,
+        /// This rank.
+        rank: usize,
+        /// This rank's value.
+        ours: String,
+        /// The other rank.
+        peer: usize,
+        /// The other rank's value.
+        theirs: String,
+    },
+    /// Data could not be read from the device.
+    #[error("reading a tensor from its device failed: {0}")]
+    Device(String),
+    /// The step panicked, for a reason of its own.
+    #[error("the step panicked: {0}")]
+    Panicked(String),
+    /// A training callback failed.
+    #[error("training callback: {0}")]
+    Callback(String),
+}

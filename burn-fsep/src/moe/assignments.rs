@@ -1,0 +1,72 @@
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+/// The assignments (token, expert) of one rank, and their order by expert.
+///
+/// Assignment `t * K + k` is the `k`-th choice of token `t`; rows are assignments sorted by expert, stably.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Assignments {
+    topk: usize,
+    /// Assignments to each expert. Shape `[E]`.
+    pub counts: Vec<u32>,
+    /// Row of each assignment. Shape `[T * K]`.
+    row_of: Vec<i32>,
+    /// Assignment of each row. Shape `[T * K]`.
+    assignment_of: Vec<i32>,
+}
+
+impl Assignments {
+    /// Sorts assignments by expert. `experts`: `[T * K]`, each below `num_experts`.
+    pub fn new(experts: &[u32], num_experts: usize, topk: usize) -> Self {
+        let mut counts = vec![0u32; num_experts];
+        for &expert in experts {
+            counts[expert as usize] += 1;
+        }
+        let mut next: Vec<u32> = counts
+            .iter()
+            .scan(0, |start, &n| {
+                *start += n;
+                Some(*start - n)
+            })
+            .collect();
+        let mut row_of = Vec::with_capacity(experts.len());
+        let mut assignment_of = vec![0; experts.len()];
+        for (assignment, &expert) in experts.iter().enumerate() {
+            let row = &mut next[expert as usize];
+            row_of.push(*row as i32);
+            assignment_of[*row as usize] = assignment as i32;
+            *row += 1;
+        }
+        Self { topk, counts, row_of, assignment_of }
+    }
+
+    pub fn row_of(&self, device: &Device) -> Tensor<1, Int> {
+        indices(self.row_of.clone(), device)
+    }
+
+    pub fn assignment_of(&self, device: &Device) -> Tensor<1, Int> {
+        indices(self.assignment_of.clone(), device)
+    }
+
+    /// Token of each row. Shape `[T * K]`.
+    pub fn token_of(&self, device: &Device) -> Tensor<1, Int> {
+        indices(self.assignment_of.iter().map(|a| a / self.topk as i32).collect(), device)
+    }
+}
+
+fn indices(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
+    let len = values.len();
+    Tensor::from_data(TensorData::new(values, [len]), &device.clone().inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_sorted_by_expert_and_stable() {
+        let sorted = Assignments::new(&[2, 0, 1, 2, 0, 1], 4, 2);
+        assert_eq!(sorted.counts, [2, 2, 2, 0]);
+        assert_eq!(sorted.assignment_of, [1, 4, 2, 5, 0, 3]);
+        assert_eq!(sorted.row_of, [4, 0, 2, 5, 1, 3]);
+    }
+}

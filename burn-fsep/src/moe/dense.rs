@@ -1,0 +1,99 @@
+use burn::{
+    module::{Module, Param},
+    tensor::{Device, Tensor, TensorData, activation::silu},
+};
+
+use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::load_balancing_loss};
+use crate::{
+    FsepError,
+    shard::{ExpertShape, expert_parameters},
+};
+
+/// The same layer as [`FSEPMoE`](super::FSEPMoE) on one rank, written with Burn's own differentiable operations and
+/// nothing else of this crate's: the golden reference for values, gradients and loss curves.
+#[derive(Module, Debug)]
+pub struct DenseMoE {
+    /// Chooses the experts.
+    pub router: TopKRouter,
+    /// Parameters of all experts. `[E, P]`
+    pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    shape: ExpertShape,
+    #[module(skip)]
+    aux_loss_coeff: f64,
+}
+
+impl DenseMoE {
+    pub(super) fn new(
+        router: TopKRouter,
+        shape: ExpertShape,
+        num_experts: usize,
+        aux_loss_coeff: f64,
+        seed: u64,
+        layer: usize,
+        device: &Device,
+    ) -> Self {
+        let values: Vec<f32> = (0..num_experts).flat_map(|e| expert_parameters(shape, seed, layer, e)).collect();
+        let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
+        Self { router, weight, shape, aux_loss_coeff }
+    }
+
+    /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
+    ///
+    /// # Panics
+    ///
+    /// If the input is of the wrong shape; see [`DenseMoE::try_forward`].
+    pub fn forward<const R: usize>(&self, hidden: Tensor<R>) -> Tensor<R> {
+        self.try_forward(hidden).unwrap_or_else(|error| panic!("{error}")).hidden
+    }
+
+    /// Applies the layer. `[.., D] -> MoeOutput`
+    ///
+    /// # Errors
+    ///
+    /// As [`TopKRouter::forward`].
+    pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+        let dims = hidden.dims();
+        let width = dims[R - 1];
+        let num_tokens = dims[..R - 1].iter().product::<usize>();
+        let tokens = hidden.reshape([num_tokens, width]);
+        let device = tokens.device();
+        let topk = self.router.topk();
+
+        let routed = self.router.forward(tokens.clone())?;
+        let assignments = Assignments::new(&routed.experts, self.weight.dims()[0], topk);
+        let rows = tokens.select(0, assignments.token_of(&device));
+        let mut start = 0;
+        let mut outputs = Vec::new();
+        for (expert, &count) in assignments.counts.iter().enumerate() {
+            let end = start + count as usize;
+            if start < end {
+                outputs.push(self.expert(expert, rows.clone().slice([start..end, 0..width])));
+            }
+            start = end;
+        }
+        let output = if outputs.is_empty() { rows } else { Tensor::cat(outputs, 0) };
+        let by_token = output.select(0, assignments.row_of(&device)).reshape([num_tokens, topk, width]);
+        let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
+
+        let balancing = (self.aux_loss_coeff > 0.0).then(|| {
+            let totals: Vec<u64> = assignments.counts.iter().map(|&n| u64::from(n)).collect();
+            load_balancing_loss(routed.scores, &totals, self.aux_loss_coeff)
+        });
+        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
+        Ok(MoeOutput { hidden: output, aux_loss })
+    }
+
+    /// `[m, D] -> [m, D]`
+    fn expert(&self, expert: usize, x: Tensor<2>) -> Tensor<2> {
+        let ExpertShape { hidden, ffn } = self.shape;
+        let params = self.weight.val().slice([expert..expert + 1, 0..self.shape.num_params()]);
+        let matrix = |part: usize, dims: [usize; 2]| {
+            let len = hidden * ffn;
+            params.clone().slice([0..1, part * len..(part + 1) * len]).reshape(dims).transpose()
+        };
+        let gate = silu(x.clone().matmul(matrix(0, [ffn, hidden])));
+        let up = x.matmul(matrix(1, [ffn, hidden]));
+        (gate * up).matmul(matrix(2, [hidden, ffn]))
+    }
+}

@@ -1,0 +1,143 @@
+use std::sync::Arc;
+
+use burn::{module::Module, tensor::Tensor};
+
+use super::{FsepExperts, TopKRouter, assignments::Assignments, losses::load_balancing_loss};
+use crate::{
+    FsepError, FsepRuntime,
+    ops::{self, MoeStep, Tracked, WeightStorage},
+    shard::ExpertShape,
+};
+
+/// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
+///
+/// Each token is computed by its `K` most probable SwiGLU experts; no token is dropped. For any world size, layout and
+/// dispatch the result and all gradients are those of the same layer on one rank ([`DenseMoE`](super::DenseMoE)).
+///
+/// Collective: all ranks run the same layers in the same order, also with no token. Expert gradients come out of
+/// backward complete and divided by `N` (the gradient of the mean over ranks of their losses); all other parameters
+/// are replicated and need [`sync_gradients`](crate::train::sync_gradients), which
+/// [`FsepStrategy`](crate::train::FsepStrategy) calls for you.
+///
+/// Made by [`FSEPMoEConfig`](super::FSEPMoEConfig). Rank threads need models of their own (not clones of one model,
+/// which would share one autodiff graph): initialise one per rank, or `fork` it.
+///
+/// Reference: LAER-MoE, arXiv 2602.11686, section 3.
+#[derive(Module, Debug)]
+pub struct FSEPMoE {
+    /// Chooses the experts.
+    pub router: TopKRouter,
+    /// This rank's part of the experts.
+    pub experts: FsepExperts,
+    #[module(skip)]
+    pub(super) settings: LayerSettings,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct LayerSettings {
+    pub runtime: FsepRuntime,
+    pub layer: usize,
+    pub shape: ExpertShape,
+    pub storage: WeightStorage,
+    pub recompute: bool,
+    pub aux_loss_coeff: f64,
+}
+
+/// Output of an MoE layer.
+#[derive(Debug, Clone)]
+pub struct MoeOutput<const D: usize> {
+    /// As the input: `[.., D]`.
+    pub hidden: Tensor<D>,
+    /// Sum of the auxiliary losses that are switched on, to be added to the loss. `[1]`
+    pub aux_loss: Option<Tensor<1>>,
+}
+
+impl FSEPMoE {
+    /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
+    ///
+    /// # Panics
+    ///
+    /// If a collective fails or the input is of the wrong shape. Inside [`FsepRuntime::run`] the panic becomes a typed
+    /// error; [`FSEPMoE::try_forward`] returns it.
+    pub fn forward<const R: usize>(&self, hidden: Tensor<R>) -> Tensor<R> {
+        self.forward_with_losses(hidden).hidden
+    }
+
+    /// Applies the layer. `[.., D] -> MoeOutput`
+    ///
+    /// # Panics
+    ///
+    /// As [`FSEPMoE::forward`].
+    pub fn forward_with_losses<const R: usize>(&self, hidden: Tensor<R>) -> MoeOutput<R> {
+        self.route_and_compute(hidden).unwrap_or_else(|error| self.settings.runtime.fail(error))
+    }
+
+    /// Applies the layer. `[.., D] -> MoeOutput`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
+    /// layer; [`FsepError::Comm`] if a collective fails.
+    pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+        self.settings.runtime.run(|| self.forward_with_losses(hidden))
+    }
+
+    /// The index of this layer in its runtime.
+    pub fn layer_index(&self) -> usize {
+        self.settings.layer
+    }
+
+    /// The runtime of this layer's rank.
+    pub fn runtime(&self) -> &FsepRuntime {
+        &self.settings.runtime
+    }
+
+    fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+        let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff } = &self.settings;
+        let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
+        let dims = hidden.dims();
+        let width = dims[R - 1];
+        let num_tokens = dims[..R - 1].iter().product::<usize>();
+        let tokens = hidden.reshape([num_tokens, width]);
+        let device = tokens.device();
+
+        let routed = self.router.forward(tokens.clone())?;
+        let assignments = Assignments::new(&routed.experts, num_experts, topk);
+        let weights = self.experts.weight.val();
+        let tracked = Tracked {
+            hidden: tokens.is_tracked(),
+            probs: routed.probs.is_tracked(),
+            weights: weights.is_tracked(),
+        };
+        let step = runtime.route(*layer, &assignments.counts, tracked)?;
+        let counts = step.counts.clone();
+        let step = MoeStep {
+            runtime: runtime.clone(),
+            layer: *layer,
+            shape: *shape,
+            storage: *storage,
+            layout: step.layout,
+            unshard: step.unshard,
+            tokens: step.tokens,
+            slot_rows: step.slot_rows,
+            topk,
+            recompute: *recompute,
+        };
+        let output = ops::moe(
+            tokens,
+            routed.probs,
+            weights,
+            assignments.row_of(&device),
+            assignments.assignment_of(&device),
+            assignments.token_of(&device),
+            Arc::new(step),
+        );
+        if tracked.any() {
+            runtime.remember_output(*layer, &output);
+        }
+        let balancing = (*aux_loss_coeff > 0.0)
+            .then(|| load_balancing_loss(routed.scores, &counts.expert_totals(), *aux_loss_coeff));
+        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
+        Ok(MoeOutput { hidden: output.reshape(dims), aux_loss })
+    }
+}

@@ -1,0 +1,15 @@
+//! The MoE layer: router, experts, and the layer that puts them together; and the dense layer that it must equal.
+
+mod assignments;
+mod config;
+mod dense;
+mod experts;
+mod layer;
+mod losses;
+mod router;
+
+pub use config::{ExpertParallelism, FSEPMoEConfig};
+pub use dense::DenseMoE;
+pub use experts::FsepExperts;
+pub use layer::{FSEPMoE, MoeOutput};
+pub use router::{RouterForcing, RouterOutput, TopKRouter};

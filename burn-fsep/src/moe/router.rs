@@ -1,0 +1,168 @@
+use burn::{
+    module::{Module, Param},
+    tensor::{Device, Int, Tensor, TensorData, activation::softmax},
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand_distr::{StandardNormal, Uniform};
+
+use super::{FSEPMoEConfig, losses::z_loss};
+use crate::{FsepError, shard::mix};
+
+/// Routing that does not come from the router, for throughput tests.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RouterForcing {
+    /// The router decides.
+    Off,
+    /// Fixed biases are added to the logits. Shape `[E]`.
+    Bias(Vec<f32>),
+    /// Experts get exactly these shares of the assignments. Shape `[E]`.
+    Shares(Vec<f64>),
+}
+
+impl RouterForcing {
+    pub(super) fn biased(std: f64, experts: usize, seed: u64, layer: usize) -> Self {
+        let mut rng = StdRng::seed_from_u64(mix(mix(seed, layer as u64 + 1), u64::MAX - 1));
+        Self::Bias((0..experts).map(|_| rng.sample::<f64, _>(StandardNormal) * std).map(|b| b as f32).collect())
+    }
+}
+
+/// A softmax router: each token goes to its `K` most probable experts, whose probabilities are normalised to sum 1.
+#[derive(Module, Debug)]
+pub struct TopKRouter {
+    /// `[D, E]`, replicated on all ranks.
+    pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    topk: usize,
+    #[module(skip)]
+    z_loss_coeff: f64,
+    #[module(skip)]
+    forcing: RouterForcing,
+}
+
+/// What a router says of `T` tokens.
+#[derive(Debug, Clone)]
+pub struct RouterOutput {
+    /// Weights of the chosen experts, each row summing to 1. `[T, K]`
+    pub probs: Tensor<2>,
+    /// The chosen experts, in host memory. `[T * K]`
+    pub experts: Vec<u32>,
+    /// Probabilities of all experts. `[T, E]`
+    pub scores: Tensor<2>,
+    /// The router z-loss, if its coefficient is not 0. `[1]`
+    pub z_loss: Option<Tensor<1>>,
+}
+
+impl TopKRouter {
+    pub(super) fn new(
+        config: &FSEPMoEConfig,
+        forcing: RouterForcing,
+        seed: u64,
+        layer: usize,
+        device: &Device,
+    ) -> Self {
+        let (hidden, experts) = (config.hidden_size, config.num_moe_experts);
+        let mut rng = StdRng::seed_from_u64(mix(mix(seed, layer as u64 + 1), u64::MAX));
+        let bound = 1.0 / (hidden as f32).sqrt();
+        let uniform = Uniform::new_inclusive(-bound, bound).expect("a positive hidden size gives a valid range");
+        let values: Vec<f32> = (0..hidden * experts).map(|_| rng.sample(uniform)).collect();
+        Self {
+            weight: Param::from_data(TensorData::new(values, [hidden, experts]), device),
+            topk: config.moe_router_topk,
+            z_loss_coeff: config.moe_z_loss_coeff,
+            forcing,
+        }
+    }
+
+    /// Experts per token `K`.
+    pub fn topk(&self) -> usize {
+        self.topk
+    }
+
+    /// Routes tokens. `[T, D] -> RouterOutput`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Shape`] if the hidden size is not the router's, [`FsepError::Config`] if the logits are not
+    /// finite, [`FsepError::Device`] if the choice cannot be read from the device.
+    pub fn forward(&self, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
+        let [num_tokens, width] = hidden.dims();
+        let [expected, num_experts] = self.weight.dims();
+        if width != expected {
+            return Err(FsepError::Shape {
+                what: "hidden size of the MoE layer's input".into(),
+                expected: expected.to_string(),
+                actual: width.to_string(),
+            });
+        }
+        let mut logits = hidden.matmul(self.weight.val());
+        if let RouterForcing::Bias(bias) = &self.forcing {
+            let bias = TensorData::new(bias.clone(), [1, num_experts]);
+            logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());
+        }
+        let z_loss = (self.z_loss_coeff > 0.0).then(|| z_loss(logits.clone(), self.z_loss_coeff));
+        let scores = softmax(logits, 1);
+        let (chosen, experts) = match &self.forcing {
+            RouterForcing::Shares(shares) => {
+                let experts = choose_by_shares(shares, num_tokens, self.topk);
+                let ids: Vec<i32> = experts.iter().map(|&e| e as i32).collect();
+                let data = TensorData::new(ids, [num_tokens, self.topk]);
+                (Tensor::<2, Int>::from_data(data, &scores.device().inner()), experts)
+            }
+            _ => {
+                let (_, chosen) = scores.clone().detach().inner().topk_with_indices(self.topk, 1);
+                let experts = read_experts(chosen.clone(), num_experts)?;
+                (chosen, experts)
+            }
+        };
+        let chosen = Tensor::from_data(chosen.into_data(), &scores.device());
+        let probs = scores.clone().gather(1, chosen);
+        let probs = probs.clone() / probs.sum_dim(1);
+        Ok(RouterOutput { probs, experts, scores, z_loss })
+    }
+}
+
+fn read_experts(chosen: Tensor<2, Int>, num_experts: usize) -> Result<Vec<u32>, FsepError> {
+    let data = chosen.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
+    let experts: Vec<u32> = data.iter::<i64>().map(|e| e as u32).collect();
+    if experts.iter().any(|&e| e as usize >= num_experts) {
+        return Err(FsepError::Config(
+            "the router chose an expert that does not exist: its logits are not finite (did training diverge?)".into(),
+        ));
+    }
+    Ok(experts)
+}
+
+/// Experts of each token such that after any number of tokens the shares are as exact as whole numbers allow.
+/// `[E] -> [T * K]`
+fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<u32> {
+    let mut owed = vec![0.0; shares.len()];
+    let mut order: Vec<u32> = (0..shares.len() as u32).collect();
+    let mut chosen = Vec::with_capacity(num_tokens * topk);
+    for _ in 0..num_tokens {
+        for (owed, share) in owed.iter_mut().zip(shares) {
+            *owed += share * topk as f64;
+        }
+        order.sort_by(|&a, &b| owed[b as usize].total_cmp(&owed[a as usize]).then(a.cmp(&b)));
+        for &expert in &order[..topk] {
+            owed[expert as usize] -= 1.0;
+            chosen.push(expert);
+        }
+    }
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forced_shares_are_met() {
+        let shares = [0.4, 0.4, 0.1, 0.1];
+        let chosen = choose_by_shares(&shares, 1000, 2);
+        for (expert, share) in shares.iter().enumerate() {
+            let n = chosen.iter().filter(|&&e| e as usize == expert).count();
+            assert!((n as f64 - share * 2000.0).abs() <= 1.0, "expert {expert}: {n}");
+        }
+        assert!(chosen.chunks(2).all(|pair| pair[0] != pair[1]));
+    }
+}

@@ -1,0 +1,7 @@
+//! Burn's CPU backend.
+
+use burn::backend::Flex;
+
+use super::FsepOps;
+
+impl FsepOps for Flex {}

@@ -1,0 +1,16 @@
+//! The backend extension: one differentiable operation for a whole MoE layer after its router, written once for every
+//! backend, and the kernels that a backend may replace by faster ones.
+
+mod autodiff;
+mod experts;
+mod extension;
+#[cfg(feature = "flex")]
+mod flex;
+mod host;
+mod moe;
+mod step;
+mod weights;
+
+pub use extension::{FsepOps, moe};
+pub(crate) use step::token_exchange;
+pub use step::{MoeStep, Tracked, WeightStorage};

@@ -1,0 +1,65 @@
+use std::sync::Arc;
+
+use burn_fsep_planner::{
+    Topology,
+    dispatch::{Dispatcher, EvenSplit},
+};
+use derive_new::new;
+
+use super::FsepRuntime;
+use crate::{FsepError, comm::Communicator};
+
+/// Configuration of a rank's [`FsepRuntime`]; equal on all ranks.
+#[derive(new, Debug, Clone)]
+pub struct FsepRuntimeConfig {
+    /// Ranks per node `G`; all ranks on one node if `None`.
+    #[new(default)]
+    pub ranks_per_node: Option<usize>,
+    /// Seed of the experts' and routers' initial values.
+    #[new(default)]
+    pub seed: u64,
+    /// Makes the dispatcher of each layer.
+    #[new(value = "default_dispatcher")]
+    pub dispatcher: fn() -> Box<dyn Dispatcher>,
+}
+
+fn default_dispatcher() -> Box<dyn Dispatcher> {
+    Box::new(EvenSplit::new())
+}
+
+impl Default for FsepRuntimeConfig {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FsepRuntimeConfig {
+    /// Sets the number of ranks on a node: tokens prefer experts of their own node.
+    pub fn with_ranks_per_node(mut self, ranks_per_node: usize) -> Self {
+        self.ranks_per_node = Some(ranks_per_node);
+        self
+    }
+
+    /// Sets the seed of initial values (0 by default).
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets what decides, in the step, which replica computes which tokens. The dispatcher must be deterministic:
+    /// every rank runs its own and all must agree.
+    pub fn with_dispatcher(mut self, dispatcher: fn() -> Box<dyn Dispatcher>) -> Self {
+        self.dispatcher = dispatcher;
+        self
+    }
+
+    /// The runtime of the rank that `comm` belongs to. Collective.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Comm`] if the communicators cannot be made.
+    pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
+        let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
+        FsepRuntime::from_parts(comm, topology, self.seed, self.dispatcher)
+    }
+}

@@ -1,0 +1,244 @@
+use std::{
+    collections::BTreeMap,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use burn::tensor::Tensor;
+use burn_fsep_planner::{Layout, Topology, dispatch::Dispatcher};
+use parking_lot::{Mutex, RwLock};
+
+use super::{
+    FsepRuntimeConfig, StepStats,
+    layer::{LayerConfig, LayerState, RoutedStep},
+};
+use crate::{
+    FsepError,
+    comm::{Communicator, local::{LocalCommunicator, panic_message}},
+    ops::Tracked,
+    shard::RestoredGauge,
+};
+
+#[cfg(feature = "train")]
+use burn_fsep_planner::callback::RoutingObserver;
+
+/// A rank's runtime, shared by its FSEP layers. Cloning gives another handle on the same runtime.
+#[derive(Clone)]
+pub struct FsepRuntime(Arc<Inner>);
+
+struct Inner {
+    /// Counts, flags, dense gradients.
+    control: Arc<dyn Communicator>,
+    /// Tokens and their gradients.
+    tokens: Arc<dyn Communicator>,
+    /// Shards and their gradients.
+    weights: Arc<dyn Communicator>,
+    topology: Topology,
+    seed: u64,
+    dispatcher: fn() -> Box<dyn Dispatcher>,
+    layers: RwLock<Vec<Arc<LayerState>>>,
+    /// An empty part of each layer's last output, to connect it to the loss.
+    outputs: Mutex<BTreeMap<usize, Tensor<2>>>,
+    restored: RestoredGauge,
+    error: Mutex<Option<FsepError>>,
+    #[cfg(feature = "train")]
+    observer: RwLock<Option<Arc<dyn RoutingObserver>>>,
+}
+
+impl fmt::Debug for FsepRuntime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FsepRuntime(rank {} of {}, {} layers)", self.rank(), self.world_size(), self.num_layers())
+    }
+}
+
+impl FsepRuntime {
+    /// A runtime with default configuration; see [`FsepRuntimeConfig`]. Collective.
+    ///
+    /// # Errors
+    ///
+    /// As [`FsepRuntimeConfig::init`].
+    pub fn new(comm: Arc<dyn Communicator>) -> Result<Self, FsepError> {
+        FsepRuntimeConfig::new().init(comm)
+    }
+
+    /// The runtime of a single rank, for training without peers and for inference.
+    pub fn single() -> Self {
+        let comm = Arc::new(LocalCommunicator::single());
+        Self::new(comm).expect("a group of one has nobody to disagree with")
+    }
+
+    pub(super) fn from_parts(
+        comm: Arc<dyn Communicator>,
+        topology: Topology,
+        seed: u64,
+        dispatcher: fn() -> Box<dyn Dispatcher>,
+    ) -> Result<Self, FsepError> {
+        Ok(Self(Arc::new(Inner {
+            tokens: comm.duplicate()?,
+            weights: comm.duplicate()?,
+            control: comm,
+            topology,
+            seed,
+            dispatcher,
+            layers: RwLock::default(),
+            outputs: Mutex::default(),
+            restored: RestoredGauge::default(),
+            error: Mutex::default(),
+            #[cfg(feature = "train")]
+            observer: RwLock::default(),
+        })))
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.0.control.rank()
+    }
+
+    /// World size `N`.
+    pub fn world_size(&self) -> usize {
+        self.0.control.size()
+    }
+
+    /// The ranks and their nodes.
+    pub fn topology(&self) -> &Topology {
+        &self.0.topology
+    }
+
+    /// The seed of initial values.
+    pub fn seed(&self) -> u64 {
+        self.0.seed
+    }
+
+    /// The communicator for counts, flags and dense gradients; also for collectives of the user's own, as long as
+    /// all ranks call them in the same order.
+    pub fn comm(&self) -> &dyn Communicator {
+        self.0.control.as_ref()
+    }
+
+    pub(crate) fn tokens_comm(&self) -> &dyn Communicator {
+        self.0.tokens.as_ref()
+    }
+
+    pub(crate) fn weights_comm(&self) -> &dyn Communicator {
+        self.0.weights.as_ref()
+    }
+
+    /// Counts the bytes of restored expert weights alive on this rank.
+    pub fn restored_gauge(&self) -> &RestoredGauge {
+        &self.0.restored
+    }
+
+    /// Number of FSEP layers initialised with this runtime.
+    pub fn num_layers(&self) -> usize {
+        self.0.layers.read().len()
+    }
+
+    /// The layout that a layer uses now.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such layer.
+    pub fn layout(&self, layer: usize) -> Arc<Layout> {
+        self.layer(layer).layout()
+    }
+
+    /// Sets the layout that a layer uses from its next forward pass on. All ranks must set the same layout between
+    /// the same two steps; the layer's next forward pass checks that they did.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Planner`] if the layout is not of the layer's sizes, [`FsepError::Config`] if the layer's experts
+    /// have fixed owners (static expert parallelism) or there is no such layer.
+    pub fn set_layout(&self, layer: usize, layout: Arc<Layout>) -> Result<(), FsepError> {
+        let layers = self.0.layers.read();
+        let state = layers.get(layer).ok_or_else(|| {
+            FsepError::Config(format!("there is no layer {layer}: the runtime has {}", layers.len()))
+        })?;
+        state.set_layout(layout)
+    }
+
+    /// What the layers' last training forward passes looked like.
+    pub fn stats(&self) -> StepStats {
+        StepStats { layers: self.0.layers.read().iter().filter_map(|layer| layer.stats()).collect() }
+    }
+
+    /// Runs a part of a step (forward, backward, gradient synchronisation) and returns a typed error where it fails.
+    ///
+    /// Burn's modules and its backward pass return no errors, so FSEP's operations panic when a collective fails.
+    /// This catches such a panic, and any other one, and lets the other ranks know: they get an error that names this
+    /// rank instead of waiting for it.
+    ///
+    /// ```
+    /// # use burn_fsep::FsepRuntime;
+    /// let runtime = FsepRuntime::single();
+    /// let result = runtime.run(|| panic!("out of luck"));
+    /// assert_eq!(result.unwrap_err().to_string(), "the step panicked: out of luck");
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The first [`FsepError`] of this rank, or [`FsepError::Panicked`].
+    pub fn run<T>(&self, step: impl FnOnce() -> T) -> Result<T, FsepError> {
+        catch_unwind(AssertUnwindSafe(step)).map_err(|payload| {
+            self.0.outputs.lock().clear();
+            let error = self.0.error.lock().take();
+            error.unwrap_or_else(|| {
+                let message = panic_message(payload.as_ref());
+                self.comm().abort(&format!("panicked: {message}"));
+                FsepError::Panicked(message)
+            })
+        })
+    }
+
+    /// Connects every FSEP layer of this step to the loss, without changing the loss.
+    ///
+    /// Backward reaches only what the loss depends on. If a rank's loss happens not to depend on some layer's output
+    /// (a branch not taken, a head not used), that rank would skip the layer's backward collectives, for which the
+    /// others wait. A connected layer takes part with zero gradients. Models in which every rank always uses every
+    /// layer do not need it.
+    pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
+        let outputs = std::mem::take(&mut *self.0.outputs.lock());
+        outputs.into_values().fold(loss, |loss, output| loss + output.sum())
+    }
+
+    /// Ends the group with an error and unwinds to [`FsepRuntime::run`].
+    pub(crate) fn fail(&self, error: FsepError) -> ! {
+        let message = error.to_string();
+        self.comm().abort(&message);
+        self.0.error.lock().get_or_insert(error);
+        panic!("rank {}: {message}", self.rank())
+    }
+
+    pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
+        let layer = LayerState::new(config, &self.0.topology, (self.0.dispatcher)())?;
+        let mut layers = self.0.layers.write();
+        layers.push(Arc::new(layer));
+        Ok(layers.len() - 1)
+    }
+
+    fn layer(&self, layer: usize) -> Arc<LayerState> {
+        self.0.layers.read()[layer].clone()
+    }
+
+    /// Exchanges the routing counts of a layer and plans its dispatch. `counts`: `[E]`
+    pub(crate) fn route(&self, layer: usize, counts: &[u32], tracked: Tracked) -> Result<RoutedStep, FsepError> {
+        let routed = self.layer(layer).route(layer, self.comm(), &self.0.topology, counts, tracked)?;
+        #[cfg(feature = "train")]
+        if let (true, Some(observer)) = (tracked.any(), self.0.observer.read().as_ref()) {
+            observer.observe(layer, routed.step_number, &routed.counts);
+        }
+        Ok(routed)
+    }
+
+    /// Remembers a layer's output for [`FsepRuntime::connect`].
+    pub(crate) fn remember_output(&self, layer: usize, output: &Tensor<2>) {
+        let [_, width] = output.dims();
+        self.0.outputs.lock().insert(layer, output.clone().slice([0..0, 0..width]));
+    }
+
+    #[cfg(feature = "train")]
+    pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
+        *self.0.observer.write() = observer;
+    }
+}

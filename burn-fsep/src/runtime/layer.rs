@@ -1,0 +1,208 @@
+use std::{ops::Range, sync::Arc, time::Instant};
+
+use burn_fsep_planner::{
+    Layout, PlannerError, RoutingCounts, Topology,
+    dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+};
+use parking_lot::{Mutex, RwLock};
+
+use super::LayerStats;
+use crate::{
+    FsepError,
+    comm::{Communicator, ExchangePlan, Operation},
+    ops::{Tracked, token_exchange},
+    shard::{ExpertShape, UnshardPlan},
+};
+
+/// What a runtime has to know of a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerConfig {
+    pub num_experts: usize,
+    pub slots_per_rank: usize,
+    pub topk: usize,
+    pub shape: ExpertShape,
+    /// Experts have fixed owners: the layout cannot be changed.
+    pub fixed_layout: bool,
+}
+
+/// One layer in one step, ready to run.
+pub(crate) struct RoutedStep {
+    pub layout: Arc<Layout>,
+    pub unshard: Arc<UnshardPlan>,
+    pub tokens: ExchangePlan,
+    pub slot_rows: Vec<Range<usize>>,
+    pub counts: Arc<RoutingCounts>,
+    /// How many training forward passes the layer has seen, this one included.
+    #[cfg_attr(not(feature = "train"), expect(dead_code, reason = "read by the planner's observer"))]
+    pub step_number: u64,
+}
+
+/// A layer's layout, dispatcher and last statistics.
+pub(crate) struct LayerState {
+    config: LayerConfig,
+    active: RwLock<Active>,
+    dispatch: Mutex<Dispatch>,
+    last: Mutex<Last>,
+    /// What static expert parallelism would do with the same tokens: the baseline of the statistics.
+    static_layout: Layout,
+}
+
+#[derive(Clone)]
+struct Active {
+    layout: Arc<Layout>,
+    unshard: Arc<UnshardPlan>,
+    /// Slots that hold another expert than under the layout before.
+    moved_slots: usize,
+}
+
+struct Dispatch {
+    dispatcher: Box<dyn Dispatcher>,
+    plan: DispatchPlan,
+    static_plan: DispatchPlan,
+}
+
+#[derive(Default)]
+struct Last {
+    stats: Option<LayerStats>,
+    training_steps: u64,
+}
+
+/// Words before the counts in a rank's message: layout fingerprint (2), wanted gradients, top-k.
+const HEADER: usize = 4;
+
+impl LayerState {
+    pub fn new(
+        config: LayerConfig,
+        topology: &Topology,
+        dispatcher: Box<dyn Dispatcher>,
+    ) -> Result<Self, FsepError> {
+        let ranks = topology.world_size();
+        let layout = Layout::static_ep(ranks, config.slots_per_rank, config.num_experts)?;
+        let owned = config.num_experts.div_ceil(ranks);
+        let unshard = UnshardPlan::new(&layout, config.shape.shard_len(ranks));
+        Ok(Self {
+            active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
+            dispatch: Mutex::new(Dispatch {
+                dispatcher,
+                plan: DispatchPlan::new(),
+                static_plan: DispatchPlan::new(),
+            }),
+            last: Mutex::default(),
+            static_layout: Layout::static_ep(ranks, owned, config.num_experts)?,
+            config,
+        })
+    }
+
+    pub fn layout(&self) -> Arc<Layout> {
+        self.active.read().layout.clone()
+    }
+
+    pub fn stats(&self) -> Option<LayerStats> {
+        self.last.lock().stats.clone()
+    }
+
+    pub fn set_layout(&self, layout: Arc<Layout>) -> Result<(), FsepError> {
+        if self.config.fixed_layout {
+            return Err(FsepError::Config(
+                "the experts of this layer have fixed owners (static expert parallelism); use \
+                 ExpertParallelism::Fsep for layouts that change"
+                    .into(),
+            ));
+        }
+        let mut active = self.active.write();
+        let old = &active.layout;
+        for (what, expected, actual) in [
+            ("ranks of the layout", old.num_ranks(), layout.num_ranks()),
+            ("slots of the layout", old.slots_per_rank(), layout.slots_per_rank()),
+            ("experts of the layout", old.num_experts(), layout.num_experts()),
+        ] {
+            if expected != actual {
+                return Err(PlannerError::Shape { what: what.into(), expected, actual }.into());
+            }
+        }
+        let moved_slots = layout.moved_slots(old);
+        if *layout != **old {
+            let shard_len = self.config.shape.shard_len(layout.num_ranks());
+            *active = Active { unshard: Arc::new(UnshardPlan::new(&layout, shard_len)), layout, moved_slots };
+        }
+        Ok(())
+    }
+
+    /// Gathers the counts of all ranks, checks that all mean the same layer, and plans the dispatch.
+    pub fn route(
+        &self,
+        layer: usize,
+        comm: &dyn Communicator,
+        topology: &Topology,
+        counts: &[u32],
+        tracked: Tracked,
+    ) -> Result<RoutedStep, FsepError> {
+        let Active { layout, unshard, moved_slots } = self.active.read().clone();
+        let counts = self.gather_counts(layer, comm, &layout, counts, tracked)?;
+
+        let start = Instant::now();
+        let mut dispatch = self.dispatch.lock();
+        let Dispatch { dispatcher, plan, static_plan } = &mut *dispatch;
+        dispatcher.dispatch(topology, &layout, &counts, plan)?;
+        let dispatch_time = start.elapsed();
+        #[cfg(debug_assertions)]
+        plan.check(&layout, &counts)?;
+        let (tokens, slot_rows) = token_exchange(plan, &layout, comm.rank());
+
+        let mut last = self.last.lock();
+        if tracked.any() {
+            EvenSplit::new().dispatch(topology, &self.static_layout, &counts, static_plan)?;
+            last.training_steps += 1;
+            last.stats = Some(LayerStats {
+                layer,
+                counts: counts.clone(),
+                imbalance_static: static_plan.max_over_mean(),
+                imbalance: plan.max_over_mean(),
+                cross_node_tokens: plan.cross_node_tokens(topology),
+                off_rank_tokens: plan.off_rank_tokens(),
+                moved_slots: std::mem::take(&mut self.active.write().moved_slots).min(moved_slots),
+                dispatch_time,
+            });
+        }
+        Ok(RoutedStep { layout, unshard, tokens, slot_rows, counts, step_number: last.training_steps })
+    }
+
+    /// All ranks' counts. `[E] -> [N, E]`
+    fn gather_counts(
+        &self,
+        layer: usize,
+        comm: &dyn Communicator,
+        layout: &Layout,
+        counts: &[u32],
+        tracked: Tracked,
+    ) -> Result<Arc<RoutingCounts>, FsepError> {
+        let fingerprint = layout.fingerprint();
+        let mut message = vec![fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits(), self.config.topk as u32];
+        message.extend_from_slice(counts);
+        let mut all = vec![0u32; message.len() * comm.size()];
+        let operation = Operation::of_layer("routing counts", layer);
+        comm.all_gather(operation, bytemuck::cast_slice(&message), bytemuck::cast_slice_mut(&mut all))?;
+
+        let mut table = Vec::with_capacity(comm.size() * counts.len());
+        for (peer, theirs) in all.chunks_exact(message.len()).enumerate() {
+            let diverges = |what, range: Range<usize>, describe: fn(&[u32]) -> String| {
+                (theirs[range.clone()] != message[range.clone()]).then(|| FsepError::Divergence {
+                    what,
+                    layer,
+                    rank: comm.rank(),
+                    ours: describe(&message[range.clone()]),
+                    peer,
+                    theirs: describe(&theirs[range]),
+                })
+            };
+            let layout = diverges("the layout", 0..2, |words| format!("fingerprint {:08x}{:08x}", words[1], words[0]));
+            let wanted = diverges("the wanted gradients", 2..3, |words| Tracked::describe(words[0]));
+            let topk = diverges("top-k", 3..4, |words| words[0].to_string());
+            if let Some(error) = layout.or(wanted).or(topk) {
+                return Err(error);
+            }
+            table.extend_from_slice(&theirs[HEADER..]);
+        }
+        Ok(Arc::new(RoutingCounts::new(comm.size(), counts.len(), table)?))
+    }
+}

@@ -1,0 +1,13 @@
+//! The runtime of a rank: its communicators, its layers' layouts, and what happened in the last step.
+
+mod config;
+mod handle;
+mod layer;
+#[cfg(feature = "train")]
+mod planner_host;
+mod stats;
+
+pub use config::FsepRuntimeConfig;
+pub use handle::FsepRuntime;
+pub(crate) use layer::LayerConfig;
+pub use stats::{LayerStats, StepStats, percentile};

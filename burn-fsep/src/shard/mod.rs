@@ -1,0 +1,11 @@
+//! Sharding: experts are flattened, padded and cut into `N` equal shards; layers restore (unshard) whole experts
+//! before they compute and return gradients to the shards (reshard).
+
+mod expert;
+mod gauge;
+mod plan;
+
+pub(crate) use expert::mix;
+pub use expert::{ExpertShape, expert_parameters, shard_of};
+pub use gauge::{RestoredGauge, RestoredGuard};
+pub(crate) use plan::{UnshardPlan, sum_replicas};
