@@ -78,12 +78,7 @@ impl ExchangePlan {
 
     /// The plan that brings everything back: backward of an All-to-All-v.
     pub fn reversed(&self) -> Self {
-        Self {
-            sends: self.recvs.clone(),
-            recvs: self.sends.clone(),
-            recv_len: self.send_len,
-            send_len: self.recv_len,
-        }
+        Self { sends: self.recvs.clone(), recvs: self.sends.clone(), recv_len: self.send_len, send_len: self.recv_len }
     }
 
     /// Whether the receive buffer equals the send buffer without any communication.
@@ -219,11 +214,7 @@ pub trait Communicator: Send + Sync + fmt::Debug {
 /// # Errors
 ///
 /// Any [`CommError`].
-pub fn all_gather_u64(
-    comm: &dyn Communicator,
-    operation: Operation,
-    values: &[u64],
-) -> Result<Vec<u64>, CommError> {
+pub fn all_gather_u64(comm: &dyn Communicator, operation: Operation, values: &[u64]) -> Result<Vec<u64>, CommError> {
     let mut gathered = vec![0u64; values.len() * comm.size()];
     comm.all_gather(operation, bytemuck::cast_slice(values), bytemuck::cast_slice_mut(&mut gathered))?;
     Ok(gathered)

@@ -1,12 +1,7 @@
 use burn::{config::Config, tensor::Device};
 
 use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, layer::LayerSettings};
-use crate::{
-    FsepError, FsepRuntime,
-    ops::WeightStorage,
-    runtime::LayerConfig,
-    shard::ExpertShape,
-};
+use crate::{FsepError, FsepRuntime, ops::WeightStorage, runtime::LayerConfig, shard::ExpertShape};
 
 /// How experts are spread over ranks.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]

@@ -104,11 +104,8 @@ impl FSEPMoE {
         let routed = self.router.forward(tokens.clone())?;
         let assignments = Assignments::new(&routed.experts, num_experts, topk);
         let weights = self.experts.weight.val();
-        let tracked = Tracked {
-            hidden: tokens.is_tracked(),
-            probs: routed.probs.is_tracked(),
-            weights: weights.is_tracked(),
-        };
+        let tracked =
+            Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
         let step = runtime.route(*layer, &assignments.counts, tracked)?;
         let counts = step.counts.clone();
         let step = MoeStep {

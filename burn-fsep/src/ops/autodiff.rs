@@ -27,9 +27,7 @@ impl<B: FsepOps> Backward<B, 3> for MoeBackward {
         let (saved, step) = ops.state;
         let tracked = Tracked { hidden: hidden.is_some(), probs: probs.is_some(), weights: weights.is_some() };
         let gradients = moe_backward::<B>(grad, saved, &step, tracked);
-        for (node, gradient) in
-            [(hidden, gradients.hidden), (probs, gradients.probs), (weights, gradients.weights)]
-        {
+        for (node, gradient) in [(hidden, gradients.hidden), (probs, gradients.probs), (weights, gradients.weights)] {
             if let (Some(node), Some(gradient)) = (node, gradient) {
                 grads.register::<B>(node.id, gradient);
             }
@@ -49,11 +47,7 @@ impl<B: FsepOps, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let rows = RowIndices::<B> { row_of, assignment_of, token_of };
         let nodes = [hidden.node(), probs.node(), weights.node()];
-        let tracked = Tracked {
-            hidden: hidden.is_tracked(),
-            probs: probs.is_tracked(),
-            weights: weights.is_tracked(),
-        };
+        let tracked = Tracked { hidden: hidden.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
         let (hidden, probs, weights) = (hidden.into_primitive(), probs.into_primitive(), weights.into_primitive());
         // Always `compute_bound`: backward restores the weights itself, at a time of its own choosing.
         match MoeBackward.prepare::<C>(nodes).compute_bound().stateful() {

@@ -66,15 +66,17 @@ pub(super) fn experts_backward<B: FsepOps>(
     for (i, (slot, rows)) in weights.slots.iter().zip(slot_rows).enumerate() {
         if rows.is_empty() {
             if want_weights {
-                d_weights.push(SlotWeights { gate_up: zeros_like::<B>(&slot.gate_up), down: zeros_like::<B>(&slot.down) });
+                d_weights
+                    .push(SlotWeights { gate_up: zeros_like::<B>(&slot.gate_up), down: zeros_like::<B>(&slot.down) });
             }
             continue;
         }
         let x = rows_of::<B>(tokens, rows);
         let dy = rows_of::<B>(grad, rows);
-        let activations = gate_up.as_mut().and_then(|kept| kept[i].take()).unwrap_or_else(|| {
-            B::float_matmul(x.clone(), B::float_transpose(slot.gate_up.clone()))
-        });
+        let activations = gate_up
+            .as_mut()
+            .and_then(|kept| kept[i].take())
+            .unwrap_or_else(|| B::float_matmul(x.clone(), B::float_transpose(slot.gate_up.clone())));
         let d_hidden = B::float_matmul(dy.clone(), slot.down.clone());
         let (d_gate_up, hidden) = B::fsep_swiglu_backward(activations, d_hidden);
         if want_weights {

@@ -91,8 +91,7 @@ fn try_forward<B: FsepOps>(
     let experts = experts_forward::<B>(&tokens, &restored, &step.slot_rows);
     drop(restored);
 
-    let returned =
-        exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
+    let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
     let outputs = B::float_select(returned, 0, rows.row_of.clone());
     let outputs = B::float_reshape(outputs, Shape::new([num_tokens, step.topk, width]));
     let output = weighted_sum::<B>(outputs.clone(), probs.clone());

@@ -42,7 +42,11 @@ impl Tracked {
     pub(crate) fn describe(bits: u32) -> String {
         let names = [(1, "the input"), (2, "the router"), (4, "the experts")];
         let wanted: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
-        if wanted.is_empty() { "no gradients wanted".into() } else { format!("gradients wanted of {}", wanted.join(", ")) }
+        if wanted.is_empty() {
+            "no gradients wanted".into()
+        } else {
+            format!("gradients wanted of {}", wanted.join(", "))
+        }
     }
 }
 

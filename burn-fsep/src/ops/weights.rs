@@ -106,12 +106,8 @@ pub(super) fn start_reshard<B: Backend>(
     };
     match step.storage {
         WeightStorage::Resident => {
-            let mut by_row: Vec<(usize, SlotWeights<B>)> = step
-                .experts()
-                .iter()
-                .map(|&expert| step.resident_row(expert as usize))
-                .zip(gradients)
-                .collect();
+            let mut by_row: Vec<(usize, SlotWeights<B>)> =
+                step.experts().iter().map(|&expert| step.resident_row(expert as usize)).zip(gradients).collect();
             by_row.sort_by_key(|(row, _)| *row);
             let rows = by_row.len();
             let parts = by_row.into_iter().flat_map(|(_, slot)| [flat(slot.gate_up), flat(slot.down)]).collect();
@@ -131,8 +127,7 @@ pub(super) fn start_reshard<B: Backend>(
                 .collect();
             let operation = Operation::of_layer("gradient reshard", step.layer);
             let comm = step.runtime.weights_comm();
-            let pending =
-                start_exchange::<B>(B::float_cat(parts, 0), comm, operation, &step.unshard.reshard)?;
+            let pending = start_exchange::<B>(B::float_cat(parts, 0), comm, operation, &step.unshard.reshard)?;
             Ok(PendingGradient::Resharding(pending, device))
         }
     }

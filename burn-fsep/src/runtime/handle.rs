@@ -15,7 +15,10 @@ use super::{
 };
 use crate::{
     FsepError,
-    comm::{Communicator, local::{LocalCommunicator, panic_message}},
+    comm::{
+        Communicator,
+        local::{LocalCommunicator, panic_message},
+    },
     ops::Tracked,
     shard::RestoredGauge,
 };
@@ -152,9 +155,9 @@ impl FsepRuntime {
     /// have fixed owners (static expert parallelism) or there is no such layer.
     pub fn set_layout(&self, layer: usize, layout: Arc<Layout>) -> Result<(), FsepError> {
         let layers = self.0.layers.read();
-        let state = layers.get(layer).ok_or_else(|| {
-            FsepError::Config(format!("there is no layer {layer}: the runtime has {}", layers.len()))
-        })?;
+        let state = layers
+            .get(layer)
+            .ok_or_else(|| FsepError::Config(format!("there is no layer {layer}: the runtime has {}", layers.len())))?;
         state.set_layout(layout)
     }
 

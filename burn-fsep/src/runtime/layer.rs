@@ -71,22 +71,14 @@ struct Last {
 const HEADER: usize = 4;
 
 impl LayerState {
-    pub fn new(
-        config: LayerConfig,
-        topology: &Topology,
-        dispatcher: Box<dyn Dispatcher>,
-    ) -> Result<Self, FsepError> {
+    pub fn new(config: LayerConfig, topology: &Topology, dispatcher: Box<dyn Dispatcher>) -> Result<Self, FsepError> {
         let ranks = topology.world_size();
         let layout = Layout::static_ep(ranks, config.slots_per_rank, config.num_experts)?;
         let owned = config.num_experts.div_ceil(ranks);
         let unshard = UnshardPlan::new(&layout, config.shape.shard_len(ranks));
         Ok(Self {
             active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
-            dispatch: Mutex::new(Dispatch {
-                dispatcher,
-                plan: DispatchPlan::new(),
-                static_plan: DispatchPlan::new(),
-            }),
+            dispatch: Mutex::new(Dispatch { dispatcher, plan: DispatchPlan::new(), static_plan: DispatchPlan::new() }),
             last: Mutex::default(),
             static_layout: Layout::static_ep(ranks, owned, config.num_experts)?,
             config,

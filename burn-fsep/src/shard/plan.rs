@@ -54,13 +54,7 @@ impl UnshardPlan {
 /// `[N, C, S] -> [E, S]`. Experts that stand nowhere in the gradient get zeros.
 ///
 /// Half-precision gradients are summed in single precision.
-pub(crate) fn sum_replicas(
-    received: &[u8],
-    dtype: DType,
-    layout: &Layout,
-    shard_len: usize,
-    scale: f64,
-) -> TensorData {
+pub(crate) fn sum_replicas(received: &[u8], dtype: DType, layout: &Layout, shard_len: usize, scale: f64) -> TensorData {
     let shape = [layout.num_experts(), shard_len];
     let sum = ReplicaSum { experts: layout.as_slice(), shape };
     let bytes = match dtype {

@@ -180,10 +180,8 @@ impl Communicator for LocalCommunicator {
             });
         }
         let key = self.next_round();
-        let deposit = Deposit {
-            signature: format!("all-to-all `{operation}`"),
-            payload: Box::new(Exchange { send, plan }),
-        };
+        let deposit =
+            Deposit { signature: format!("all-to-all `{operation}`"), payload: Box::new(Exchange { send, plan }) };
         self.member.group.deposit(key, self.rank(), &operation.to_string(), deposit)?;
         Ok(Box::new(PendingLocal { member: self.member.clone(), key, operation }))
     }
