@@ -15,6 +15,8 @@
 //!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 
+#[cfg(feature = "train")]
+pub mod callback;
 pub mod dispatch;
 mod error;
 mod layout;

@@ -220,6 +220,11 @@ impl FsepRuntime {
         Ok(layers.len() - 1)
     }
 
+    #[cfg(feature = "train")]
+    pub(super) fn has_fixed_layout(&self, layer: usize) -> bool {
+        self.layer(layer).is_fixed()
+    }
+
     fn layer(&self, layer: usize) -> Arc<LayerState> {
         self.0.layers.read()[layer].clone()
     }

@@ -89,6 +89,11 @@ impl LayerState {
         self.active.read().layout.clone()
     }
 
+    #[cfg(feature = "train")]
+    pub fn is_fixed(&self) -> bool {
+        self.config.fixed_layout
+    }
+
     pub fn stats(&self) -> Option<LayerStats> {
         self.last.lock().stats.clone()
     }

@@ -1,0 +1,98 @@
+use burn::{
+    module::{Module, Param},
+    optim::GradientsParams,
+    tensor::Tensor,
+};
+
+use super::params::{ParamVisitor, Placement, visit_params};
+use crate::{
+    FsepError, FsepRuntime,
+    comm::{Operation, ReduceBuffer, ReduceOp},
+};
+
+/// Scales all gradients so that their global norm is at most `max_norm`; returns the norm before. Collective.
+///
+/// The norm is that of the unsharded model: replicated parameters count once, shards are summed over ranks. So
+/// clipping does not depend on the world size, which Burn's own clipping (of each tensor by itself) would. Call it
+/// after [`sync_gradients`](super::sync_gradients). A norm that is not finite scales nothing: check for it.
+///
+/// # Errors
+///
+/// [`FsepError::Comm`] if a collective fails, [`FsepError::Config`] if `max_norm` is not positive.
+pub fn clip_grad_norm<M: Module>(
+    runtime: &FsepRuntime,
+    model: &M,
+    grads: &mut GradientsParams,
+    max_norm: f64,
+) -> Result<f64, FsepError> {
+    if max_norm.is_nan() || max_norm <= 0.0 {
+        return Err(FsepError::Config(format!("the maximum gradient norm must be positive, got {max_norm}")));
+    }
+    let mut squares = Squares { grads, replicated: 0.0, sharded: 0.0, error: None };
+    visit_params(model, &mut squares);
+    let Squares { replicated, sharded, error, .. } = squares;
+    if let Some(error) = error {
+        runtime.comm().abort(&error.to_string());
+        return Err(error);
+    }
+    let mut sharded = [sharded];
+    runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut sharded), ReduceOp::Sum)?;
+    let norm = (replicated + sharded[0]).sqrt();
+    if norm.is_finite() && norm > max_norm {
+        visit_params(model, &mut Scale { grads, factor: max_norm / norm });
+    }
+    Ok(norm)
+}
+
+struct Squares<'a> {
+    grads: &'a GradientsParams,
+    replicated: f64,
+    sharded: f64,
+    error: Option<FsepError>,
+}
+
+impl ParamVisitor for Squares<'_> {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
+        let Some(grad) = self.grads.get::<D>(param.id) else { return };
+        match sum_of_squares(grad) {
+            Ok(sum) if placement == Placement::Sharded => self.sharded += sum,
+            Ok(sum) => self.replicated += sum,
+            Err(error) => self.error = Some(error),
+        }
+    }
+}
+
+/// Sums runs of a thousand on the device and the runs' sums in double precision: single precision alone would lose
+/// digits on large tensors.
+fn sum_of_squares<const D: usize>(grad: Tensor<D>) -> Result<f64, FsepError> {
+    const RUN: usize = 1024;
+    let len = grad.shape().num_elements();
+    let flat = grad.reshape([len]).square();
+    let whole = len / RUN * RUN;
+    let mut sums = Vec::new();
+    if whole > 0 {
+        sums.push(flat.clone().slice(0..whole).reshape([len / RUN, RUN]).sum_dim(1).reshape([len / RUN]));
+    }
+    if whole < len {
+        sums.push(flat.slice(whole..len).sum());
+    }
+    let mut total = 0.0;
+    for sum in sums {
+        let data = sum.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
+        total += data.iter::<f64>().sum::<f64>();
+    }
+    Ok(total)
+}
+
+struct Scale<'a> {
+    grads: &'a mut GradientsParams,
+    factor: f64,
+}
+
+impl ParamVisitor for Scale<'_> {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _placement: Placement) {
+        if let Some(grad) = self.grads.remove::<D>(param.id) {
+            self.grads.register::<D>(param.id, grad * self.factor);
+        }
+    }
+}

@@ -1,0 +1,242 @@
+use burn::{
+    optim::{GradientsAccumulator, GradientsParams},
+    tensor::Device,
+    train::{
+        EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, LearnerModel,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingError,
+        TrainingItem, ValidLoader, train::WorkerFailure,
+    },
+};
+use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
+use parking_lot::Mutex;
+
+use super::{clip_grad_norm, sync_gradients};
+use crate::{
+    FsepError, FsepRuntime,
+    comm::{Operation, ReduceBuffer, ReduceOp},
+};
+
+/// The training strategy of one rank for burn-train's Learner.
+///
+/// Every rank runs the same program with a Learner of its own. For each batch: forward and backward, dense gradients
+/// averaged over ranks, gradients clipped by their global norm, optimizer step, callbacks. Ranks agree before each
+/// batch whether to go on, so that no rank waits for one that was interrupted or has run out of data.
+///
+/// Use it with `TrainingStrategy::Custom(Arc::new(strategy))`. If training fails, `LearningResult::error` says why and
+/// [`FsepStrategy::error`] gives the typed error.
+pub struct FsepStrategy {
+    runtime: FsepRuntime,
+    device: Device,
+    max_grad_norm: Option<f64>,
+    callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
+    error: Mutex<Option<FsepError>>,
+}
+
+impl FsepStrategy {
+    /// A strategy that trains on `device`; gradients are tracked whether or not the device already does so.
+    pub fn new(runtime: FsepRuntime, device: Device) -> Self {
+        Self {
+            runtime,
+            device: device.autodiff(),
+            max_grad_norm: None,
+            callbacks: Mutex::default(),
+            error: Mutex::default(),
+        }
+    }
+
+    /// Clips gradients by their global norm; see [`clip_grad_norm`].
+    pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
+        self.max_grad_norm = Some(max_norm);
+        self
+    }
+
+    /// Adds a callback, for example the planner's. All ranks add the same ones in the same order.
+    pub fn with_callback(self, callback: impl TrainingCallback + 'static) -> Self {
+        self.callbacks.lock().push(Box::new(callback));
+        self
+    }
+
+    /// The error that ended the last training, if one did.
+    pub fn error(&self) -> Option<FsepError> {
+        self.error.lock().clone()
+    }
+
+    fn fail(&self, interrupter: &Interrupter, error: FsepError) {
+        // Peers that wait for this rank learn why it does not come.
+        self.runtime.comm().abort(&error.to_string());
+        let failure = WorkerFailure { device_id: self.runtime.rank(), message: error.to_string() };
+        self.error.lock().get_or_insert(error);
+        interrupter.fail(TrainingError::Workers(vec![failure]));
+    }
+
+    /// Whether all ranks have a next batch and none was stopped.
+    fn agree_to_go_on(&self, interrupter: &Interrupter, has_batch: bool) -> Result<bool, FsepError> {
+        let mut stops = [f32::from(u8::from(interrupter.should_stop())), f32::from(u8::from(!has_batch))];
+        let operation = Operation::new("agreement to go on");
+        self.runtime.comm().all_reduce(operation, ReduceBuffer::F32(&mut stops), ReduceOp::Max)?;
+        if stops[0] > 0.0 && !interrupter.should_stop() {
+            interrupter.stop(Some("another rank was stopped"));
+        }
+        Ok(stops == [0.0, 0.0])
+    }
+
+    fn each_callback(
+        &self,
+        mut call: impl FnMut(&mut dyn TrainingCallback) -> Result<(), CallbackError>,
+    ) -> Result<(), FsepError> {
+        for callback in self.callbacks.lock().iter_mut() {
+            call(callback.as_mut()).map_err(callback_error)?;
+        }
+        Ok(())
+    }
+
+    fn optimize<M: LearnerModel>(&self, learner: &mut Learner<M>, mut grads: GradientsParams) -> Result<(), FsepError> {
+        let model = learner.model();
+        sync_gradients(&self.runtime, &model, &mut grads)?;
+        if let Some(max_norm) = self.max_grad_norm {
+            clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
+        }
+        drop(model);
+        learner.lr_step();
+        self.runtime.run(|| learner.optimizer_step(grads))
+    }
+
+    fn train_epoch<M: LearnerModel>(
+        &self,
+        epoch: usize,
+        learner: &mut Learner<M>,
+        loader: &TrainLoader<M>,
+        accumulation: Option<usize>,
+        events: &mut SupervisedTrainingEventProcessor<M>,
+        interrupter: &Interrupter,
+    ) -> Result<(), FsepError> {
+        let mut batches = loader.iter();
+        let mut accumulator = GradientsAccumulator::new();
+        let accumulation = accumulation.unwrap_or(1).max(1);
+        let (mut iteration, mut accumulated) = (0, 0);
+        loop {
+            let batch = self.next_batch(batches.next(), interrupter);
+            if !self.agree_to_go_on(interrupter, batch.is_some())? {
+                break;
+            }
+            let Some(batch) = batch else { break };
+            iteration += 1;
+            let output = self.runtime.run(|| learner.train_step(batch))?;
+            let progress = batches.progress();
+            if accumulation == 1 {
+                self.optimize(learner, output.grads)?;
+            } else {
+                accumulator.accumulate(&learner.model(), output.grads);
+                accumulated += 1;
+                if accumulated == accumulation || progress.is_completed() {
+                    self.optimize(learner, accumulator.grads())?;
+                    accumulated = 0;
+                }
+            }
+            self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
+            let item = TrainingItem::new(output.item, progress, Some(iteration), Some(learner.lr_current()));
+            interrupter.fail_on_error(events.process_train(LearnerEvent::ProcessedItem(item)));
+        }
+        Ok(())
+    }
+
+    fn valid_epoch<M: LearnerModel>(
+        &self,
+        learner: &Learner<M>,
+        loader: &ValidLoader<M>,
+        events: &mut SupervisedTrainingEventProcessor<M>,
+        interrupter: &Interrupter,
+    ) -> Result<(), FsepError> {
+        let model = learner.model().valid();
+        let mut batches = loader.iter();
+        let mut iteration = 0;
+        loop {
+            let batch = self.next_batch(batches.next(), interrupter);
+            if !self.agree_to_go_on(interrupter, batch.is_some())? {
+                break;
+            }
+            let Some(batch) = batch else { break };
+            iteration += 1;
+            let output = self.runtime.run(|| InferenceStep::step(&model, batch))?;
+            let item = TrainingItem::new(output, batches.progress(), Some(iteration), None);
+            interrupter.fail_on_error(events.process_valid(LearnerEvent::ProcessedItem(item)));
+        }
+        Ok(())
+    }
+
+    /// A batch; an error of the data loader stops training on all ranks.
+    fn next_batch<I, E: Into<TrainingError>>(
+        &self,
+        batch: Option<Result<I, E>>,
+        interrupter: &Interrupter,
+    ) -> Option<I> {
+        batch.and_then(|batch| batch.map_err(|error| interrupter.fail(error)).ok())
+    }
+}
+
+fn callback_error(error: CallbackError) -> FsepError {
+    match error {
+        CallbackError::Planner(error) => error.into(),
+        CallbackError::Host(error) => match error.downcast::<FsepError>() {
+            Ok(error) => *error,
+            Err(error) => FsepError::Callback(error.to_string()),
+        },
+        other => FsepError::Callback(other.to_string()),
+    }
+}
+
+impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
+    fn fit(
+        &self,
+        components: TrainingComponents<M>,
+        mut learner: Learner<M>,
+        train: TrainLoader<M>,
+        valid: ValidLoader<M>,
+        starting_epoch: usize,
+    ) -> (M, SupervisedTrainingEventProcessor<M>) {
+        let train = train.to_device(&self.device);
+        let valid = valid.to_device(&self.device.clone().inner());
+        // A graph of its own: rank threads that share one would wait for each other's backward.
+        learner.fork(&self.device);
+        let mut events = components.event_processor;
+        let mut checkpointer = components.checkpointer;
+        let mut early_stopping = components.early_stopping;
+        let interrupter = components.interrupter;
+
+        *self.error.lock() = None;
+        let mut run = || -> Result<(), FsepError> {
+            self.each_callback(|callback| callback.on_train_start(&self.runtime))?;
+            for epoch in starting_epoch..=components.num_epochs {
+                let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
+                interrupter.fail_on_error(events.process_train(split(train.num_items())));
+                let accumulation = components.grad_accumulation;
+                self.train_epoch(epoch, &mut learner, &train, accumulation, &mut events, &interrupter)?;
+                interrupter.fail_on_error(events.process_train(LearnerEvent::EndSplit(epoch)));
+                if interrupter.should_stop() {
+                    break;
+                }
+                let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
+                interrupter.fail_on_error(events.process_valid(split(valid.num_items())));
+                self.valid_epoch(&learner, &valid, &mut events, &interrupter)?;
+                interrupter.fail_on_error(events.process_valid(LearnerEvent::EndSplit(epoch)));
+                interrupter.fail_on_error(events.process_train(LearnerEvent::EndEpoch(epoch)));
+                interrupter.fail_on_error(events.flush());
+                if let Some(checkpointer) = &mut checkpointer {
+                    checkpointer.checkpoint(&learner, epoch, &components.event_store);
+                }
+                let stops_early = early_stopping
+                    .as_mut()
+                    .is_some_and(|strategy| strategy.should_stop(epoch, &components.event_store));
+                if !self.agree_to_go_on(&interrupter, !stops_early)? {
+                    break;
+                }
+            }
+            self.each_callback(|callback| callback.on_train_end(&self.runtime))
+        };
+        let result = run();
+        if let Err(error) = result {
+            self.fail(&interrupter, error);
+        }
+        (learner.model(), events)
+    }
+}
