@@ -138,3 +138,53 @@ impl FSEPMoE {
         Ok(MoeOutput { hidden: output.reshape(dims), aux_loss })
     }
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::{Device, Distribution, TensorData, Tolerance};
+
+    use super::*;
+    use crate::{
+        FSEPMoEConfig, FsepRuntimeConfig,
+        comm::local::{LaunchConfig, launch},
+    };
+
+    /// The full comparison over sizes, layouts and dispatchers is in the workspace's `tests/`.
+    #[test]
+    fn two_ranks_equal_the_dense_layer() {
+        let device = Device::flex().autodiff();
+        let config = FSEPMoEConfig::new(8, 12, 4);
+        let input = Tensor::<2>::random([10, 8], Distribution::Uniform(-1.0, 1.0), &device).into_data();
+
+        let dense = config.init_dense(5, 0, &device).unwrap();
+        let x = Tensor::<2>::from_data(input.clone(), &device).require_grad();
+        let y = dense.forward(x.clone());
+        let grads = (y.clone().square().sum() / 2.0).backward();
+        let (expected, expected_grad) = (y.inner().into_data(), x.grad(&grads).unwrap().into_data());
+
+        let outputs = launch(&LaunchConfig::new(2), |comm| {
+            let device = Device::flex().autodiff();
+            let rank = comm.rank();
+            let runtime = FsepRuntimeConfig::new().with_seed(5).init(comm)?;
+            let layer = config.init(&runtime, &device);
+            let x = Tensor::<2>::from_data(input.clone(), &device).slice([rank * 5..rank * 5 + 5, 0..8]);
+            let x = x.detach().require_grad();
+            runtime.run(|| {
+                let y = layer.forward(x.clone());
+                let grads = y.clone().square().sum().backward();
+                assert!(layer.experts.weight.val().grad(&grads).is_some());
+                (y.inner().into_data(), x.grad(&grads).unwrap().into_data())
+            })
+        });
+        let outputs: Vec<(TensorData, TensorData)> = outputs.into_iter().map(Result::unwrap).collect();
+        let rows = |parts: Vec<TensorData>| {
+            let parts = parts.into_iter().map(|data| Tensor::<2>::from_data(data, &Device::flex())).collect();
+            Tensor::cat(parts, 0)
+        };
+        let (y, dx): (Vec<_>, Vec<_>) = outputs.into_iter().unzip();
+        rows(y).into_data().assert_approx_eq::<f32>(&expected, Tolerance::relative(1e-5));
+        // Each rank's gradient is that of its own loss, the dense one that of the mean over ranks.
+        let dx = rows(dx) / 2.0;
+        dx.into_data().assert_approx_eq::<f32>(&expected_grad, Tolerance::relative(1e-4));
+    }
+}
