@@ -15,16 +15,28 @@
 //!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 
+pub mod background;
 #[cfg(feature = "train")]
 pub mod callback;
+pub mod cost;
 pub mod dispatch;
 mod error;
 mod layout;
 pub mod placement;
+mod planner;
+#[cfg(feature = "train")]
+mod planner_callback;
+pub mod predictor;
+mod rng;
 mod routing;
+#[cfg(test)]
+mod test_cases;
 mod topology;
 
 pub use error::PlannerError;
 pub use layout::Layout;
+pub use planner::{LayerPlanner, Strategy, UnknownStrategy};
+#[cfg(feature = "train")]
+pub use planner_callback::{PlannerCallback, PlannerConfig, PlannerReport};
 pub use routing::RoutingCounts;
 pub use topology::Topology;

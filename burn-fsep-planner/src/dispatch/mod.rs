@@ -1,9 +1,11 @@
 //! Dispatch: which replica of an expert computes which tokens, from exact counts.
 
 mod even;
+mod min_max;
 mod plan;
 
 pub use even::EvenSplit;
+pub use min_max::MinMax;
 pub use plan::{DispatchPlan, Share};
 
 use crate::{Layout, PlannerError, RoutingCounts, Topology};

@@ -1,5 +1,14 @@
 //! Layout solvers: which expert stands in which slot, from predicted counts.
 
+mod builder;
+mod paper;
+mod robust;
+mod static_ep;
+
+pub use paper::PaperPlanner;
+pub use robust::RobustPlanner;
+pub use static_ep::StaticEp;
+
 use crate::{Layout, PlannerError, RoutingCounts, Topology};
 
 /// What a layout is to be made for.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use burn_fsep_planner::{
     Topology,
-    dispatch::{Dispatcher, EvenSplit},
+    dispatch::{Dispatcher, MinMax},
 };
 use derive_new::new;
 
@@ -18,13 +18,13 @@ pub struct FsepRuntimeConfig {
     /// Seed of the experts' and routers' initial values.
     #[new(default)]
     pub seed: u64,
-    /// Makes the dispatcher of each layer.
+    /// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
     #[new(value = "default_dispatcher")]
     pub dispatcher: fn() -> Box<dyn Dispatcher>,
 }
 
 fn default_dispatcher() -> Box<dyn Dispatcher> {
-    Box::new(EvenSplit::new())
+    Box::new(MinMax::new())
 }
 
 impl Default for FsepRuntimeConfig {
