@@ -1,0 +1,95 @@
+use std::sync::Arc;
+
+use burn::{
+    data::{
+        dataloader::batcher::Batcher,
+        dataset::{Dataset, DatasetError},
+    },
+    tensor::{Device, Int, Tensor, TensorData},
+};
+
+/// Windows of `context + 1` bytes of a text, in an order that depends on the seed alone.
+#[derive(Debug, Clone)]
+pub(crate) struct Windows {
+    text: Arc<Vec<u8>>,
+    context: usize,
+    starts: Arc<Vec<usize>>,
+}
+
+impl Windows {
+    /// `count` windows at random places.
+    pub fn random(text: Arc<Vec<u8>>, context: usize, count: usize, seed: u64) -> Self {
+        let places = (text.len() - context) as u64;
+        let starts = (0..count as u64).map(|i| (scramble(seed, i) % places) as usize).collect();
+        Self { text, context, starts: Arc::new(starts) }
+    }
+
+    /// At most `count` windows, spread evenly over the text.
+    pub fn spread(text: Arc<Vec<u8>>, context: usize, count: usize) -> Self {
+        let places = text.len() - context;
+        let starts = (0..count).map(|i| i * places / count).collect();
+        Self { text, context, starts: Arc::new(starts) }
+    }
+
+    /// The bytes to be predicted.
+    pub fn targets(&self) -> impl Iterator<Item = u8> + '_ {
+        self.starts.iter().flat_map(|&start| self.text[start + 1..start + 1 + self.context].iter().copied())
+    }
+}
+
+impl Dataset<Vec<u8>> for Windows {
+    fn get(&self, index: usize) -> Result<Vec<u8>, DatasetError> {
+        let start = self.starts[index];
+        Ok(self.text[start..start + self.context + 1].to_vec())
+    }
+
+    fn len(&self) -> usize {
+        self.starts.len()
+    }
+}
+
+/// The finaliser of SplitMix64.
+fn scramble(seed: u64, value: u64) -> u64 {
+    let mut z = seed.wrapping_add(value.wrapping_mul(0x9E37_79B9_7F4A_7C15)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Bytes and the bytes that follow them.
+#[derive(Debug, Clone)]
+pub(crate) struct LmBatch {
+    /// `[B, L]`
+    pub inputs: Tensor<2, Int>,
+    /// `[B, L]`
+    pub targets: Tensor<2, Int>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct LmBatcher;
+
+impl Batcher<Vec<u8>, LmBatch> for LmBatcher {
+    fn batch(&self, items: Vec<Vec<u8>>, device: &Device) -> LmBatch {
+        let (batch, context) = (items.len(), items[0].len() - 1);
+        let tensor = |shift: usize| {
+            let ids: Vec<i32> =
+                items.iter().flat_map(|item| item[shift..shift + context].iter().map(|&b| i32::from(b))).collect();
+            Tensor::from_data(TensorData::new(ids, [batch, context]), device)
+        };
+        LmBatch { inputs: tensor(0), targets: tensor(1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_follow_inputs() {
+        let windows = Windows::random(Arc::new((0..100).collect()), 8, 3, 1);
+        let item = windows.get(2).unwrap();
+        assert_eq!(item.len(), 9);
+        assert!(item.windows(2).all(|pair| pair[1] == pair[0] + 1));
+        assert_eq!(windows.targets().count(), 24);
+    }
+}

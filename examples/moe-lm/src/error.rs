@@ -1,0 +1,37 @@
+use std::path::{Path, PathBuf};
+
+use burn_fsep::FsepError;
+use thiserror::Error;
+
+/// Why the job could not run.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MoeLmError {
+    /// An option that cannot work.
+    #[error("{0}")]
+    Option(String),
+    /// A file that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// No text to train on.
+    #[error("{0}")]
+    Corpus(String),
+    /// Training failed.
+    #[error(transparent)]
+    Fsep(#[from] FsepError),
+    /// Training failed on some ranks.
+    #[error("{0}")]
+    Ranks(String),
+}
+
+impl MoeLmError {
+    /// For `map_err`: names the file that an operation was about.
+    pub(crate) fn file(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        |source| Self::File { path: path.to_path_buf(), source }
+    }
+}

@@ -1,0 +1,213 @@
+use std::{
+    fs::File,
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use burn_fsep::{
+    FsepRuntime,
+    comm::{Operation, ReduceBuffer, ReduceOp},
+};
+use burn_fsep_planner::{
+    PlannerReport,
+    callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::MoeLmError;
+
+/// Losses of a rank, handed from the model's steps to the training loop.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StepRecorder(Arc<Mutex<Losses>>);
+
+#[derive(Debug, Default)]
+struct Losses {
+    train: f32,
+    valid_sum: f64,
+    valid_batches: u64,
+}
+
+impl StepRecorder {
+    fn with<T>(&self, act: impl FnOnce(&mut Losses) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn train_loss(&self, loss: f32) {
+        self.with(|losses| losses.train = loss);
+    }
+
+    pub fn valid_loss(&self, loss: f32) {
+        self.with(|losses| {
+            losses.valid_sum += f64::from(loss);
+            losses.valid_batches += 1;
+        });
+    }
+
+    /// Mean validation loss of this rank's batches.
+    pub fn mean_valid_loss(&self) -> f64 {
+        self.with(|losses| losses.valid_sum / losses.valid_batches as f64)
+    }
+}
+
+/// One training step, as written to `metrics.jsonl`.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct StepRow {
+    pub step: usize,
+    /// Mean over ranks, nat a byte.
+    pub loss: f64,
+    /// Largest load of a rank over the mean, mean over layers: as static expert parallelism would have it.
+    pub imbalance_static: f64,
+    /// The same with the planner's layouts and dispatch.
+    pub imbalance: f64,
+    pub imbalance_p50: f64,
+    pub imbalance_p95: f64,
+    pub imbalance_max: f64,
+    pub imbalance_by_layer: Vec<f64>,
+    pub moved_slots: usize,
+    pub cross_node_share: f64,
+    pub planner_us: f64,
+    pub dispatch_us: f64,
+    pub late_layouts: u64,
+    pub tokens_per_second: f64,
+}
+
+/// Results of a run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Mean training loss of the last tenth of the steps, nat a byte.
+    pub train_loss: f64,
+    /// Loss on held-out text, nat a byte.
+    pub valid_loss: f64,
+    /// Entropy of the held-out text's bytes, nat a byte.
+    pub unigram_entropy: f64,
+    /// Mean over steps and layers of max/mean load, as static expert parallelism would have it.
+    pub imbalance_static: f64,
+    /// The same with the layouts and dispatch that were used.
+    pub imbalance_planned: f64,
+    /// Bytes trained on a second, all ranks together.
+    pub tokens_per_second: f64,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// World size.
+    pub ranks: usize,
+}
+
+/// Records every step on all ranks; the first rank also shows progress and writes `metrics.jsonl`.
+pub(crate) struct Recorder {
+    runtime: FsepRuntime,
+    losses: StepRecorder,
+    planner: PlannerReport,
+    tokens_per_step: usize,
+    rows: Arc<Mutex<Vec<StepRow>>>,
+    output: Option<Output>,
+    started: Instant,
+    last: Instant,
+}
+
+struct Output {
+    path: PathBuf,
+    file: BufWriter<File>,
+    bar: ProgressBar,
+}
+
+impl Output {
+    fn new(path: &Path, steps: usize) -> Result<Self, MoeLmError> {
+        let file = BufWriter::new(File::create(path).map_err(MoeLmError::file(path))?);
+        let style = "{bar:32} step {pos}/{len}  {msg}  [{elapsed} < {eta}]";
+        let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+        Ok(Self { path: path.to_path_buf(), file, bar: ProgressBar::new(steps as u64).with_style(style) })
+    }
+
+    fn write(&mut self, row: &StepRow) -> std::io::Result<()> {
+        serde_json::to_writer(&mut self.file, row)?;
+        writeln!(self.file)?;
+        self.bar.inc(1);
+        let message = format!(
+            "loss {:.3}  imbalance {:.2} -> {:.2}  {:.0} tokens/s",
+            row.loss, row.imbalance_static, row.imbalance, row.tokens_per_second
+        );
+        // Where no terminal shows the bar, a line now and then shows that the job is alive.
+        if self.bar.is_hidden() && (row.step == 1 || row.step.is_multiple_of(25)) {
+            eprintln!("step {}/{}  {message}", row.step, self.bar.length().unwrap_or(0));
+        }
+        self.bar.set_message(message);
+        Ok(())
+    }
+}
+
+impl Recorder {
+    pub fn new(
+        runtime: FsepRuntime,
+        losses: StepRecorder,
+        planner: PlannerReport,
+        tokens_per_step: usize,
+        steps: usize,
+        metrics: &Path,
+    ) -> Result<Self, MoeLmError> {
+        let output = (runtime.rank() == 0).then(|| Output::new(metrics, steps)).transpose()?;
+        let now = Instant::now();
+        let rows = Arc::default();
+        Ok(Self { runtime, losses, planner, tokens_per_step, rows, output, started: now, last: now })
+    }
+
+    /// The rows recorded so far and later.
+    pub fn rows(&self) -> Arc<Mutex<Vec<StepRow>>> {
+        self.rows.clone()
+    }
+}
+
+impl TrainingCallback for Recorder {
+    fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+        self.started = Instant::now();
+        self.last = self.started;
+        Ok(())
+    }
+
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        let mut loss = [self.losses.with(|losses| f64::from(losses.train))];
+        self.runtime
+            .comm()
+            .all_reduce(Operation::new("mean loss"), ReduceBuffer::F64(&mut loss), ReduceOp::Mean)
+            .map_err(|error| CallbackError::Host(Box::new(error)))?;
+        let stats = self.runtime.stats();
+        let now = Instant::now();
+        let row = StepRow {
+            step: context.iteration,
+            loss: loss[0],
+            imbalance_static: stats.imbalance_static(),
+            imbalance: stats.imbalance(),
+            imbalance_p50: stats.imbalance_percentile(50.0),
+            imbalance_p95: stats.imbalance_percentile(95.0),
+            imbalance_max: stats.imbalance_percentile(100.0),
+            imbalance_by_layer: stats.layers.iter().map(|layer| layer.imbalance).collect(),
+            moved_slots: stats.moved_slots(),
+            cross_node_share: stats.cross_node_share(),
+            planner_us: self.planner.solve_time().as_secs_f64() * 1e6,
+            dispatch_us: stats.layers.iter().map(|layer| layer.dispatch_time.as_secs_f64() * 1e6).sum(),
+            late_layouts: self.planner.late(),
+            tokens_per_second: self.tokens_per_step as f64 / (now - self.last).as_secs_f64(),
+        };
+        self.last = now;
+        if let Some(output) = &mut self.output {
+            let written = output.write(&row);
+            written.map_err(|error| {
+                CallbackError::Host(format!("{}: {error}", output.path.display()).into())
+            })?;
+        }
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
+        Ok(())
+    }
+
+    fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+        if let Some(output) = &mut self.output {
+            output.bar.finish();
+            output.file.flush().map_err(|error| CallbackError::Host(Box::new(error)))?;
+        }
+        Ok(())
+    }
+}
