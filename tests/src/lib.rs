@@ -1,1 +1,25 @@
-//! x
+//! What the test suite is made of: models, references, comparisons and faults.
+//!
+//! Tests take a device and a way to start ranks from here, so that the same suite runs on every backend and
+//! communicator.
+
+mod compare;
+mod dispatchers;
+mod faults;
+mod layouts;
+mod model;
+mod parity;
+
+pub use compare::{assert_close, relative_error};
+pub use dispatchers::{RandomDispatch, SplitAny};
+pub use faults::{Fault, FaultMode, FaultyCommunicator};
+pub use layouts::random_layout;
+pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, task_items};
+pub use parity::{ParityCase, check_parity};
+
+use burn::tensor::Device;
+
+/// The device that the suite runs on, with gradients.
+pub fn device() -> Device {
+    Device::flex().autodiff()
+}

@@ -135,14 +135,15 @@ fn read_experts(chosen: Tensor<2, Int>, num_experts: usize) -> Result<Vec<u32>, 
 /// Experts of each token such that after any number of tokens the shares are as exact as whole numbers allow.
 /// `[E] -> [T * K]`
 fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<u32> {
-    let mut owed = vec![0.0; shares.len()];
+    let mut owed = vec![0.0f64; shares.len()];
     let mut order: Vec<u32> = (0..shares.len() as u32).collect();
     let mut chosen = Vec::with_capacity(num_tokens * topk);
     for _ in 0..num_tokens {
         for (owed, share) in owed.iter_mut().zip(shares) {
             *owed += share * topk as f64;
         }
-        order.sort_by(|&a, &b| owed[b as usize].total_cmp(&owed[a as usize]).then(a.cmp(&b)));
+        // Rounded, so that ties are ties whatever the rounding errors of the sums.
+        order.sort_by_key(|&e| (-(owed[e as usize] * 1e6f64).round() as i64, e));
         for &expert in &order[..topk] {
             owed[expert as usize] -= 1.0;
             chosen.push(expert);

@@ -41,7 +41,7 @@ struct Inner {
     seed: u64,
     dispatcher: fn() -> Box<dyn Dispatcher>,
     layers: RwLock<Vec<Arc<LayerState>>>,
-    /// An empty part of each layer's last output, to connect it to the loss.
+    /// The first row of each layer's last output, to connect it to the loss.
     outputs: Mutex<BTreeMap<usize, Tensor<2>>>,
     restored: RestoredGauge,
     error: Mutex<Option<FsepError>>,
@@ -202,7 +202,11 @@ impl FsepRuntime {
     /// layer do not need it.
     pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
         let outputs = std::mem::take(&mut *self.0.outputs.lock());
-        outputs.into_values().fold(loss, |loss, output| loss + output.sum())
+        outputs.into_values().fold(loss, |loss, output| {
+            // Masked, not multiplied by zero: an output that is not finite must not reach the loss.
+            let everything = Tensor::<2>::ones(output.shape(), &output.device()).equal_elem(1);
+            loss + output.mask_fill(everything, 0.0).sum()
+        })
     }
 
     /// Ends the group with an error and unwinds to [`FsepRuntime::run`].
@@ -241,8 +245,8 @@ impl FsepRuntime {
 
     /// Remembers a layer's output for [`FsepRuntime::connect`].
     pub(crate) fn remember_output(&self, layer: usize, output: &Tensor<2>) {
-        let [_, width] = output.dims();
-        self.0.outputs.lock().insert(layer, output.clone().slice([0..0, 0..width]));
+        let [rows, width] = output.dims();
+        self.0.outputs.lock().insert(layer, output.clone().slice([0..rows.min(1), 0..width]));
     }
 
     #[cfg(feature = "train")]

@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long)]
     pub ranks_per_node: Option<usize>,
     /// Optimizer steps.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 900)]
     pub steps: usize,
     /// Batches of held-out text that the model is validated on.
     #[arg(long, default_value_t = 16)]

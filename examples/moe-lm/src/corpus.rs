@@ -75,7 +75,9 @@ fn default_files() -> Result<Vec<PathBuf>, MoeLmError> {
     let home = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| env::home_dir().map(|home| home.join(".cargo")))
-        .ok_or_else(|| MoeLmError::Corpus("there is no home folder to look for cargo's sources in; use --text".into()))?;
+        .ok_or_else(|| {
+            MoeLmError::Corpus("there is no home folder to look for cargo's sources in; use --text".into())
+        })?;
     let sources = home.join("registry").join("src");
     let mut registries = folder(&sources);
     registries.sort();

@@ -9,7 +9,11 @@ pub(crate) fn curves(title: &str, rows: &[StepRow], unigram_entropy: f64) -> Str
         title: "Loss (nat/byte)",
         lines: vec![
             line("training loss", "a", |row| row.loss),
-            Line { name: "unigram entropy of the held-out text", class: "c", values: vec![unigram_entropy; rows.len()] },
+            Line {
+                name: "unigram entropy of the held-out text",
+                class: "c",
+                values: vec![unigram_entropy; rows.len()],
+            },
         ],
     };
     let imbalance = Chart {

@@ -195,9 +195,7 @@ impl TrainingCallback for Recorder {
         self.last = now;
         if let Some(output) = &mut self.output {
             let written = output.write(&row);
-            written.map_err(|error| {
-                CallbackError::Host(format!("{}: {error}", output.path.display()).into())
-            })?;
+            written.map_err(|error| CallbackError::Host(format!("{}: {error}", output.path.display()).into()))?;
         }
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
         Ok(())

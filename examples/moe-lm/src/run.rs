@@ -78,9 +78,8 @@ fn first_result(ranks: Vec<Result<Trained, RankError<MoeLmError>>>) -> Result<Tr
 
 fn summarise(args: &Args, trained: &Trained, unigram_entropy: f64) -> Summary {
     let rows = &trained.rows;
-    let mean = |rows: &[StepRow], value: fn(&StepRow) -> f64| {
-        rows.iter().map(value).sum::<f64>() / rows.len().max(1) as f64
-    };
+    let mean =
+        |rows: &[StepRow], value: fn(&StepRow) -> f64| rows.iter().map(value).sum::<f64>() / rows.len().max(1) as f64;
     let last = &rows[rows.len() - rows.len().div_ceil(10)..];
     Summary {
         train_loss: mean(last, |row| row.loss),
@@ -108,12 +107,8 @@ fn report(summary: &Summary, prompt: &[u8], sample: &[u8]) -> String {
     line("expert imbalance, as planned", format!("{:.3} max/mean", summary.imbalance_planned));
     line("speed", format!("{:.0} tokens/s", summary.tokens_per_second));
     line("training time", format!("{:.1} s for {} steps", summary.seconds, summary.steps));
-    let _ = writeln!(
-        text,
-        "\nsample, after {:?}:\n{}\n",
-        String::from_utf8_lossy(prompt),
-        String::from_utf8_lossy(sample)
-    );
+    let _ =
+        writeln!(text, "\nsample, after {:?}:\n{}\n", String::from_utf8_lossy(prompt), String::from_utf8_lossy(sample));
     text
 }
 

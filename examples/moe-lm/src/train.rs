@@ -11,9 +11,7 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::{Communicator, Operation, ReduceBuffer, ReduceOp},
-    train::{
-        FsepStrategy, ImbalanceMetric, RankDataset, SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
-    },
+    train::{FsepStrategy, ImbalanceMetric, RankDataset, SilentRenderer, StaticImbalanceMetric, broadcast_parameters},
 };
 use burn_fsep_planner::{PlannerConfig, Strategy};
 
@@ -53,10 +51,8 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     let losses = StepRecorder::default();
     let model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
 
-    let planner = PlannerConfig::new(args.planner.strategy())
-        .with_synchronous(args.synchronous)
-        .with_seed(args.seed)
-        .init();
+    let planner =
+        PlannerConfig::new(args.planner.strategy()).with_synchronous(args.synchronous).with_seed(args.seed).init();
     let metrics = args.out.join("metrics.jsonl");
     let tokens_per_step = args.batch * args.context;
     let recorder =
@@ -98,9 +94,8 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         return Err(MoeLmError::Ranks(error.to_string()));
     }
 
-    let sample = runtime.run(|| {
-        generate(&result.model, &data.prompt, args.sample, args.context, args.seed, &device)
-    })?;
+    let sample =
+        runtime.run(|| generate(&result.model, &data.prompt, args.sample, args.context, args.seed, &device))?;
     let mut valid_loss = [losses.mean_valid_loss()];
     runtime
         .comm()
@@ -116,12 +111,7 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
 /// A model with the same values on all ranks and for any number of ranks.
 ///
 /// Burn's generator belongs to the whole process, so the ranks draw one after the other; the first one's values count.
-fn init_model(
-    args: &Args,
-    runtime: &FsepRuntime,
-    losses: StepRecorder,
-    device: &Device,
-) -> Result<MoeLm, FsepError> {
+fn init_model(args: &Args, runtime: &FsepRuntime, losses: StepRecorder, device: &Device) -> Result<MoeLm, FsepError> {
     let init = || -> Result<MoeLm, FsepError> {
         let model = MoeLm::new(args, runtime, losses.clone(), device)?;
         // Parameters are drawn when they are first looked at.

@@ -85,9 +85,6 @@ impl Group {
         let deadline = Instant::now() + self.timeout;
         let mut state = self.state.lock();
         loop {
-            if let Some(failure) = &state.failure {
-                return Err(seen_from(failure, operation));
-            }
             let Some(round) = state.rounds.get_mut(&key) else {
                 unreachable!("a rank collects only after it deposited, and a round lives until all have collected")
             };
@@ -101,6 +98,10 @@ impl Group {
                 drop(state);
                 self.check_signatures(key, rank, &deposits)?;
                 return Ok(deposits);
+            }
+            // Only now: a collective that all ranks have reached completes, so that all see what one of them saw.
+            if let Some(failure) = &state.failure {
+                return Err(seen_from(failure, operation));
             }
             if let Some(&gone) = missing.iter().find(|&&r| state.departed[r]) {
                 let error = CommError::PeerFailed {

@@ -1,0 +1,105 @@
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use burn::tensor::Bytes;
+use burn_fsep::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp};
+
+/// What a faulty rank does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultMode {
+    /// It panics.
+    Panic,
+    /// Its collective returns an error, as if its network had failed.
+    Error,
+}
+
+/// A fault of one rank at one of its collectives.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    /// The rank that fails.
+    pub rank: usize,
+    /// Which of its collectives fails, from 0.
+    pub at: usize,
+    /// How.
+    pub mode: FaultMode,
+}
+
+/// A communicator that fails once.
+#[derive(Debug)]
+pub struct FaultyCommunicator {
+    inner: Arc<dyn Communicator>,
+    fault: Fault,
+    /// Collectives of this rank so far, on all its communicators.
+    calls: Arc<AtomicUsize>,
+}
+
+impl FaultyCommunicator {
+    /// Injects `fault`; the counter tells how many collectives the rank made.
+    pub fn new(inner: Arc<dyn Communicator>, fault: Fault) -> (Arc<Self>, Arc<AtomicUsize>) {
+        let calls = Arc::new(AtomicUsize::new(0));
+        (Arc::new(Self { inner, fault, calls: calls.clone() }), calls)
+    }
+
+    fn count(&self, operation: Operation) -> Result<(), CommError> {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.inner.rank() != self.fault.rank || call != self.fault.at {
+            return Ok(());
+        }
+        match self.fault.mode {
+            FaultMode::Panic => panic!("injected panic in {operation}"),
+            FaultMode::Error => {
+                Err(CommError::InvalidArgument { operation: operation.to_string(), reason: "injected error".into() })
+            }
+        }
+    }
+}
+
+impl Communicator for FaultyCommunicator {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn start_all_to_all_v(
+        &self,
+        operation: Operation,
+        send: Arc<Bytes>,
+        plan: ExchangePlan,
+    ) -> Result<Box<dyn PendingExchange>, CommError> {
+        self.count(operation)?;
+        self.inner.start_all_to_all_v(operation, send, plan)
+    }
+
+    fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
+        self.count(operation)?;
+        self.inner.all_gather(operation, send, recv)
+    }
+
+    fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
+        self.count(operation)?;
+        self.inner.all_reduce(operation, buffer, op)
+    }
+
+    fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
+        self.count(operation)?;
+        self.inner.broadcast(operation, buffer, root)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.inner.abort(reason);
+    }
+
+    fn failure(&self) -> Option<CommError> {
+        self.inner.failure()
+    }
+
+    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
+        let inner = self.inner.duplicate()?;
+        Ok(Arc::new(Self { inner, fault: self.fault, calls: self.calls.clone() }))
+    }
+}

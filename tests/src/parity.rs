@@ -1,0 +1,147 @@
+use std::sync::Arc;
+
+use burn::tensor::{Tensor, TensorData};
+use burn_fsep::{
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
+    comm::local::{LaunchConfig, launch},
+    moe::DenseMoE,
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use crate::{SplitAny, assert_close, device, random_layout};
+
+/// One comparison of the FSEP layer with the dense layer.
+#[derive(Debug, Clone)]
+pub struct ParityCase {
+    /// Layer configuration; its slots are this case's `C`.
+    pub config: FSEPMoEConfig,
+    /// Slots a rank `C`.
+    pub slots: usize,
+    /// Tokens of each rank. Shape `[N]`.
+    pub tokens: Vec<usize>,
+    /// Who computes what.
+    pub split: SplitAny,
+    /// Steps, each with another random layout.
+    pub steps: usize,
+    /// Seed of values and layouts.
+    pub seed: u64,
+}
+
+struct Step {
+    output: Vec<f32>,
+    d_input: Vec<f32>,
+    d_router: Vec<f32>,
+    d_experts: Vec<f32>,
+}
+
+/// Runs the layer on `N` ranks and the dense layer on all tokens, and compares outputs, input gradients and the
+/// gradients of all parameters to `tolerance`.
+///
+/// # Panics
+///
+/// If they differ or a rank fails.
+pub fn check_parity(case: &ParityCase, tolerance: f64) {
+    let (ranks, hidden) = (case.tokens.len(), case.config.hidden_size);
+    let total: usize = case.tokens.iter().sum();
+    let mut rng = StdRng::seed_from_u64(case.seed);
+    let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+    let inputs: Vec<_> = (0..case.steps).map(|_| (values(total * hidden), values(total * hidden))).collect();
+
+    let dense = case.config.init_dense(case.seed, 0, &device()).unwrap();
+    let expected: Vec<Step> = inputs.iter().map(|(x, target)| dense_step(&dense, x, target, ranks)).collect();
+
+    let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<Vec<Step>, FsepError> {
+        let rank = comm.rank();
+        let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(case.split.factory()).init(comm)?;
+        let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
+        let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;
+        let mine = start..start + case.tokens[rank] * hidden;
+        let step = |(i, (x, target)): (usize, &(Vec<f32>, Vec<f32>))| {
+            if case.config.expert_parallelism == ExpertParallelism::Fsep {
+                let seed = case.seed * 100 + i as u64;
+                let layout = random_layout(ranks, case.slots, case.config.num_moe_experts, seed);
+                runtime.set_layout(0, Arc::new(layout))?;
+            }
+            let matrix = |values: &[f32]| {
+                let data = TensorData::new(values[mine.clone()].to_vec(), [case.tokens[rank], hidden]);
+                Tensor::<2>::from_data(data, &device())
+            };
+            let x = matrix(x).require_grad();
+            runtime.run(|| {
+                let output = layer.forward_with_losses(x.clone());
+                let loss = (output.hidden.clone() * matrix(target)).sum();
+                let loss = output.aux_loss.into_iter().fold(loss, |loss, aux| loss + aux);
+                let grads = loss.backward();
+                Step {
+                    output: floats(output.hidden.inner()),
+                    d_input: floats(x.grad(&grads).expect("input gradient")),
+                    d_router: floats(layer.router.weight.val().grad(&grads).expect("router gradient")),
+                    d_experts: floats(layer.experts.weight.val().grad(&grads).expect("experts' gradient")),
+                }
+            })
+        };
+        inputs.iter().enumerate().map(step).collect()
+    });
+    let results: Vec<Vec<Step>> =
+        results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
+
+    for (i, expected) in expected.iter().enumerate() {
+        let parts: Vec<&Step> = results.iter().map(|steps| &steps[i]).collect();
+        let all = |part: fn(&Step) -> &Vec<f32>| parts.iter().flat_map(|s| part(s).iter().copied()).collect::<Vec<_>>();
+        // A rank's gradients are those of its own loss; the dense ones of the mean over ranks.
+        let share = |values: Vec<f32>| values.into_iter().map(|v| v / ranks as f32).collect::<Vec<_>>();
+        let mut router = vec![0.0; expected.d_router.len()];
+        for part in &parts {
+            router.iter_mut().zip(&part.d_router).for_each(|(sum, d)| *sum += d);
+        }
+        let experts = whole_experts(&parts, case, expected.d_experts.len());
+        for (what, actual, expected) in [
+            ("output", all(|s| &s.output), &expected.output),
+            ("input gradient", share(all(|s| &s.d_input)), &expected.d_input),
+            ("router gradient", share(router), &expected.d_router),
+            ("experts' gradient", experts, &expected.d_experts),
+        ] {
+            let data = |values: Vec<f32>| TensorData::new(values.clone(), [values.len()]);
+            assert_close(&format!("{what}, step {i}, {case:?}"), &data(actual), &data(expected.clone()), tolerance);
+        }
+    }
+}
+
+fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], ranks: usize) -> Step {
+    let hidden = dense.router.weight.dims()[0];
+    let matrix = |values: &[f32]| {
+        Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len() / hidden, hidden]), &device())
+    };
+    let x = matrix(x).require_grad();
+    let output = dense.try_forward(x.clone()).unwrap();
+    let loss = (output.hidden.clone() * matrix(target)).sum() / ranks as f32;
+    let loss = output.aux_loss.into_iter().fold(loss, |loss, aux| loss + aux);
+    let grads = loss.backward();
+    let or_zeros = |grad: Option<Tensor<2>>, like: Tensor<2>| floats(grad.unwrap_or_else(|| like.inner().zeros_like()));
+    Step {
+        output: floats(output.hidden.inner()),
+        d_input: or_zeros(x.grad(&grads), x),
+        d_router: or_zeros(dense.router.weight.val().grad(&grads), dense.router.weight.val()),
+        d_experts: or_zeros(dense.weight.val().grad(&grads), dense.weight.val()),
+    }
+}
+
+/// Puts the experts' gradients together from the ranks' parts. `len` is `E * P`.
+fn whole_experts(parts: &[&Step], case: &ParityCase, len: usize) -> Vec<f32> {
+    let experts = case.config.num_moe_experts;
+    if case.config.expert_parallelism == ExpertParallelism::Static {
+        return parts.iter().flat_map(|part| part.d_experts.iter().copied()).collect();
+    }
+    let params = len / experts;
+    let shard = params.div_ceil(parts.len());
+    (0..experts)
+        .flat_map(|expert| {
+            let whole = parts.iter().flat_map(move |part| &part.d_experts[expert * shard..(expert + 1) * shard]);
+            whole.copied().take(params)
+        })
+        .collect()
+}
