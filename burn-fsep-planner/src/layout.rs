@@ -187,7 +187,7 @@ impl Layout {
     pub fn moved_slots(&self, previous: &Layout) -> usize {
         (0..self.num_ranks)
             .map(|rank| {
-                let held = (rank < previous.num_ranks).then(|| previous.experts_of(rank)).unwrap_or_default();
+                let held = if rank < previous.num_ranks { previous.experts_of(rank) } else { &[] };
                 self.experts_of(rank).iter().filter(|expert| !held.contains(expert)).count()
             })
             .sum()
