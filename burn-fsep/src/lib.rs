@@ -1,4 +1,21 @@
-//! Fully Sharded Expert Parallel
+//! Fully Sharded Expert Parallel (FSEP) for Mixture-of-Experts models in Burn.
+//!
+//! Every expert's parameters are cut into `N` equal shards, one a rank. Before a layer computes, an All-to-All restores
+//! whole experts, on each rank those that the layout gives it; in backward, gradients go back to the shards. So any
+//! layout can be used in any step, an expert may stand on many ranks, and optimizer state never moves. A planner
+//! (`burn-fsep-planner`) chooses layouts that leave no rank waiting.
+//!
+//! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
+//! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
+//! - [`comm`]: communicators, and the launcher of local ranks;
+//! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
+//! - [`ops`]: the backend extension that does the work.
+//!
+//! Shapes use the letters `N` ranks, `E` experts, `C` slots a rank, `K` experts per token, `T` tokens of a rank, `D`
+//! hidden size, `F` expert intermediate size, `P` parameters of an expert, `S` shard length.
+//!
+//! Reference: LAER-MoE, arXiv 2602.11686.
+
 pub mod comm;
 mod error;
 pub mod moe;

@@ -23,3 +23,8 @@ use burn::tensor::Device;
 pub fn device() -> Device {
     Device::flex().autodiff()
 }
+
+/// The README's program, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct ReadmeProgram;

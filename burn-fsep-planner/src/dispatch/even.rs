@@ -52,7 +52,24 @@ impl Dispatcher for EvenSplit {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::test_cases::cases;
+
+    proptest! {
+        #[test]
+        fn plans_are_valid_and_stay_on_the_node_where_they_can(case in cases(8, 8)) {
+            let mut plan = DispatchPlan::new();
+            EvenSplit::new().dispatch(&case.topology, &case.layout, &case.counts, &mut plan).unwrap();
+            plan.check(&case.layout, &case.counts).unwrap();
+            for (source, expert, share) in plan.iter() {
+                let local = |&r: &u32| case.topology.same_node(source, r as usize);
+                let has_local = case.layout.ranks_of(expert).iter().any(local);
+                prop_assert_eq!(has_local, local(&share.rank));
+            }
+        }
+    }
 
     #[test]
     fn stays_on_the_node_where_a_replica_is() {

@@ -50,16 +50,16 @@ pub struct Args {
     #[arg(long, default_value_t = 16)]
     pub valid_batches: usize,
     /// Highest learning rate; it falls to a tenth along a cosine.
-    #[arg(long, default_value_t = 3e-3)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 3e-3)]
     pub lr: f64,
     /// Largest global gradient norm.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub clip: f64,
     /// Weight of the load-balancing auxiliary loss; none is needed.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
     pub aux_loss: f64,
     /// Skews routing by adding random biases of this standard deviation to the routers' logits.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub force_biased: Option<f64>,
     /// Seed of initial values and of the order of the data.
     #[arg(long, default_value_t = 42)]
