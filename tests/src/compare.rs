@@ -17,14 +17,15 @@ pub fn relative_error(actual: &TensorData, expected: &TensorData) -> f64 {
     difference / largest.max(1e-4)
 }
 
-/// Checks that tensors agree to `tolerance`.
+/// Checks that tensors agree to `tolerance` and returns their relative error.
 ///
 /// # Panics
 ///
 /// If they do not; the message names `what`.
-pub fn assert_close(what: &str, actual: &TensorData, expected: &TensorData, tolerance: f64) {
+pub fn assert_close(what: &str, actual: &TensorData, expected: &TensorData, tolerance: f64) -> f64 {
     let error = relative_error(actual, expected);
     assert!(error <= tolerance, "{what}: relative error {error:.2e}, allowed {tolerance:.0e}");
+    error
 }
 
 #[cfg(test)]

@@ -103,3 +103,76 @@ impl Communicator for FaultyCommunicator {
         Ok(Arc::new(Self { inner, fault: self.fault, calls: self.calls.clone() }))
     }
 }
+
+/// A communicator that flips the sign of the first number that exchanges of one name bring to rank 0: the negative
+/// control of comparisons.
+#[derive(Debug)]
+pub struct CorruptingCommunicator {
+    inner: Arc<dyn Communicator>,
+    operation: &'static str,
+}
+
+impl CorruptingCommunicator {
+    /// Corrupts what the exchanges called `operation` bring.
+    pub fn new(inner: Arc<dyn Communicator>, operation: &'static str) -> Self {
+        Self { inner, operation }
+    }
+}
+
+struct CorruptingExchange(Box<dyn PendingExchange>);
+
+impl PendingExchange for CorruptingExchange {
+    fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
+        self.0.wait(recv)?;
+        // Flips the sign of the first f32.
+        if recv.len() >= 4 {
+            recv[3] ^= 0x80;
+        }
+        Ok(())
+    }
+}
+
+impl Communicator for CorruptingCommunicator {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn start_all_to_all_v(
+        &self,
+        operation: Operation,
+        send: Arc<Bytes>,
+        plan: ExchangePlan,
+    ) -> Result<Box<dyn PendingExchange>, CommError> {
+        let pending = self.inner.start_all_to_all_v(operation, send, plan)?;
+        let is_corrupted = operation.name == self.operation && self.rank() == 0;
+        Ok(if is_corrupted { Box::new(CorruptingExchange(pending)) } else { pending })
+    }
+
+    fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
+        self.inner.all_gather(operation, send, recv)
+    }
+
+    fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
+        self.inner.all_reduce(operation, buffer, op)
+    }
+
+    fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
+        self.inner.broadcast(operation, buffer, root)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.inner.abort(reason);
+    }
+
+    fn failure(&self) -> Option<CommError> {
+        self.inner.failure()
+    }
+
+    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self { inner: self.inner.duplicate()?, operation: self.operation }))
+    }
+}

@@ -12,10 +12,10 @@ mod parity;
 
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
-pub use faults::{Fault, FaultMode, FaultyCommunicator};
+pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, task_items};
-pub use parity::{ParityCase, check_parity};
+pub use parity::{ParityCase, check_parity, check_parity_with};
 
 use burn::tensor::Device;
 
