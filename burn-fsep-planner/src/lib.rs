@@ -27,11 +27,13 @@ mod planner;
 #[cfg(feature = "train")]
 mod planner_callback;
 pub mod predictor;
+pub mod replay;
 mod rng;
 mod routing;
 #[cfg(test)]
 mod test_cases;
 mod topology;
+pub mod trace;
 
 pub use error::PlannerError;
 pub use layout::Layout;

@@ -1,10 +1,12 @@
 //! Dispatch: which replica of an expert computes which tokens, from exact counts.
 
 mod even;
+mod flow;
 mod min_max;
 mod plan;
 
 pub use even::EvenSplit;
+pub(crate) use flow::Flow;
 pub use min_max::MinMax;
 pub use plan::{DispatchPlan, Share};
 

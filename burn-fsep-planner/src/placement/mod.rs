@@ -1,6 +1,7 @@
 //! Layout solvers: which expert stands in which slot, from predicted counts.
 
 mod builder;
+mod group;
 mod paper;
 mod robust;
 mod static_ep;

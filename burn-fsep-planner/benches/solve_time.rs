@@ -1,0 +1,45 @@
+//! Solve times on one core: `cargo bench -p burn-fsep-planner`.
+
+use std::hint::black_box;
+
+use burn_fsep_planner::{
+    RoutingCounts, Topology,
+    dispatch::{DispatchPlan, Dispatcher, MinMax},
+    placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner},
+};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+/// Counts 0..1000, a function of the sizes alone.
+fn counts(ranks: usize, experts: usize) -> RoutingCounts {
+    let mut state = (ranks * 1000 + experts) as u64;
+    let mut draw = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % 1001) as u32
+    };
+    RoutingCounts::new(ranks, experts, (0..ranks * experts).map(|_| draw()).collect()).expect("sizes are positive")
+}
+
+fn solve_times(criterion: &mut Criterion) {
+    for (ranks, experts, slots) in [(32, 8, 2), (32, 128, 8), (64, 256, 6), (256, 32, 4), (1024, 32, 4)] {
+        let topology = Topology::uniform(ranks, 8).expect("sizes are positive");
+        let counts = counts(ranks, experts);
+        let request = LayoutRequest { topology: &topology, slots_per_rank: slots, predicted: &counts, previous: None };
+        let name = format!("N={ranks} E={experts} C={slots}");
+        let mut solver = RobustPlanner::new(0);
+        criterion.bench_function(&format!("layout   {name}"), |b| b.iter(|| solver.solve(black_box(&request))));
+        let layout = solver.solve(&request).expect("the experts fit");
+        let (mut dispatcher, mut plan) = (MinMax::new(), DispatchPlan::new());
+        criterion.bench_function(&format!("dispatch {name}"), |b| {
+            b.iter(|| dispatcher.dispatch(&topology, black_box(&layout), &counts, &mut plan));
+        });
+        let mut paper = PaperPlanner::default();
+        criterion.bench_function(&format!("paper    {name}"), |b| b.iter(|| paper.solve(black_box(&request))));
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).without_plots();
+    targets = solve_times
+}
+criterion_main!(benches);

@@ -1,0 +1,237 @@
+use std::cmp::Reverse;
+
+use crate::{Layout, PlannerError, Topology, dispatch::Flow, rng::Rng};
+
+/// Lays out experts on a group of ranks among which tokens move freely.
+///
+/// Replicas are counted in proportion to load. A placement deals replicas round by round, the largest share of a round to
+/// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
+/// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
+/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. The layout in use stays if none
+/// is clearly better, since slots that do not change need no restoring where restored weights are kept.
+#[derive(Debug, Clone)]
+pub(super) struct GroupSolver {
+    /// How many placements are tried.
+    pub candidates: usize,
+    rng: Rng,
+    flow: Flow,
+}
+
+/// Perturbed copies of the prediction that a placement is judged on.
+const PERTURBATIONS: usize = 2;
+/// Relative size of the perturbations: the prediction error that is expected.
+const EXPECTED_ERROR: f64 = 0.15;
+/// Imbalance at which a placement is good enough to stop.
+const GOOD_ENOUGH: f64 = 1.001;
+/// How much worse, relatively, the layout in use may be and still stay.
+const KEEP: f64 = 1.003;
+/// Groups up to this size are renumbered to keep slots; beyond, the search would cost more than it saves.
+const RENUMBERED: usize = 64;
+
+impl GroupSolver {
+    pub fn new(seed: u64) -> Self {
+        Self { candidates: 12, rng: Rng::new(seed), flow: Flow::default() }
+    }
+
+    /// The layout of `ranks` ranks for experts with these totals. `before` is the layout in use, if it is one.
+    pub fn solve(
+        &mut self,
+        ranks: usize,
+        slots: usize,
+        totals: &[u64],
+        before: Option<Layout>,
+    ) -> Result<Layout, PlannerError> {
+        let node = Topology::single_node(ranks)?;
+        let cases = self.cases(totals);
+        let score_before = before.as_ref().map(|layout| self.score(layout, &cases, &node));
+        if let (Some(layout), Some(score)) = (&before, score_before)
+            && score <= GOOD_ENOUGH
+        {
+            return Ok(layout.clone());
+        }
+        let replicas = replica_counts(totals, ranks, ranks * slots);
+        let mut best: Option<(f64, Layout)> = None;
+        for candidate in 0..self.candidates.max(1) {
+            let Some(table) = self.deal(totals, &replicas, ranks, slots, candidate > 0) else { continue };
+            let layout = Layout::new(ranks, slots, totals.len(), table)?;
+            let score = self.score(&layout, &cases, &node);
+            if best.as_ref().is_none_or(|(least, _)| score < *least) {
+                best = Some((score, layout));
+                if score <= GOOD_ENOUGH {
+                    break;
+                }
+            }
+        }
+        // Dealing can paint itself into a corner; the static layout always exists.
+        let (score, best) = match best {
+            Some(best) => best,
+            None => (f64::INFINITY, Layout::static_ep(ranks, slots, totals.len())?),
+        };
+        match before {
+            Some(layout) if score_before.is_some_and(|before| before <= score * KEEP) => Ok(layout),
+            Some(layout) if ranks <= RENUMBERED => renumber(&best, &layout),
+            _ => Ok(best),
+        }
+    }
+
+    /// Mean over the cases of the imbalance of the layout's best dispatch.
+    fn score(&mut self, layout: &Layout, cases: &[Vec<u64>], node: &Topology) -> f64 {
+        let imbalance = |totals: &Vec<u64>| {
+            let total: u64 = totals.iter().sum();
+            let max = self.flow.solve_totals(layout, totals, node, GOOD_ENOUGH - 1.0);
+            if total == 0 { 1.0 } else { max as f64 * layout.num_ranks() as f64 / total as f64 }
+        };
+        cases.iter().map(imbalance).sum::<f64>() / cases.len() as f64
+    }
+
+    /// The prediction and perturbed copies of it.
+    fn cases(&mut self, totals: &[u64]) -> Vec<Vec<u64>> {
+        let mut cases = vec![totals.to_vec()];
+        for _ in 0..PERTURBATIONS {
+            cases.push(totals.iter().map(|&n| (n as f64 * self.factor(EXPECTED_ERROR)) as u64).collect());
+        }
+        cases
+    }
+
+    /// A random factor in `1 - spread .. 1 + spread`.
+    fn factor(&mut self, spread: f64) -> f64 {
+        let unit = self.rng.below(1 << 20) as f64 / f64::from(1 << 20);
+        1.0 + spread * (2.0 * unit - 1.0)
+    }
+
+    /// Deals replicas to ranks in rounds. Row-major `[n, C]`, or `None` if an expert would stand twice on a rank and no
+    /// exchange helps.
+    fn deal(
+        &mut self,
+        totals: &[u64],
+        replicas: &[usize],
+        ranks: usize,
+        slots: usize,
+        is_blurred: bool,
+    ) -> Option<Vec<u32>> {
+        let mut shares: Vec<(f64, u32)> = Vec::with_capacity(ranks * slots);
+        for (expert, &count) in replicas.iter().enumerate() {
+            let share = totals[expert] as f64 / count as f64;
+            // Each replica by itself, so that an expert's replicas stand beside different experts.
+            for _ in 0..count {
+                shares.push((if is_blurred { share * self.factor(0.5) } else { share }, expert as u32));
+            }
+        }
+        shares.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+
+        let mut table = vec![u32::MAX; ranks * slots];
+        let mut loads = vec![0.0f64; ranks];
+        let mut order: Vec<usize> = (0..ranks).collect();
+        for (round, dealt) in shares.chunks_exact_mut(ranks).enumerate() {
+            if round == 0 || is_blurred {
+                self.rng.shuffle(&mut order);
+            }
+            order.sort_by(|&a, &b| loads[a].total_cmp(&loads[b]));
+            let holds =
+                |table: &[u32], rank: usize, expert: u32| table[rank * slots..rank * slots + round].contains(&expert);
+            for i in 0..ranks {
+                let rank = order[i];
+                if holds(&table, rank, dealt[i].1) {
+                    // Exchange with the nearest place of this round where both fit.
+                    let partner =
+                        (1..ranks).flat_map(|d| [i.checked_add(d), i.checked_sub(d)]).flatten().find(|&j| {
+                            j < ranks
+                                && !holds(&table, rank, dealt[j].1)
+                                && !holds(&table, order[j], dealt[i].1)
+                                && dealt[j].1 != dealt[i].1
+                        })?;
+                    dealt.swap(i, partner);
+                    if partner < i {
+                        table[order[partner] * slots + round] = dealt[partner].1;
+                        loads[order[partner]] += dealt[partner].0 - dealt[i].0;
+                    }
+                }
+                table[rank * slots + round] = dealt[i].1;
+                loads[rank] += dealt[i].0;
+            }
+        }
+        Some(table)
+    }
+}
+
+/// Replicas of each expert in proportion to its load, `1 <= R_e <= n`, `slots` in all: each further replica goes to the
+/// expert with the most load per replica. `[E] -> [E]`
+fn replica_counts(totals: &[u64], ranks: usize, slots: usize) -> Vec<usize> {
+    let sum: u64 = totals.iter().sum();
+    let spare = slots - totals.len();
+    // Start below the proportional counts, which the slots hold in any case; the heap decides the rest.
+    let floor = |load: u64| if sum == 0 { 1 } else { (load as f64 / sum as f64 * spare as f64) as usize };
+    let mut replicas: Vec<usize> = totals.iter().map(|&load| floor(load).clamp(1, ranks)).collect();
+    let used: usize = replicas.iter().sum();
+    let mut heap: std::collections::BinaryHeap<(u64, Reverse<usize>)> = replicas
+        .iter()
+        .enumerate()
+        .filter(|(_, count)| **count < ranks)
+        .map(|(e, &count)| (per_replica(totals[e], count), Reverse(e)))
+        .collect();
+    for _ in used..slots {
+        let Some((_, Reverse(expert))) = heap.pop() else { break };
+        replicas[expert] += 1;
+        if replicas[expert] < ranks {
+            heap.push((per_replica(totals[expert], replicas[expert]), Reverse(expert)));
+        }
+    }
+    replicas
+}
+
+/// Load per replica, as a whole number fine enough to order experts.
+fn per_replica(load: u64, replicas: usize) -> u64 {
+    (load << 16) / replicas as u64
+}
+
+/// The same layout with ranks renumbered so that many keep the experts they hold: ranks of a group are alike.
+fn renumber(layout: &Layout, before: &Layout) -> Result<Layout, PlannerError> {
+    let (ranks, slots) = (layout.num_ranks(), layout.slots_per_rank());
+    let common = |a: usize, b: usize| layout.experts_of(a).iter().filter(|e| before.experts_of(b).contains(e)).count();
+    let mut pairs: Vec<(Reverse<usize>, usize, usize)> =
+        (0..ranks).flat_map(|a| (0..ranks).map(move |b| (Reverse(common(a, b)), a, b))).collect();
+    pairs.sort_unstable();
+    let mut new_of = vec![None; ranks];
+    let mut taken = vec![false; ranks];
+    for (_, a, b) in pairs {
+        if !taken[a] && new_of[b].is_none() {
+            taken[a] = true;
+            new_of[b] = Some(a);
+        }
+    }
+    let mut table = Vec::with_capacity(ranks * slots);
+    for a in new_of.into_iter().flatten() {
+        table.extend_from_slice(layout.experts_of(a));
+    }
+    Layout::new(ranks, slots, layout.num_experts(), table)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn renumbering_keeps_what_it_can() {
+        let before = Layout::from_rows(4, &[vec![0, 1], vec![2, 3], vec![0, 2]]).unwrap();
+        let layout = Layout::from_rows(4, &[vec![2, 3], vec![0, 3], vec![1, 0]]).unwrap();
+        let renumbered = renumber(&layout, &before).unwrap();
+        assert_eq!(renumbered.moved_slots(&before), 1);
+        assert_eq!(renumbered.replicas(3), layout.replicas(3));
+    }
+
+    proptest! {
+        #[test]
+        fn replicas_fill_the_slots(
+            totals in proptest::collection::vec(prop_oneof![0u64..10_000, Just(0), Just(10_000_000)], 1..20),
+            ranks in 1usize..20,
+            slots in 1usize..8,
+        ) {
+            let slots = slots.clamp(totals.len().div_ceil(ranks), totals.len());
+            let replicas = replica_counts(&totals, ranks, ranks * slots);
+            prop_assert_eq!(replicas.iter().sum::<usize>(), ranks * slots);
+            prop_assert!(replicas.iter().all(|r| (1..=ranks).contains(r)));
+        }
+    }
+}
