@@ -11,26 +11,37 @@ pub struct Operation {
     pub name: &'static str,
     /// The FSEP layer that it serves, if it serves one.
     pub layer: Option<usize>,
+    /// Which of the layer's passes it belongs to: tells the uses of one layer in one step apart.
+    pub pass: Option<u64>,
 }
 
 impl Operation {
     /// An operation that serves no layer in particular.
     pub const fn new(name: &'static str) -> Self {
-        Self { name, layer: None }
+        Self { name, layer: None, pass: None }
     }
 
     /// An operation of an FSEP layer.
     pub const fn of_layer(name: &'static str, layer: usize) -> Self {
-        Self { name, layer: Some(layer) }
+        Self { name, layer: Some(layer), pass: None }
+    }
+
+    /// The same operation as part of the layer's `pass`-th training pass.
+    pub const fn in_pass(self, pass: u64) -> Self {
+        Self { pass: Some(pass), ..self }
     }
 }
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.layer {
-            Some(layer) => write!(f, "{} of layer {layer}", self.name),
-            None => f.write_str(self.name),
+        f.write_str(self.name)?;
+        if let Some(layer) = self.layer {
+            write!(f, " of layer {layer}")?;
         }
+        if let Some(pass) = self.pass {
+            write!(f, " (pass {pass})")?;
+        }
+        Ok(())
     }
 }
 

@@ -111,6 +111,7 @@ impl FSEPMoE {
         let step = MoeStep {
             runtime: runtime.clone(),
             layer: *layer,
+            pass: step.step_number,
             shape: *shape,
             storage: *storage,
             layout: step.layout,

@@ -14,10 +14,7 @@ use super::{
     host::start_exchange,
     weights::{start_reshard, start_unshard},
 };
-use crate::{
-    FsepError,
-    comm::{ExchangePlan, Operation},
-};
+use crate::{FsepError, comm::ExchangePlan};
 
 /// Index tensors between assignments (`t * K + k`) and rows (assignments sorted by expert). Shape `[T * K]` each.
 #[derive(Debug, Clone)]
@@ -185,7 +182,7 @@ fn exchange_rows<B: Backend>(
         return Ok(rows);
     }
     let width = rows.shape()[1];
-    let operation = Operation::of_layer(name, step.layer);
+    let operation = step.operation(name);
     let pending = start_exchange::<B>(rows, step.runtime.tokens_comm(), operation, &plan.scaled(width))?;
     pending.wait([plan.recv_len, width])
 }

@@ -4,7 +4,7 @@ use burn_fsep_planner::{Layout, dispatch::DispatchPlan};
 
 use crate::{
     FsepRuntime,
-    comm::{Block, ExchangePlan},
+    comm::{Block, ExchangePlan, Operation},
     shard::{ExpertShape, UnshardPlan},
 };
 
@@ -55,6 +55,8 @@ impl Tracked {
 pub struct MoeStep {
     pub(crate) runtime: FsepRuntime,
     pub(crate) layer: usize,
+    /// Which training pass of the layer this is: equal on all ranks.
+    pub(crate) pass: u64,
     pub(crate) shape: ExpertShape,
     pub(crate) storage: WeightStorage,
     pub(crate) layout: Arc<Layout>,
@@ -73,6 +75,11 @@ impl MoeStep {
     /// The runtime of the rank.
     pub fn runtime(&self) -> &FsepRuntime {
         &self.runtime
+    }
+
+    /// A collective of this pass.
+    pub(crate) fn operation(&self, name: &'static str) -> Operation {
+        Operation::of_layer(name, self.layer).in_pass(self.pass)
     }
 
     /// World size `N`.
@@ -131,7 +138,6 @@ pub(crate) fn token_exchange(plan: &DispatchPlan, layout: &Layout, rank: usize) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::Operation;
     use burn_fsep_planner::{
         RoutingCounts, Topology,
         dispatch::{Dispatcher, EvenSplit},

@@ -9,7 +9,6 @@ use super::{
 };
 use crate::{
     FsepError,
-    comm::Operation,
     shard::{ExpertShape, RestoredGuard, sum_replicas},
 };
 
@@ -43,7 +42,7 @@ pub(super) fn start_unshard<B: Backend>(
     match step.storage {
         WeightStorage::Resident => Ok(PendingWeights::Resident(weights)),
         WeightStorage::Sharded => {
-            let operation = Operation::of_layer(name, step.layer);
+            let operation = step.operation(name);
             let comm = step.runtime.weights_comm();
             start_exchange::<B>(weights, comm, operation, &step.unshard.unshard).map(PendingWeights::Restoring)
         }
@@ -125,7 +124,7 @@ pub(super) fn start_reshard<B: Backend>(
                     [Some(flat(slot.gate_up)), Some(flat(slot.down)), pad].into_iter().flatten()
                 })
                 .collect();
-            let operation = Operation::of_layer("gradient reshard", step.layer);
+            let operation = step.operation("gradient reshard");
             let comm = step.runtime.weights_comm();
             let pending = start_exchange::<B>(B::float_cat(parts, 0), comm, operation, &step.unshard.reshard)?;
             Ok(PendingGradient::Resharding(pending, device))

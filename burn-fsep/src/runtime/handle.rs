@@ -199,7 +199,7 @@ impl FsepRuntime {
     /// Backward reaches only what the loss depends on. If a rank's loss happens not to depend on some layer's output
     /// (a branch not taken, a head not used), that rank would skip the layer's backward collectives, for which the
     /// others wait. A connected layer takes part with zero gradients. Models in which every rank always uses every
-    /// layer do not need it.
+    /// layer do not need it. Of a layer that runs more than once in a step, the last run is connected.
     pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
         let outputs = std::mem::take(&mut *self.0.outputs.lock());
         outputs.into_values().fold(loss, |loss, output| {

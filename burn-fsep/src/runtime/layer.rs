@@ -33,7 +33,6 @@ pub(crate) struct RoutedStep {
     pub slot_rows: Vec<Range<usize>>,
     pub counts: Arc<RoutingCounts>,
     /// How many training forward passes the layer has seen, this one included.
-    #[cfg_attr(not(feature = "train"), expect(dead_code, reason = "read by the planner's observer"))]
     pub step_number: u64,
 }
 
