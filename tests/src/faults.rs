@@ -20,7 +20,7 @@ pub enum FaultMode {
 pub struct Fault {
     /// The rank that fails.
     pub rank: usize,
-    /// Which of its collectives fails, from 0.
+    /// Which of its calls fails, from 0; waiting for an exchange is a call as starting it is.
     pub at: usize,
     /// How.
     pub mode: FaultMode,
@@ -31,28 +31,45 @@ pub struct Fault {
 pub struct FaultyCommunicator {
     inner: Arc<dyn Communicator>,
     fault: Fault,
-    /// Collectives of this rank so far, on all its communicators.
+    /// Calls of this rank so far, on all its communicators.
     calls: Arc<AtomicUsize>,
 }
 
 impl FaultyCommunicator {
-    /// Injects `fault`; the counter tells how many collectives the rank made.
+    /// Injects `fault`; the counter tells how many calls the rank made.
     pub fn new(inner: Arc<dyn Communicator>, fault: Fault) -> (Arc<Self>, Arc<AtomicUsize>) {
         let calls = Arc::new(AtomicUsize::new(0));
         (Arc::new(Self { inner, fault, calls: calls.clone() }), calls)
     }
 
     fn count(&self, operation: Operation) -> Result<(), CommError> {
-        let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        if self.inner.rank() != self.fault.rank || call != self.fault.at {
-            return Ok(());
+        count(&self.calls, (self.inner.rank() == self.fault.rank).then_some(self.fault), operation)
+    }
+}
+
+fn count(calls: &AtomicUsize, fault: Option<Fault>, operation: Operation) -> Result<(), CommError> {
+    let call = calls.fetch_add(1, Ordering::Relaxed);
+    match fault.filter(|fault| fault.at == call).map(|fault| fault.mode) {
+        None => Ok(()),
+        Some(FaultMode::Panic) => panic!("injected panic in {operation}"),
+        Some(FaultMode::Error) => {
+            Err(CommError::InvalidArgument { operation: operation.to_string(), reason: "injected error".into() })
         }
-        match self.fault.mode {
-            FaultMode::Panic => panic!("injected panic in {operation}"),
-            FaultMode::Error => {
-                Err(CommError::InvalidArgument { operation: operation.to_string(), reason: "injected error".into() })
-            }
-        }
+    }
+}
+
+/// An exchange of a faulty rank: waiting for it counts as a call of its own.
+struct FaultyExchange {
+    inner: Box<dyn PendingExchange>,
+    fault: Option<Fault>,
+    calls: Arc<AtomicUsize>,
+    operation: Operation,
+}
+
+impl PendingExchange for FaultyExchange {
+    fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
+        count(&self.calls, self.fault, self.operation)?;
+        self.inner.wait(recv)
     }
 }
 
@@ -72,7 +89,12 @@ impl Communicator for FaultyCommunicator {
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         self.count(operation)?;
-        self.inner.start_all_to_all_v(operation, send, plan)
+        Ok(Box::new(FaultyExchange {
+            inner: self.inner.start_all_to_all_v(operation, send, plan)?,
+            fault: (self.rank() == self.fault.rank).then_some(self.fault),
+            calls: self.calls.clone(),
+            operation,
+        }))
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {

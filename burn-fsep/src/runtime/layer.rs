@@ -66,8 +66,9 @@ struct Last {
     training_steps: u64,
 }
 
-/// Words before the counts in a rank's message: layout fingerprint (2), wanted gradients, top-k.
-const HEADER: usize = 4;
+/// Words before the counts in a rank's message: layout fingerprint (2), wanted gradients, top-k, sizes of an expert
+/// (2), whether experts have fixed owners.
+const HEADER: usize = 7;
 
 impl LayerState {
     pub fn new(config: LayerConfig, topology: &Topology, dispatcher: Box<dyn Dispatcher>) -> Result<Self, FsepError> {
@@ -173,7 +174,10 @@ impl LayerState {
         tracked: Tracked,
     ) -> Result<Arc<RoutingCounts>, FsepError> {
         let fingerprint = layout.fingerprint();
-        let mut message = vec![fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits(), self.config.topk as u32];
+        let LayerConfig { topk, shape, fixed_layout, .. } = &self.config;
+        let mut message: Vec<u32> = [fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits()].into();
+        message.extend([*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout)]);
+        debug_assert_eq!(message.len(), HEADER);
         message.extend_from_slice(counts);
         let mut all = vec![0u32; message.len() * comm.size()];
         let operation = Operation::of_layer("routing counts", layer);
@@ -194,7 +198,11 @@ impl LayerState {
             let layout = diverges("the layout", 0..2, |words| format!("fingerprint {:08x}{:08x}", words[1], words[0]));
             let wanted = diverges("the wanted gradients", 2..3, |words| Tracked::describe(words[0]));
             let topk = diverges("top-k", 3..4, |words| words[0].to_string());
-            if let Some(error) = layout.or(wanted).or(topk) {
+            let sizes = diverges("the experts' sizes", 4..6, |words| format!("D = {}, F = {}", words[0], words[1]));
+            let owners = diverges("expert parallelism", 6..7, |words| {
+                if words[0] == 1 { "static owners".into() } else { "sharded experts".into() }
+            });
+            if let Some(error) = layout.or(wanted).or(topk).or(sizes).or(owners) {
                 return Err(error);
             }
             table.extend_from_slice(&theirs[HEADER..]);
