@@ -1,0 +1,120 @@
+use burn::{
+    data::dataloader::batcher::Batcher,
+    optim::{AdamWConfig, GradientsParams},
+};
+use burn_fsep::{
+    FsepError, FsepRuntime,
+    comm::{Operation, ReduceBuffer, ReduceOp},
+    train::{clip_grad_norm, sync_gradients},
+};
+use burn_fsep_planner::{
+    PlannerConfig, Strategy,
+    callback::{StepContext, TrainingCallback},
+};
+
+use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
+
+/// Where layouts come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayoutSource {
+    /// The planner's callback.
+    Planner(Strategy),
+    /// Every step another one at random.
+    Random,
+}
+
+/// Training of the small model in a loop of the user's own.
+#[derive(Debug, Clone, Copy)]
+pub struct HandTraining {
+    /// Adam steps.
+    pub steps: usize,
+    /// Items of a step, of all ranks together.
+    pub batch: usize,
+    /// Maximum norm of the gradient.
+    pub clip: f64,
+    /// Where layouts come from.
+    pub layouts: LayoutSource,
+    /// Whether the replicated parameters' gradients are averaged: off is a negative control.
+    pub sync: bool,
+}
+
+/// A rank's losses and what it ended with.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// Mean loss over ranks, by step.
+    pub losses: Vec<f32>,
+    /// Values of all replicated parameters.
+    pub replicated: Vec<f32>,
+    /// In how many steps the first layer's layout changed.
+    pub layouts: usize,
+    /// Largest norm of a gradient before clipping.
+    pub largest_norm: f64,
+}
+
+/// Training without a strategy: the loop that the README shows. Items are used again when there are no more.
+///
+/// # Errors
+///
+/// Any [`FsepError`].
+///
+/// # Panics
+///
+/// If the planner fails.
+pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandTraining) -> Result<Trained, FsepError> {
+    let HandTraining { steps, batch, clip, layouts, sync } = *training;
+    let device = device();
+    let slots = small_slots(runtime.world_size());
+    let mut model = SmallMoe::fsep(runtime, slots, &device)?;
+    let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+    let mut planner = match layouts {
+        LayoutSource::Planner(strategy) => Some(PlannerConfig::new(strategy).with_synchronous(true).init()),
+        LayoutSource::Random => None,
+    };
+    let share = batch / runtime.world_size();
+    let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0 };
+    let mut layout = runtime.layout(0);
+    if let Some(planner) = &mut planner {
+        planner.on_train_start(runtime).unwrap();
+    }
+    for step in 0..steps {
+        let start = step * batch % items.len() + runtime.rank() * share;
+        let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device);
+        let (loss, mut grads) = runtime.run(|| {
+            let loss = model.loss(&batch);
+            let value = loss.clone().into_scalar::<f32>();
+            (value, GradientsParams::from_grads(loss.backward(), &model))
+        })?;
+        if sync {
+            sync_gradients(runtime, &model, &mut grads)?;
+        }
+        let norm = clip_grad_norm(runtime, &model, &mut grads, clip)?;
+        model = optimizer.step(1e-2, model, grads);
+        match &mut planner {
+            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).unwrap(),
+            None => {
+                for layer in 0..runtime.num_layers() {
+                    let seed = (step * runtime.num_layers() + layer) as u64;
+                    let experts = runtime.layout(layer).num_experts();
+                    runtime.set_layout(layer, random_layout(runtime.world_size(), slots, experts, seed).into())?;
+                }
+            }
+        }
+
+        let mut mean = [loss];
+        runtime.comm().all_reduce(Operation::new("loss"), ReduceBuffer::F32(&mut mean), ReduceOp::Mean)?;
+        trained.losses.push(mean[0]);
+        trained.largest_norm = trained.largest_norm.max(norm);
+        trained.layouts += usize::from(runtime.layout(0) != layout);
+        layout = runtime.layout(0);
+    }
+    if let Some(planner) = &mut planner {
+        planner.on_train_end(runtime).unwrap();
+    }
+    trained.replicated = model.replicated();
+    Ok(trained)
+}
+
+/// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
+pub fn small_slots(world_size: usize) -> usize {
+    8 / world_size + 1
+}

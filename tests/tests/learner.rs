@@ -1,0 +1,255 @@
+//! Training through burn-train's Learner.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use burn::{
+    data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
+    optim::AdamWConfig,
+    tensor::Device,
+    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+};
+use burn_fsep::{
+    FsepError, FsepRuntime, FsepRuntimeConfig,
+    comm::local::{LaunchConfig, launch},
+    train::{
+        FsepStrategy, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset, SilentRenderer,
+        StaticImbalanceMetric,
+    },
+};
+use burn_fsep_planner::{
+    PlannerConfig, Strategy,
+    callback::{CallbackError, StepContext, TrainingCallback},
+};
+use burn_fsep_tests::{
+    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, task_items, train_by_hand,
+};
+
+const SEED: u64 = 3;
+const BATCH: usize = 16;
+const CLIP: f64 = 0.5;
+
+/// Counts the steps in which a layout changed.
+struct CountLayouts {
+    last: Option<Arc<burn_fsep_planner::Layout>>,
+    changes: Arc<AtomicUsize>,
+}
+
+impl TrainingCallback for CountLayouts {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        let layout = context.host.layout(0);
+        if self.last.as_ref().is_some_and(|last| *last != layout) {
+            self.changes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.last = Some(layout);
+        Ok(())
+    }
+}
+
+#[test]
+fn the_learner_trains_on_four_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let items = task_items(40 * BATCH, 1);
+    let results = launch(&LaunchConfig::new(4).with_timeout(Duration::from_secs(20)), |comm| {
+        let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
+        let model = SmallMoe::fsep(&runtime, 3, &device())?;
+        let loader = |items: &[TaskItem]| -> Result<_, FsepError> {
+            let part = RankDataset::new(InMemDataset::new(items.to_vec()), BATCH, &runtime)?;
+            let size = part.batch_size();
+            Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
+        };
+        let changes = Arc::new(AtomicUsize::new(0));
+        let planner = PlannerConfig::new(Strategy::MinMax).with_synchronous(true).init();
+        let report = planner.report();
+        let strategy = Arc::new(
+            FsepStrategy::new(runtime.clone(), Device::flex())
+                .with_max_grad_norm(CLIP)
+                .with_callback(planner)
+                .with_callback(CountLayouts { last: None, changes: changes.clone() }),
+        );
+        let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
+        let result = SupervisedTraining::new(artifacts, loader(&items)?, loader(&items[..4 * BATCH])?)
+            .metrics((
+                LossMetric::new(),
+                ImbalanceMetric::new(),
+                StaticImbalanceMetric::new(),
+                LayerImbalanceMetric::new(),
+                MovedSlotsMetric::new(),
+            ))
+            .num_epochs(2)
+            .with_application_logger(None)
+            .with_default_checkpointers()
+            .renderer(Box::new(SilentRenderer))
+            .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+            .launch(Learner::new(model, AdamWConfig::new().with_epsilon(1e-6).init(), 1e-2));
+        assert!(result.error.is_none(), "{:?}", result.error);
+        assert!(strategy.error().is_none());
+        let changes = changes.load(Ordering::Relaxed);
+        Ok::<_, FsepError>((result.model.replicated(), changes, report.adopted(), runtime.stats()))
+    });
+    let results: Vec<_> = results.into_iter().map(Result::unwrap).collect();
+    // A loop of one's own over the same batches, twice: the same bits.
+    let layouts = LayoutSource::Planner(Strategy::MinMax);
+    let training = HandTraining { steps: 80, batch: BATCH, clip: CLIP, layouts, sync: true };
+    let by_hand = launch(&LaunchConfig::new(4), |comm| {
+        train_by_hand(&FsepRuntimeConfig::new().with_seed(SEED).init(comm)?, &items, &training)
+    });
+    assert_eq!(results[0].0, by_hand[0].as_ref().unwrap().replicated, "the Learner trains as a loop by hand does");
+    for (replicated, changes, adopted, stats) in &results {
+        assert_eq!(replicated, &results[0].0, "replicated parameters differ between ranks");
+        assert!(*changes >= 10 && *adopted >= 10, "layouts changed {changes} times");
+        assert_eq!(stats.layers.len(), 2);
+        assert!(stats.imbalance() >= 1.0 && stats.imbalance() < stats.imbalance_static());
+    }
+    // burn-train writes one file a metric and epoch, a line a batch and one for the epoch.
+    for rank in 0..4 {
+        for epoch in [1, 2] {
+            let folder = folder.path().join(format!("rank-{rank}/train/epoch-{epoch}"));
+            let metric = |name: &str| read_metric(&folder, name, 40);
+            let (before, after) = (metric("Expert imbalance (static EP)"), metric("Expert imbalance"));
+            assert!(before.iter().chain(&after).all(|&x| (1.0..=4.0).contains(&x)), "{before:?} {after:?}");
+            assert!(after.iter().sum::<f64>() < before.iter().sum::<f64>(), "planning helps");
+            assert!(metric("Expert imbalance (p95 of layers)").iter().zip(&after).all(|(p95, mean)| p95 >= mean));
+            assert!(metric("Moved slots").iter().any(|&n| n > 0.0));
+            assert!(metric("Loss").iter().all(|&loss| loss > 0.0));
+        }
+    }
+}
+
+/// The values of a metric, which are `count`.
+fn read_metric(folder: &Path, name: &str, count: usize) -> Vec<f64> {
+    let file = std::fs::read_dir(folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.file_stem().is_some_and(|stem| stem.to_string_lossy().replace('_', " ") == name))
+        .unwrap_or_else(|| panic!("no {name} in {}", folder.display()));
+    let text = std::fs::read_to_string(file).unwrap();
+    let batches = text.lines().filter(|line| !line.ends_with(",final"));
+    let values: Vec<f64> = batches.map(|line| line.split(',').next().unwrap().parse().unwrap()).collect();
+    assert_eq!(values.len(), count, "{name}");
+    values
+}
+
+/// A callback that fails on one rank.
+struct FailOnce(usize);
+
+impl TrainingCallback for FailOnce {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        match context.iteration == 2 && self.0 == 1 {
+            true => Err(CallbackError::Host("no more luck".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn an_error_in_the_learner_ends_training_on_all_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let items = task_items(8 * BATCH, 1);
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let model = SmallMoe::fsep(&runtime, 4, &device())?;
+        let part = || RankDataset::new(InMemDataset::new(items.clone()), BATCH, &runtime);
+        let loader = |part: RankDataset<_>| {
+            DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(part.batch_size()).build(part)
+        };
+        let strategy =
+            Arc::new(FsepStrategy::new(runtime.clone(), Device::flex()).with_callback(FailOnce(runtime.rank())));
+        let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
+        let result = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))
+            .metrics((LossMetric::new(),))
+            .with_application_logger(None)
+            .renderer(Box::new(SilentRenderer))
+            .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+            .launch(Learner::new(model, AdamWConfig::new().init(), 1e-2));
+        assert!(result.error.is_some());
+        Ok::<_, FsepError>(strategy.error().unwrap().to_string())
+    });
+    let errors: Vec<String> = results.into_iter().map(Result::unwrap).collect();
+    assert!(errors[1].contains("no more luck"), "{errors:?}");
+    assert!(errors[0].contains("rank 1") && errors[0].contains("no more luck"), "{errors:?}");
+}
+
+/// Stops rank 1's Learner, and no other, in its third step.
+struct StopOne(usize, Interrupter);
+
+impl TrainingCallback for StopOne {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        if self.0 == 1 && context.iteration == 3 {
+            self.1.stop(Some("enough"));
+        }
+        Ok(())
+    }
+}
+
+/// Counts steps.
+struct CountSteps(Arc<AtomicUsize>);
+
+impl TrainingCallback for CountSteps {
+    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), CallbackError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Trains for an epoch of 8 batches on 2 ranks, each with its own length of data; returns steps and parameters.
+fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) -> Vec<(usize, Vec<f32>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
+        let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
+        let model = SmallMoe::fsep(&runtime, 4, &device())?;
+        let items = task_items(items[runtime.rank()] * BATCH, 1);
+        let part = || RankDataset::new(InMemDataset::new(items.clone()), BATCH, &runtime);
+        let loader = |part: RankDataset<_>| {
+            DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(part.batch_size()).build(part)
+        };
+        let (interrupter, steps) = (Interrupter::new(), Arc::new(AtomicUsize::new(0)));
+        let mut strategy = FsepStrategy::new(runtime.clone(), Device::flex()).with_callback(CountSteps(steps.clone()));
+        if stop {
+            strategy = strategy.with_callback(StopOne(runtime.rank(), interrupter.clone()));
+        }
+        let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
+        let mut training = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))
+            .metrics((LossMetric::new(),))
+            .num_epochs(1)
+            .with_interrupter(interrupter)
+            .with_application_logger(None)
+            .renderer(Box::new(SilentRenderer))
+            .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)));
+        if let Some(accumulation) = accumulation {
+            training = training.grads_accumulation(accumulation);
+        }
+        let result = training.launch(Learner::new(model, AdamWConfig::new().init(), 1e-2));
+        assert!(result.error.is_none(), "{:?}", result.error);
+        Ok::<_, FsepError>((steps.load(Ordering::Relaxed), result.model.replicated()))
+    });
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn a_rank_that_is_stopped_stops_all() {
+    let results = short_training([8, 8], true, None);
+    assert_eq!([results[0].0, results[1].0], [3, 3]);
+    assert_eq!(results[0].1, results[1].1);
+}
+
+#[test]
+fn ranks_with_less_data_end_the_epoch_for_all() {
+    let results = short_training([8, 5], false, None);
+    assert_eq!([results[0].0, results[1].0], [5, 5]);
+    assert_eq!(results[0].1, results[1].1);
+}
+
+#[test]
+fn accumulated_gradients_make_fewer_steps() {
+    let (every, third) = (short_training([8, 8], false, None), short_training([8, 8], false, Some(3)));
+    assert_eq!(third[0].1, third[1].1, "ranks stay equal");
+    assert_ne!(every[0].1, third[0].1, "accumulation does something");
+}
