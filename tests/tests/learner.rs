@@ -248,6 +248,15 @@ fn ranks_with_less_data_end_the_epoch_for_all() {
 }
 
 #[test]
+fn ranks_with_less_data_end_the_epoch_for_all_while_gradients_accumulate() {
+    let results = short_training([8, 5], false, Some(3));
+    assert_eq!([results[0].0, results[1].0], [5, 5]);
+    assert_eq!(results[0].1, results[1].1);
+    // What is left of the last batches counts: the fourth and fifth make a step of their own.
+    assert_ne!(results[0].1, short_training([3, 3], false, Some(3))[0].1);
+}
+
+#[test]
 fn accumulated_gradients_make_fewer_steps() {
     let (every, third) = (short_training([8, 8], false, None), short_training([8, 8], false, Some(3)));
     assert_eq!(third[0].1, third[1].1, "ranks stay equal");

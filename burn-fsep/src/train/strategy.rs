@@ -128,7 +128,7 @@ impl FsepStrategy {
             } else {
                 accumulator.accumulate(&learner.model(), output.grads);
                 accumulated += 1;
-                if accumulated == accumulation || progress.is_completed() {
+                if accumulated == accumulation {
                     self.optimize(learner, accumulator.grads())?;
                     accumulated = 0;
                 }
@@ -136,6 +136,11 @@ impl FsepStrategy {
             self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
             let item = TrainingItem::new(output.item, progress, Some(iteration), Some(learner.lr_current()));
             interrupter.fail_on_error(events.process_train(LearnerEvent::ProcessedItem(item)));
+        }
+        // The last batches, fewer than accumulate. Not inside the loop: a rank's own loader does not know which batch is
+        // the last that all ranks have.
+        if accumulated > 0 {
+            self.optimize(learner, accumulator.grads())?;
         }
         Ok(())
     }
@@ -212,7 +217,8 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
                 let accumulation = components.grad_accumulation;
                 self.train_epoch(epoch, &mut learner, &train, accumulation, &mut events, &interrupter)?;
                 interrupter.fail_on_error(events.process_train(LearnerEvent::EndSplit(epoch)));
-                if interrupter.should_stop() {
+                // Agreed on: a rank that is interrupted only now must not leave the others alone in validation.
+                if !self.agree_to_go_on(&interrupter, true)? {
                     break;
                 }
                 let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
