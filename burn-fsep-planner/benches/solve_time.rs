@@ -1,13 +1,13 @@
 //! Solve times on one core: `cargo bench -p burn-fsep-planner`.
 
-use std::hint::black_box;
+use std::{hint::black_box, time::Duration};
 
 use burn_fsep_planner::{
     RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
     placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner},
 };
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::Criterion;
 
 /// Counts 0..1000, a function of the sizes alone.
 fn counts(ranks: usize, experts: usize) -> RoutingCounts {
@@ -37,9 +37,13 @@ fn solve_times(criterion: &mut Criterion) {
     }
 }
 
-criterion_group! {
-    name = benches;
-    config = Criterion::default().sample_size(20).without_plots();
-    targets = solve_times
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(1))
+        .without_plots()
+        .configure_from_args();
+    solve_times(&mut criterion);
+    criterion.final_summary();
 }
-criterion_main!(benches);

@@ -1,5 +1,5 @@
 use super::{
-    DispatchPlan, Dispatcher,
+    DispatchPlan, Dispatcher, Share,
     flow::{Flow, on_node},
 };
 use crate::{Layout, PlannerError, RoutingCounts, Topology};
@@ -19,9 +19,17 @@ use crate::{Layout, PlannerError, RoutingCounts, Topology};
 pub struct MinMax {
     tolerance: f64,
     flow: Flow,
-    shares: Vec<(u64, u32)>,
+    /// Shares in the order in which they are found, each with the place of the pair's share before it.
+    shares: Vec<(Share, u32)>,
+    /// Place of each pair's last share. Shape `[N * E]`.
+    last: Vec<u32>,
+    /// Assignments not given away yet. Shape `[N, E]`.
     rest: Vec<u32>,
+    pair: Vec<Share>,
 }
+
+/// No share.
+const NONE: u32 = u32::MAX;
 
 impl Default for MinMax {
     fn default() -> Self {
@@ -37,7 +45,14 @@ impl MinMax {
 
     /// A dispatcher without tolerance.
     pub fn exact() -> Self {
-        Self { tolerance: 0.0, flow: Flow::default(), shares: Vec::new(), rest: Vec::new() }
+        Self {
+            tolerance: 0.0,
+            flow: Flow::default(),
+            shares: Vec::new(),
+            last: Vec::new(),
+            rest: Vec::new(),
+            pair: Vec::new(),
+        }
     }
 
     /// Decides which source's assignments each edge carries: own rank first, then own node, then any.
@@ -46,8 +61,8 @@ impl MinMax {
         self.shares.clear();
         self.rest.clear();
         self.rest.extend_from_slice(counts.as_slice());
-        let key =
-            |source: usize, expert: usize, rank: u32| ((source * experts + expert) as u64) << 32 | u64::from(rank);
+        self.last.clear();
+        self.last.resize(ranks * experts, NONE);
         for expert in 0..experts {
             let first = self.flow.starts[expert] as usize;
             let holders = layout.ranks_of(expert);
@@ -56,7 +71,9 @@ impl MinMax {
                 if tokens > 0 {
                     *rest -= tokens;
                     *flow -= tokens;
-                    self.shares.push((key(source, expert, holder), tokens));
+                    let last = &mut self.last[source * experts + expert];
+                    self.shares.push((Share { rank: holder, tokens }, *last));
+                    *last = self.shares.len() as u32 - 1;
                 }
             };
             for (i, &holder) in holders.iter().enumerate() {
@@ -80,13 +97,18 @@ impl MinMax {
                 if *rest == 0 { source += 1 } else { i += 1 }
             }
         }
-        self.shares.sort_unstable();
         plan.clear(ranks, experts);
-        let mut shares = self.shares.iter().peekable();
-        for pair in 0..(ranks * experts) as u64 {
-            while let Some(&&(key, tokens)) = shares.peek().filter(|(key, _)| key >> 32 == pair) {
-                plan.push((key & 0xffff_ffff) as usize, tokens);
-                shares.next();
+        for &last in &self.last {
+            self.pair.clear();
+            let mut at = last;
+            while at != NONE {
+                let (share, before) = self.shares[at as usize];
+                self.pair.push(share);
+                at = before;
+            }
+            self.pair.sort_unstable_by_key(|share| share.rank);
+            for share in &self.pair {
+                plan.push(share.rank as usize, share.tokens);
             }
             plan.end_pair();
         }

@@ -22,7 +22,7 @@ const PERTURBATIONS: usize = 2;
 /// Relative size of the perturbations: the prediction error that is expected.
 const EXPECTED_ERROR: f64 = 0.15;
 /// Imbalance at which a placement is good enough to stop.
-const GOOD_ENOUGH: f64 = 1.001;
+const GOOD_ENOUGH: f64 = 1.003;
 /// How much worse, relatively, the layout in use may be and still stay.
 const KEEP: f64 = 1.003;
 /// Groups up to this size are renumbered to keep slots; beyond, the search would cost more than it saves.
