@@ -18,6 +18,8 @@
 pub mod background;
 #[cfg(feature = "train")]
 pub mod callback;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod cost;
 pub mod dispatch;
 mod error;

@@ -1,0 +1,64 @@
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::Strategy;
+
+/// Plans expert layouts and token dispatch for fully sharded expert parallelism.
+#[derive(Parser, Debug)]
+#[command(name = "fsep-planner", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Plans one step from a JSON file of routing counts.
+    Plan(PlanArgs),
+    /// Replays a trace of routing counts by strategy: each step's layout from the steps before.
+    Replay(ReplayArgs),
+}
+
+/// Options of `plan`.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// JSON: {"ranks_per_node": G, "slots_per_rank": C, "counts": [[n of expert] of source rank], "history": [counts]}.
+    /// With a history, the layout is made from it alone and the dispatch from the counts.
+    #[arg(long)]
+    pub input: PathBuf,
+    /// Where to write the plan as JSON.
+    #[arg(long)]
+    pub output: PathBuf,
+    /// static, paper or min-max.
+    #[arg(long, default_value_t = Strategy::MinMax)]
+    pub strategy: Strategy,
+    /// Seed of random choices.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Options of `replay`.
+#[derive(Args, Debug)]
+pub struct ReplayArgs {
+    /// CSV: layer,step,src_rank,expert0,expert1,..
+    #[arg(long)]
+    pub trace: PathBuf,
+    /// Slots a rank.
+    #[arg(long)]
+    pub slots_per_rank: usize,
+    /// Ranks on a node.
+    #[arg(long)]
+    pub ranks_per_node: usize,
+    /// static, paper or min-max; all if none is named.
+    #[arg(long)]
+    pub strategy: Vec<Strategy>,
+    /// Steps at the start of each layer that do not count: the first has no history.
+    #[arg(long, default_value_t = 1)]
+    pub skip_steps: usize,
+    /// Seed of random choices.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}

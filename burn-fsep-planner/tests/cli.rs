@@ -1,0 +1,110 @@
+//! The command line: formats, and errors that name the file and what is expected.
+#![cfg(feature = "cli")]
+
+use std::{path::Path, process::Command};
+
+use serde_json::{Value, json};
+
+/// Runs `fsep-planner` in a folder; standard output or standard error.
+fn run(folder: &Path, line: &str) -> Result<String, String> {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_fsep-planner")).current_dir(folder).args(line.split(' ')).output().unwrap();
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout).unwrap())
+    } else {
+        Err(String::from_utf8(output.stderr).unwrap())
+    }
+}
+
+fn plan(input: &str) -> Result<Value, String> {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("in.json"), input).unwrap();
+    let result = run(folder.path(), "plan --input in.json --output out.json");
+    let output = std::fs::read(folder.path().join("out.json"));
+    match result {
+        Ok(_) => Ok(serde_json::from_slice(&output.unwrap()).unwrap()),
+        Err(error) => {
+            assert!(output.is_err(), "nothing is written when a command fails");
+            Err(error)
+        }
+    }
+}
+
+#[test]
+fn a_plan_dispatches_every_token_to_a_holder() {
+    let counts = json!([[90, 10, 5, 7], [80, 0, 9, 3], [70, 20, 1, 1], [60, 30, 0, 2]]);
+    for history in [json!([]), json!([counts, counts])] {
+        let input = json!({"ranks_per_node": 2, "slots_per_rank": 2, "counts": counts, "history": history});
+        let plan = plan(&input.to_string()).unwrap();
+        let mut dispatched = vec![vec![0; 4]; 4];
+        let mut loads = vec![0; 4];
+        for share in plan["dispatch"].as_array().unwrap() {
+            let [s, e, r, tokens] = [0, 1, 2, 3].map(|i| share[i].as_u64().unwrap() as usize);
+            assert!(plan["layout"][r].as_array().unwrap().contains(&json!(e)), "rank {r} holds expert {e}");
+            dispatched[s][e] += tokens;
+            loads[r] += tokens;
+        }
+        assert_eq!(json!(dispatched), counts);
+        assert_eq!(json!(loads), plan["loads"]);
+        assert!(plan["max_over_mean"].as_f64().unwrap() < 1.02, "{plan}");
+        assert!(plan["layout_us"].as_f64().unwrap() > 0.0 && plan["inter_node_tokens"].is_u64());
+    }
+}
+
+#[test]
+fn bad_input_is_named() {
+    for (input, expected) in [
+        ("{", "line 1"),
+        ("{\"ranks_per_node\": 1,\n\"slots_per_rank\": 1, \"counts\": [[1.5]]}", "line 2"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": [[-1]]}"#, "expected"),
+        (r#"{"ranks_per_node": 1, "counts": [[1]]}"#, "slots_per_rank"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": []}"#, "at least 1"),
+        (r#"{"ranks_per_node": 0, "slots_per_rank": 1, "counts": [[1]]}"#, "ranks per node"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": [[1, 2]]}"#, "raise slots per rank"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 3, "counts": [[1, 2]]}"#, "lower slots per rank"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": [[1], [2, 3]]}"#, "rank 1"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": [[1]], "history": [[[1], [1]]]}"#, "expected 1"),
+        (r#"{"ranks_per_node": 1, "slots_per_rank": 1, "counts": [[4294967295], [1]]}"#, "more than"),
+    ] {
+        let error = plan(input).unwrap_err();
+        assert!(
+            error.contains("in.json") && error.contains(expected) && !error.contains("panicked"),
+            "{input}: {error}"
+        );
+    }
+}
+
+#[test]
+fn replay_compares_strategies() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut trace = "layer,step,src_rank,expert0,expert1,expert2,expert3\n".to_string();
+    for step in 0..4 {
+        for rank in 0..4 {
+            trace.push_str(&format!("0,{step},{rank},{},20,15,5\n", 60 + rank));
+        }
+    }
+    std::fs::write(folder.path().join("trace.csv"), &trace).unwrap();
+    let options = "--trace trace.csv --slots-per-rank 2 --ranks-per-node 4";
+    let table = run(folder.path(), &format!("replay {options}")).unwrap();
+    let mean = |strategy: &str| -> f64 {
+        let row = table.lines().find(|line| line.starts_with(strategy)).unwrap();
+        row.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    assert!(mean("static") > 1.3 && mean("min-max") < 1.01, "{table}");
+    assert!(mean("min-max") <= mean("paper"), "{table}");
+
+    let one = run(folder.path(), &format!("replay {options} --strategy paper")).unwrap();
+    assert!(one.contains("\npaper") && !one.contains("\nmin-max"), "{one}");
+    for (line, expected) in [
+        ("replay --trace none.csv --slots-per-rank 2 --ranks-per-node 4".to_string(), "none.csv"),
+        (format!("replay {options} --skip-steps 4"), "--skip-steps"),
+        (format!("replay {options} --strategy best"), "min-max"),
+        ("replay --trace trace.csv --slots-per-rank 9 --ranks-per-node 4".to_string(), "lower slots per rank"),
+    ] {
+        let error = run(folder.path(), &line).unwrap_err();
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+    std::fs::write(folder.path().join("trace.csv"), format!("{trace}0,9,0,1,2,x,4\n")).unwrap();
+    let error = run(folder.path(), &format!("replay {options}")).unwrap_err();
+    assert!(error.contains("trace.csv: line 18: expert2"), "{error}");
+}
