@@ -18,7 +18,7 @@ pub(super) struct GroupSolver {
 }
 
 /// Perturbed copies of the prediction that a placement is judged on.
-const PERTURBATIONS: usize = 2;
+const PERTURBATIONS: usize = 1;
 /// Relative size of the perturbations: the prediction error that is expected.
 const EXPECTED_ERROR: f64 = 0.15;
 /// Imbalance at which a placement is good enough to stop.
@@ -51,7 +51,9 @@ impl GroupSolver {
         }
         let replicas = replica_counts(totals, ranks, ranks * slots);
         let mut best: Option<(f64, Layout)> = None;
-        for candidate in 0..self.candidates.max(1) {
+        // Without a second replica of anything, dispatch has no choice and placements no robustness to differ in.
+        let candidates = if ranks * slots == totals.len() { 1 } else { self.candidates.max(1) };
+        for candidate in 0..candidates {
             let Some(table) = self.deal(totals, &replicas, ranks, slots, candidate > 0) else { continue };
             let layout = Layout::new(ranks, slots, totals.len(), table)?;
             let score = self.score(&layout, &cases, &node);

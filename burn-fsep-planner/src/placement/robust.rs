@@ -1,19 +1,24 @@
 use super::{LayoutRequest, LayoutSolver, group::GroupSolver};
-use crate::{Layout, PlannerError, RoutingCounts, Topology};
+use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow};
 
 /// Layouts that exact dispatch can balance even though the prediction is somewhat wrong.
 ///
 /// Where every node can hold all experts (`E <= G * C`), each node gets a layout of its own for its own counts, so that
-/// tokens need not cross nodes. Elsewhere all ranks are one group. How a group is laid out: see `GroupSolver`.
+/// tokens need not cross nodes. Where that is not possible, or nodes have too few spare slots to balance that way, all
+/// ranks are one group. How a group is laid out: see `GroupSolver`.
 #[derive(Debug, Clone)]
 pub struct RobustPlanner {
     groups: GroupSolver,
+    flow: Flow,
 }
+
+/// Imbalance on the prediction up to which node-local layouts are taken without looking further.
+const BALANCED: f64 = 1.01;
 
 impl RobustPlanner {
     /// A planner with a seed for its random placements and perturbations.
     pub fn new(seed: u64) -> Self {
-        Self { groups: GroupSolver::new(seed) }
+        Self { groups: GroupSolver::new(seed), flow: Flow::default() }
     }
 
     /// Sets how many placements are tried for a group (12 by default).
@@ -30,10 +35,35 @@ impl LayoutSolver for RobustPlanner {
 
     fn solve(&mut self, request: &LayoutRequest<'_>) -> Result<Layout, PlannerError> {
         request.check()?;
+        let LayoutRequest { topology, slots_per_rank: slots, predicted, .. } = *request;
+        let experts = predicted.num_experts();
+        let whole = std::iter::once(0..topology.world_size());
+        let nodes = (0..topology.num_nodes()).map(|node| topology.ranks_of(node));
+        if topology.num_nodes() == 1 || nodes.clone().any(|ranks| ranks.len() * slots < experts) {
+            return self.solve_groups(whole, request);
+        }
+        let by_node = self.solve_groups(nodes, request)?;
+        let imbalance = self.imbalance(topology, &by_node, predicted);
+        if imbalance <= BALANCED {
+            return Ok(by_node);
+        }
+        let across = self.solve_groups(whole, request)?;
+        // Crossing nodes has a price: it has to balance clearly better.
+        let is_better = self.imbalance(topology, &across, predicted) * BALANCED < imbalance;
+        Ok(if is_better { across } else { by_node })
+    }
+}
+
+impl RobustPlanner {
+    fn solve_groups(
+        &mut self,
+        groups: impl Iterator<Item = std::ops::Range<usize>>,
+        request: &LayoutRequest<'_>,
+    ) -> Result<Layout, PlannerError> {
         let LayoutRequest { topology, slots_per_rank: slots, predicted, previous } = *request;
         let experts = predicted.num_experts();
         let mut table = Vec::with_capacity(topology.world_size() * slots);
-        for ranks in groups(topology, slots, experts) {
+        for ranks in groups {
             let totals = group_totals(predicted, ranks.clone());
             let before = previous.map(|layout| &layout.as_slice()[ranks.start * slots..ranks.end * slots]);
             // The previous layout need not be node-local: then a group's part of it lacks experts and is not considered.
@@ -42,15 +72,14 @@ impl LayoutSolver for RobustPlanner {
         }
         Layout::new(topology.world_size(), slots, experts, table)
     }
-}
 
-/// The groups of ranks that are laid out by themselves.
-fn groups(topology: &Topology, slots: usize, experts: usize) -> Vec<std::ops::Range<usize>> {
-    let nodes = (0..topology.num_nodes()).map(|node| topology.ranks_of(node));
-    if nodes.clone().all(|ranks| ranks.len() * slots >= experts) {
-        return nodes.collect();
+    /// Imbalance of the layout's best dispatch.
+    fn imbalance(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts) -> f64 {
+        self.flow.solve(topology, layout, counts, BALANCED - 1.0);
+        let total: u64 = self.flow.loads.iter().sum();
+        let max = self.flow.loads.iter().copied().max().unwrap_or(0);
+        if total == 0 { 1.0 } else { max as f64 * self.flow.loads.len() as f64 / total as f64 }
     }
-    std::iter::once(0..topology.world_size()).collect()
 }
 
 /// Assignments of some ranks to each expert. Shape `[E]`.
@@ -91,12 +120,23 @@ mod tests {
         // Each node has hot experts of its own.
         let rows = [vec![vec![60, 20, 15, 5]; 4], vec![vec![5, 15, 20, 60]; 3]].concat();
         let counts = RoutingCounts::from_rows(&rows).unwrap();
-        let request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
+        let request = LayoutRequest { topology: &topology, slots_per_rank: 3, predicted: &counts, previous: None };
         let layout = RobustPlanner::new(1).solve(&request).unwrap();
         let mut plan = DispatchPlan::new();
         MinMax::new().dispatch(&topology, &layout, &counts, &mut plan).unwrap();
         assert!(plan.max_over_mean() < 1.02, "{}", plan.max_over_mean());
         assert!(plan.cross_node_tokens(&topology) * 50 < counts.total(), "{}", plan.cross_node_tokens(&topology));
+    }
+
+    #[test]
+    fn nodes_without_spare_slots_do_not_keep_a_hot_expert_to_themselves() {
+        let topology = Topology::uniform(4, 2).unwrap();
+        let counts = RoutingCounts::from_rows(&vec![vec![75, 15, 5, 5]; 4]).unwrap();
+        let request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
+        let layout = RobustPlanner::new(1).solve(&request).unwrap();
+        let mut plan = DispatchPlan::new();
+        MinMax::new().dispatch(&topology, &layout, &counts, &mut plan).unwrap();
+        assert!(plan.max_over_mean() < 1.02, "{}", plan.max_over_mean());
     }
 
     proptest! {

@@ -16,14 +16,14 @@ pub enum CommError {
     },
     /// Some ranks did not come in time.
     #[error(
-        "`{operation}` timed out after {seconds} s: rank(s) {missing:?} did not take part; they hang, were killed \
+        "`{operation}` timed out after {waited:?}: rank(s) {missing:?} did not take part; they hang, were killed \
          without notice, or do not reach this operation at all (an FSEP layer that is not connected to their loss?)"
     )]
     Timeout {
         /// The operation that timed out.
         operation: String,
         /// How long this rank waited.
-        seconds: u64,
+        waited: std::time::Duration,
         /// The ranks that did not come.
         missing: Vec<usize>,
     },

@@ -113,13 +113,14 @@ impl Group {
                 self.changed.notify_all();
                 return Err(error);
             }
-            if self.changed.wait_until(&mut state, deadline).timed_out() {
-                let error =
-                    CommError::Timeout { operation: operation.to_string(), seconds: self.timeout.as_secs(), missing };
+            if Instant::now() >= deadline {
+                let error = CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing };
                 state.failure.get_or_insert(error.clone());
                 self.changed.notify_all();
                 return Err(error);
             }
+            // Whoever came just before the deadline is seen by the next round of the loop.
+            self.changed.wait_until(&mut state, deadline);
         }
     }
 
