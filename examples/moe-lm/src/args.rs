@@ -82,6 +82,9 @@ pub struct Args {
     /// Also write the summary to this file, as JSON.
     #[arg(long)]
     pub summary: Option<PathBuf>,
+    /// Also write the routing counts of all steps to this file, for `fsep-planner replay`.
+    #[arg(long)]
+    pub record_trace: Option<PathBuf>,
     /// Bytes of text to generate at the end.
     #[arg(long, default_value_t = 240)]
     pub sample: usize,
@@ -163,6 +166,9 @@ impl Args {
                 "--planner static needs equally many experts on every rank: --experts {} is no multiple of --ranks {}",
                 self.experts, self.ranks
             ));
+        }
+        if self.dense && self.record_trace.is_some() {
+            return fail("--record-trace needs ranks to route between; leave --dense out".into());
         }
         for (name, value) in [("--lr", self.lr), ("--clip", self.clip)] {
             if !(value.is_finite() && value > 0.0) {

@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{BufWriter, Write},
     path::{Path, PathBuf},
@@ -11,7 +12,7 @@ use burn_fsep::{
     comm::{Operation, ReduceBuffer, ReduceOp},
 };
 use burn_fsep_planner::{
-    PlannerReport,
+    PlannerReport, RoutingCounts,
     callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
 };
 use indicatif::{ProgressBar, ProgressStyle};
@@ -105,10 +106,14 @@ pub(crate) struct Recorder {
     planner: PlannerReport,
     tokens_per_step: usize,
     rows: Arc<Mutex<Vec<StepRow>>>,
+    /// Routing counts by layer and step, if they are to be kept.
+    trace: Option<Arc<Mutex<TraceCounts>>>,
     output: Option<Output>,
-    started: Instant,
     last: Instant,
 }
+
+/// Routing counts by layer and step.
+pub(crate) type TraceCounts = BTreeMap<(usize, usize), RoutingCounts>;
 
 struct Output {
     path: PathBuf,
@@ -153,7 +158,12 @@ impl Recorder {
         let output = (runtime.rank() == 0).then(|| Output::new(metrics, steps)).transpose()?;
         let now = Instant::now();
         let rows = Arc::default();
-        Ok(Self { runtime, losses, planner, tokens_per_step, rows, output, started: now, last: now })
+        Ok(Self { runtime, losses, planner, tokens_per_step, rows, trace: None, output, last: now })
+    }
+
+    /// Also keeps the routing counts of all steps, in the place returned.
+    pub fn record_trace(&mut self) -> Arc<Mutex<TraceCounts>> {
+        self.trace.get_or_insert_default().clone()
     }
 
     /// The rows recorded so far and later.
@@ -164,8 +174,7 @@ impl Recorder {
 
 impl TrainingCallback for Recorder {
     fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
-        self.started = Instant::now();
-        self.last = self.started;
+        self.last = Instant::now();
         Ok(())
     }
 
@@ -176,6 +185,10 @@ impl TrainingCallback for Recorder {
             .all_reduce(Operation::new("mean loss"), ReduceBuffer::F64(&mut loss), ReduceOp::Mean)
             .map_err(|error| CallbackError::Host(Box::new(error)))?;
         let stats = self.runtime.stats();
+        if let Some(trace) = &self.trace {
+            let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
+            trace.extend(stats.layers.iter().map(|l| ((l.layer, context.iteration - 1), l.counts.as_ref().clone())));
+        }
         let now = Instant::now();
         let row = StepRow {
             step: context.iteration,

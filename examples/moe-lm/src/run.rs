@@ -1,6 +1,7 @@
 use std::{fmt::Write as _, path::Path, sync::Arc, time::Duration};
 
 use burn_fsep::comm::local::{LaunchConfig, RankError, launch};
+use burn_fsep_planner::trace::Trace;
 
 use crate::{
     Args, Corpus, MoeLmError, Summary,
@@ -49,6 +50,11 @@ pub fn run(args: &Args) -> Result<Summary, MoeLmError> {
     let title = format!("moe-lm: {} ranks, {} experts, {} steps", summary.ranks, args.experts, summary.steps);
     let curves = args.out.join("curves.html");
     write_whole(&curves, page::curves(&title, &trained.rows, entropy).as_bytes())?;
+    if let Some(path) = &args.record_trace {
+        let trace = Trace::new(trained.trace.clone())
+            .map_err(|error| MoeLmError::Ranks(format!("there is no routing to record: {error}")))?;
+        write_whole(path, trace.to_csv().as_bytes())?;
+    }
     if let Some(path) = &args.summary {
         write_whole(path, format!("{}\n", to_json(&summary)?).as_bytes())?;
     }

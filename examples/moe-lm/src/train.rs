@@ -20,7 +20,7 @@ use crate::{
     data::{LmBatch, LmBatcher, Windows},
     generate::generate,
     model::MoeLm,
-    record::{Recorder, StepRecorder, StepRow},
+    record::{Recorder, StepRecorder, StepRow, TraceCounts},
 };
 
 /// What all ranks train on.
@@ -37,6 +37,8 @@ pub(crate) struct Trained {
     pub valid_loss: f64,
     pub seconds: f64,
     pub sample: Vec<u8>,
+    /// Routing counts, if they were to be recorded; on the first rank.
+    pub trace: TraceCounts,
 }
 
 /// The program of one rank.
@@ -55,9 +57,10 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         PlannerConfig::new(args.planner.strategy()).with_synchronous(args.synchronous).with_seed(args.seed).init();
     let metrics = args.out.join("metrics.jsonl");
     let tokens_per_step = args.batch * args.context;
-    let recorder =
+    let mut recorder =
         Recorder::new(runtime.clone(), losses.clone(), planner.report(), tokens_per_step, args.steps, &metrics)?;
     let rows = recorder.rows();
+    let trace = (args.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
     let strategy = Arc::new(
         FsepStrategy::new(runtime.clone(), device.clone())
             .with_max_grad_norm(args.clip)
@@ -75,7 +78,6 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         .init()
         .map_err(MoeLmError::Option)?;
     let optimizer = AdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
-    let start = std::time::Instant::now();
     let result = SupervisedTraining::new(
         args.out.join(format!("rank-{}", runtime.rank())),
         loader(&data.train)?,
@@ -102,10 +104,9 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         .all_reduce(Operation::new("validation loss"), ReduceBuffer::F64(&mut valid_loss), ReduceOp::Mean)
         .map_err(FsepError::from)?;
     let rows = take(&rows);
-    let tokens = (tokens_per_step * rows.len()) as f64;
     let seconds: f64 = rows.iter().map(|row| tokens_per_step as f64 / row.tokens_per_second).sum();
-    debug_assert!(tokens == 0.0 || seconds <= start.elapsed().as_secs_f64());
-    Ok(Trained { rows, valid_loss: valid_loss[0], seconds, sample })
+    let trace = trace.map(|trace| take(&trace)).unwrap_or_default();
+    Ok(Trained { rows, valid_loss: valid_loss[0], seconds, sample, trace })
 }
 
 /// A model with the same values on all ranks and for any number of ranks.
@@ -132,6 +133,6 @@ fn init_model(args: &Args, runtime: &FsepRuntime, losses: StepRecorder, device: 
     broadcast_parameters(runtime, model)
 }
 
-fn take<T>(shared: &Mutex<Vec<T>>) -> Vec<T> {
+fn take<T: Default>(shared: &Mutex<T>) -> T {
     std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner))
 }

@@ -2,6 +2,8 @@
 
 use std::{path::Path, process::Command};
 
+use burn_fsep_planner::trace::Trace;
+
 /// Runs moe-lm on a small text and returns its summary.
 fn summary(folder: &Path, options: &[&str]) -> serde_json::Value {
     let file = folder.join("summary.json");
@@ -28,6 +30,7 @@ fn job(folder: &Path) -> Command {
 #[test]
 fn losses_do_not_depend_on_ranks_or_planner() {
     let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("trace.csv").display().to_string();
     let dense = summary(folder.path(), &["--dense"]);
     let mut keys: Vec<&String> = dense.as_object().unwrap().keys().collect();
     keys.sort();
@@ -46,7 +49,7 @@ fn losses_do_not_depend_on_ranks_or_planner() {
     for options in [
         vec!["--ranks", "1"],
         vec!["--ranks", "2", "--planner", "paper", "--synchronous"],
-        vec!["--ranks", "4", "--planner", "min-max", "--slots", "3"],
+        vec!["--ranks", "4", "--planner", "min-max", "--slots", "3", "--record-trace", &trace],
         vec!["--ranks", "4", "--planner", "static"],
     ] {
         let ours = summary(folder.path(), &options);
@@ -57,6 +60,12 @@ fn losses_do_not_depend_on_ranks_or_planner() {
         assert_eq!(ours["steps"], 12);
         assert!(ours["imbalance_planned"].as_f64().unwrap() >= 1.0);
     }
+    let trace = Trace::from_csv(&std::fs::read_to_string(trace).unwrap()).unwrap();
+    assert_eq!((trace.num_ranks(), trace.num_experts(), trace.layers()), (4, 4, vec![0, 1]));
+    assert_eq!(trace.steps(1).count(), 12);
+    // 4 sequences of 16 bytes, two experts for each byte.
+    assert!(trace.steps(1).all(|(_, counts)| counts.total() == 4 * 16 * 2));
+
     let metrics = std::fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
     let rows: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(rows.len(), 12);
