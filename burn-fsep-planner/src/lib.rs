@@ -20,6 +20,7 @@ pub mod background;
 pub mod callback;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod correction;
 pub mod cost;
 pub mod dispatch;
 mod error;

@@ -2,7 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{LayerPlanner, Layout, PlannerError, Strategy, Topology, dispatch::DispatchPlan, trace::Trace};
+use crate::{
+    LayerPlanner, Layout, PlannerError, Strategy, Topology,
+    correction::{Correction, CorrectionConfig},
+    dispatch::DispatchPlan,
+    trace::Trace,
+};
 
 /// How to replay a trace.
 #[derive(Debug, Clone)]
@@ -13,6 +18,8 @@ pub struct ReplayConfig {
     pub slots_per_rank: usize,
     /// Seed of the strategy's random choices.
     pub seed: u64,
+    /// Repairs layouts in the step, once its counts are known.
+    pub correction: Option<CorrectionConfig>,
 }
 
 /// One layer in one step under a strategy.
@@ -28,9 +35,11 @@ pub struct ReplayStep {
     pub cross_node_share: f64,
     /// Experts that a rank holds and did not hold in the step before.
     pub moved_slots: usize,
+    /// Experts that the correction gave to a rank in the step itself.
+    pub corrected_slots: usize,
     /// How long the layout for this step took to find.
     pub layout_time: Duration,
-    /// How long the dispatch took to find.
+    /// How long the correction and the dispatch took to find.
     pub dispatch_time: Duration,
 }
 
@@ -41,7 +50,8 @@ pub struct ReplayStep {
 ///
 /// [`PlannerError`] if the trace does not fit the topology or the slots cannot hold its experts.
 pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Result<Vec<ReplayStep>, PlannerError> {
-    let ReplayConfig { topology, slots_per_rank, seed } = config;
+    let ReplayConfig { topology, slots_per_rank, seed, correction } = config;
+    let mut correction = correction.map(Correction::new).transpose()?;
     let initial = Layout::static_ep(topology.world_size(), *slots_per_rank, trace.num_experts())?;
     let mut dispatcher = strategy.dispatcher();
     let mut plan = DispatchPlan::new();
@@ -53,6 +63,13 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
         let (mut moved_slots, mut layout_time) = (0, Duration::ZERO);
         for (step, (_, counts)) in trace.steps(layer).enumerate() {
             let start = Instant::now();
+            let mut corrected_slots = 0;
+            if let Some(correction) = &mut correction
+                && let Some(repaired) = correction.repair(topology, &layout, counts)?
+            {
+                corrected_slots = repaired.moved_slots(&layout);
+                layout = repaired;
+            }
             dispatcher.dispatch(topology, &layout, counts, &mut plan)?;
             let dispatch_time = start.elapsed();
             steps.push(ReplayStep {
@@ -61,6 +78,7 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
                 max_over_mean: plan.max_over_mean(),
                 cross_node_share: plan.cross_node_tokens(topology) as f64 / counts.total().max(1) as f64,
                 moved_slots,
+                corrected_slots,
                 layout_time,
                 dispatch_time,
             });
@@ -106,7 +124,7 @@ mod tests {
     use crate::RoutingCounts;
 
     fn config(ranks: usize) -> ReplayConfig {
-        ReplayConfig { topology: Topology::single_node(ranks).unwrap(), slots_per_rank: 2, seed: 0 }
+        ReplayConfig { topology: Topology::single_node(ranks).unwrap(), slots_per_rank: 2, seed: 0, correction: None }
     }
 
     #[test]

@@ -14,7 +14,8 @@ fn replay_of_the_papers_run() {
         return;
     };
     let trace = Trace::from_csv(&text).unwrap();
-    let config = ReplayConfig { topology: Topology::uniform(32, 8).unwrap(), slots_per_rank: 2, seed: 0 };
+    let config =
+        ReplayConfig { topology: Topology::uniform(32, 8).unwrap(), slots_per_rank: 2, seed: 0, correction: None };
     let mut ours = None;
     for strategy in Strategy::ALL {
         let steps = replay(&trace, &config, strategy).unwrap();

@@ -58,6 +58,9 @@ pub struct ReplayArgs {
     /// Steps at the start of each layer that do not count: the first has no history.
     #[arg(long, default_value_t = 1)]
     pub skip_steps: usize,
+    /// Repair layouts in the step itself, once its counts are known.
+    #[arg(long)]
+    pub correction: bool,
     /// Seed of random choices.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

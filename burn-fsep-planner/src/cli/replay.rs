@@ -3,6 +3,7 @@ use std::{fmt::Write as _, time::Duration};
 use super::{CliError, ReplayArgs};
 use crate::{
     PlannerError, Strategy, Topology,
+    correction::CorrectionConfig,
     replay::{ReplayConfig, ReplayStep, Spread, replay},
     trace::Trace,
 };
@@ -15,7 +16,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
 
     let mut table = format!(
         "{} layers, {} ranks, {} experts; {} slots a rank, {} ranks a node; first {} step(s) of a layer not counted\n\n\
-         {:<10}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}{:>12}{:>13}\n",
+         {:<10}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}{:>14}{:>12}{:>13}\n",
         trace.layers().len(),
         trace.num_ranks(),
         trace.num_experts(),
@@ -29,6 +30,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
         "max",
         "cross-node %",
         "moved slots %",
+        "corrected %",
         "layout us",
         "dispatch us",
     );
@@ -38,10 +40,11 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
         let counted: Vec<&ReplayStep> = steps.iter().filter(|step| step.step >= args.skip_steps).collect();
         let spread = |value: &dyn Fn(&ReplayStep) -> f64| Spread::of(counted.iter().map(|step| value(step)));
         let us = |time: Duration| time.as_secs_f64() * 1e6;
-        let (Some(load), Some(crossing), Some(moved), Some(layout), Some(dispatch)) = (
+        let (Some(load), Some(crossing), Some(moved), Some(corrected), Some(layout), Some(dispatch)) = (
             spread(&|step| step.max_over_mean),
             spread(&|step| step.cross_node_share * 100.0),
             spread(&|step| step.moved_slots as f64 / slots * 100.0),
+            spread(&|step| step.corrected_slots as f64 / slots * 100.0),
             spread(&|step| us(step.layout_time)),
             spread(&|step| us(step.dispatch_time)),
         ) else {
@@ -49,7 +52,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
         };
         let _ = writeln!(
             table,
-            "{:<10}{:>8.4}{:>8.4}{:>8.4}{:>8.4}{:>13.2}{:>13.2}{:>12.1}{:>13.1}",
+            "{:<10}{:>8.4}{:>8.4}{:>8.4}{:>8.4}{:>13.2}{:>13.2}{:>14.2}{:>12.1}{:>13.1}",
             strategy.name(),
             load.mean,
             load.p50,
@@ -57,6 +60,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
             load.max,
             crossing.mean,
             moved.mean,
+            corrected.mean,
             layout.p50,
             dispatch.p50
         );
@@ -72,5 +76,6 @@ fn config(args: &ReplayArgs, trace: &Trace) -> Result<ReplayConfig, PlannerError
         topology: Topology::uniform(trace.num_ranks(), args.ranks_per_node)?,
         slots_per_rank: args.slots_per_rank,
         seed: args.seed,
+        correction: args.correction.then(CorrectionConfig::free),
     })
 }
