@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use burn_fsep_planner::{
     Topology,
+    correction::{Correction, CorrectionConfig},
     dispatch::{Dispatcher, MinMax},
 };
 use derive_new::new;
@@ -21,6 +22,10 @@ pub struct FsepRuntimeConfig {
     /// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
     #[new(value = "default_dispatcher")]
     pub dispatcher: fn() -> Box<dyn Dispatcher>,
+    /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
+    /// free, since weights are restored after the counts are known.
+    #[new(value = "Some(CorrectionConfig::free())")]
+    pub correction: Option<CorrectionConfig>,
 }
 
 fn default_dispatcher() -> Box<dyn Dispatcher> {
@@ -53,6 +58,12 @@ impl FsepRuntimeConfig {
         self
     }
 
+    /// Sets when a layout is repaired in the step itself; `None` for never.
+    pub fn with_correction(mut self, correction: Option<CorrectionConfig>) -> Self {
+        self.correction = correction;
+        self
+    }
+
     /// The runtime of the rank that `comm` belongs to. Collective.
     ///
     /// # Errors
@@ -60,6 +71,7 @@ impl FsepRuntimeConfig {
     /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
-        FsepRuntime::from_parts(comm, topology, self.seed, self.dispatcher)
+        let correction = self.correction.map(Correction::new).transpose()?;
+        FsepRuntime::from_parts(comm, topology, self.seed, self.dispatcher, correction)
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use burn::tensor::Tensor;
-use burn_fsep_planner::{Layout, Topology, dispatch::Dispatcher};
+use burn_fsep_planner::{Layout, Topology, correction::Correction, dispatch::Dispatcher};
 use parking_lot::{Mutex, RwLock};
 
 use super::{
@@ -40,6 +40,7 @@ struct Inner {
     topology: Topology,
     seed: u64,
     dispatcher: fn() -> Box<dyn Dispatcher>,
+    correction: Option<Correction>,
     layers: RwLock<Vec<Arc<LayerState>>>,
     /// The first row of each layer's last output, to connect it to the loss.
     outputs: Mutex<BTreeMap<usize, Tensor<2>>>,
@@ -76,6 +77,7 @@ impl FsepRuntime {
         topology: Topology,
         seed: u64,
         dispatcher: fn() -> Box<dyn Dispatcher>,
+        correction: Option<Correction>,
     ) -> Result<Self, FsepError> {
         Ok(Self(Arc::new(Inner {
             tokens: comm.duplicate()?,
@@ -84,6 +86,7 @@ impl FsepRuntime {
             topology,
             seed,
             dispatcher,
+            correction,
             layers: RwLock::default(),
             outputs: Mutex::default(),
             restored: RestoredGauge::default(),
@@ -218,7 +221,7 @@ impl FsepRuntime {
     }
 
     pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
-        let layer = LayerState::new(config, &self.0.topology, (self.0.dispatcher)())?;
+        let layer = LayerState::new(config, &self.0.topology, (self.0.dispatcher)(), self.0.correction.clone())?;
         let mut layers = self.0.layers.write();
         layers.push(Arc::new(layer));
         Ok(layers.len() - 1)

@@ -2,6 +2,7 @@ use std::{ops::Range, sync::Arc, time::Instant};
 
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
+    correction::Correction,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
 };
 use parking_lot::{Mutex, RwLock};
@@ -54,8 +55,20 @@ struct Active {
     moved_slots: usize,
 }
 
+impl Active {
+    fn replace(&mut self, layout: Arc<Layout>, shape: ExpertShape) {
+        if *layout != *self.layout {
+            self.moved_slots += layout.moved_slots(&self.layout);
+            self.unshard = Arc::new(UnshardPlan::new(&layout, shape.shard_len(layout.num_ranks())));
+            self.layout = layout;
+        }
+    }
+}
+
 struct Dispatch {
     dispatcher: Box<dyn Dispatcher>,
+    /// Repairs the layout once the counts are known; not where experts have fixed owners.
+    correction: Option<Correction>,
     plan: DispatchPlan,
     static_plan: DispatchPlan,
 }
@@ -71,14 +84,24 @@ struct Last {
 const HEADER: usize = 7;
 
 impl LayerState {
-    pub fn new(config: LayerConfig, topology: &Topology, dispatcher: Box<dyn Dispatcher>) -> Result<Self, FsepError> {
+    pub fn new(
+        config: LayerConfig,
+        topology: &Topology,
+        dispatcher: Box<dyn Dispatcher>,
+        correction: Option<Correction>,
+    ) -> Result<Self, FsepError> {
         let ranks = topology.world_size();
         let layout = Layout::static_ep(ranks, config.slots_per_rank, config.num_experts)?;
         let owned = config.num_experts.div_ceil(ranks);
         let unshard = UnshardPlan::new(&layout, config.shape.shard_len(ranks));
         Ok(Self {
             active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
-            dispatch: Mutex::new(Dispatch { dispatcher, plan: DispatchPlan::new(), static_plan: DispatchPlan::new() }),
+            dispatch: Mutex::new(Dispatch {
+                dispatcher,
+                correction: correction.filter(|_| !config.fixed_layout),
+                plan: DispatchPlan::new(),
+                static_plan: DispatchPlan::new(),
+            }),
             last: Mutex::default(),
             static_layout: Layout::static_ep(ranks, owned, config.num_experts)?,
             config,
@@ -117,11 +140,7 @@ impl LayerState {
                 return Err(PlannerError::Shape { what: what.into(), expected, actual }.into());
             }
         }
-        let moved_slots = layout.moved_slots(old);
-        if *layout != **old {
-            let shard_len = self.config.shape.shard_len(layout.num_ranks());
-            *active = Active { unshard: Arc::new(UnshardPlan::new(&layout, shard_len)), layout, moved_slots };
-        }
+        active.replace(layout, self.config.shape);
         Ok(())
     }
 
@@ -134,12 +153,19 @@ impl LayerState {
         counts: &[u32],
         tracked: Tracked,
     ) -> Result<RoutedStep, FsepError> {
-        let Active { layout, unshard, moved_slots } = self.active.read().clone();
+        let layout = self.layout();
         let counts = self.gather_counts(layer, comm, &layout, counts, tracked)?;
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatch { dispatcher, plan, static_plan } = &mut *dispatch;
+        let Dispatch { dispatcher, correction, plan, static_plan } = &mut *dispatch;
+        // Every rank repairs for itself, from the same counts and layout.
+        if let (true, Some(correction)) = (tracked.any(), correction)
+            && let Some(repaired) = correction.repair(topology, &layout, &counts)?
+        {
+            self.active.write().replace(Arc::new(repaired), self.config.shape);
+        }
+        let Active { layout, unshard, moved_slots } = self.active.read().clone();
         dispatcher.dispatch(topology, &layout, &counts, plan)?;
         let dispatch_time = start.elapsed();
         #[cfg(debug_assertions)]
@@ -150,6 +176,7 @@ impl LayerState {
         if tracked.any() {
             EvenSplit::new().dispatch(topology, &self.static_layout, &counts, static_plan)?;
             last.training_steps += 1;
+            self.active.write().moved_slots = 0;
             last.stats = Some(LayerStats {
                 layer,
                 counts: counts.clone(),
@@ -157,7 +184,7 @@ impl LayerState {
                 imbalance: plan.max_over_mean(),
                 cross_node_tokens: plan.cross_node_tokens(topology),
                 off_rank_tokens: plan.off_rank_tokens(),
-                moved_slots: std::mem::take(&mut self.active.write().moved_slots).min(moved_slots),
+                moved_slots,
                 dispatch_time,
             });
         }

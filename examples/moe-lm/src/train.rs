@@ -16,7 +16,7 @@ use burn_fsep::{
 use burn_fsep_planner::{PlannerConfig, Strategy};
 
 use crate::{
-    Args, MoeLmError,
+    Args, MoeLmError, Planner,
     data::{LmBatch, LmBatcher, Windows},
     generate::generate,
     model::MoeLm,
@@ -49,6 +49,10 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         _ => || Strategy::Paper.dispatcher(),
     });
     config.ranks_per_node = args.ranks_per_node;
+    if args.planner != Planner::MinMax {
+        // As the paper has it: nothing is repaired in the step.
+        config.correction = None;
+    }
     let runtime = config.init(comm)?;
     let losses = StepRecorder::default();
     let model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
