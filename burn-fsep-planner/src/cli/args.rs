@@ -25,7 +25,7 @@ pub enum Command {
 /// Options of `plan`.
 #[derive(Args, Debug)]
 pub struct PlanArgs {
-    /// JSON: {"ranks_per_node": G, "slots_per_rank": C, "counts": [[n of expert] of source rank], "history": [counts]}.
+    /// JSON: `{"ranks_per_node": G, "slots_per_rank": C, "counts": [[n of expert] of source rank], "history": [counts]}`.
     /// With a history, the layout is made from it alone and the dispatch from the counts.
     #[arg(long)]
     pub input: PathBuf,
