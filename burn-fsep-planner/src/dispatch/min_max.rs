@@ -9,12 +9,10 @@ use crate::{Layout, PlannerError, RoutingCounts, Topology};
 /// Exact: no dispatch over the layout has a smaller maximum, unless the maximum is within the tolerance of the mean load
 /// anyway. The tolerance leaves tokens on their node that would cross it for a gain that nobody could measure.
 ///
-/// How much of an expert each of its holders computes is a flow, found as [`docs/planner.md`] describes. Within the flow,
+/// How much of an expert each of its holders computes is a flow, found as `docs/planner.md` describes. Within the flow,
 /// assignments stay on their own rank first, then on their own node: given the flow, no choice has fewer off-rank or
 /// cross-node tokens. The flow itself starts node-local and is repaired within nodes before tokens cross them; it is not
 /// searched for the fewest.
-///
-/// [`docs/planner.md`]: https://github.com/burn-fsep/burn-fsep/blob/main/docs/planner.md
 #[derive(Debug, Clone)]
 pub struct MinMax {
     tolerance: f64,

@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn_fsep::{ExpertParallelism, FSEPMoEConfig};
 use burn_fsep_planner::Strategy;
@@ -136,6 +136,7 @@ impl Args {
             ("--top-k", self.top_k),
             ("--steps", self.steps),
             ("--valid-batches", self.valid_batches),
+            ("--ranks-per-node", self.ranks_per_node.unwrap_or(1)),
         ] {
             if value == 0 {
                 return fail(format!("{name} must be at least 1"));
@@ -160,6 +161,17 @@ impl Args {
                 self.experts.div_ceil(self.ranks),
                 self.experts
             ));
+        }
+        if self.planner == Planner::Static && self.slots.is_some() {
+            return fail(
+                "--slots has no meaning with --planner static: each rank holds the experts that it owns".into(),
+            );
+        }
+        for (name, file) in [("--summary", &self.summary), ("--record-trace", &self.record_trace)] {
+            let folder = file.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty());
+            if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+                return fail(format!("{name}: there is no folder {} to write to", folder.display()));
+            }
         }
         if self.planner == Planner::Static && !self.experts.is_multiple_of(self.ranks) {
             return fail(format!(
@@ -215,6 +227,10 @@ mod tests {
             ("--lr NaN", "--lr"),
             ("--aux-loss -1", "--aux-loss"),
             ("--steps 0", "--steps"),
+            ("--ranks-per-node 0", "--ranks-per-node"),
+            ("--slots 3 --planner static", "--slots"),
+            ("--summary no/such/folder/x.json", "--summary"),
+            ("--dense --record-trace x.csv", "--record-trace"),
         ] {
             let words = std::iter::once("moe-lm").chain(options.split(' '));
             let message = match Args::try_parse_from(words) {
