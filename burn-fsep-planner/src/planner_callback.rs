@@ -1,6 +1,6 @@
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
@@ -100,7 +100,8 @@ struct Running {
 /// Hands routing counts to the planner.
 #[derive(Debug)]
 struct Forwarder {
-    background: Arc<BackgroundPlanner>,
+    /// Weak: a callback that is gone plans no more, also if it was not told that training ended.
+    background: Weak<BackgroundPlanner>,
     seen: Mutex<BTreeMap<usize, u64>>,
 }
 
@@ -113,7 +114,9 @@ impl Forwarder {
 impl RoutingObserver for Forwarder {
     fn observe(&self, layer: usize, step: u64, counts: &Arc<RoutingCounts>) {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(layer, step);
-        self.background.submit(layer, step, counts.clone());
+        if let Some(background) = self.background.upgrade() {
+            background.submit(layer, step, counts.clone());
+        }
     }
 }
 
@@ -133,7 +136,7 @@ impl PlannerCallback {
                 (layer, LayerPlanner::new(host.topology(), initial, strategy.predictor(), solver))
             });
         let background = Arc::new(BackgroundPlanner::start(planners.collect())?);
-        let forwarder = Arc::new(Forwarder { background: background.clone(), seen: Mutex::default() });
+        let forwarder = Arc::new(Forwarder { background: Arc::downgrade(&background), seen: Mutex::default() });
         host.set_observer(Some(forwarder.clone()));
         Ok(Running { background, forwarder, in_use: BTreeMap::new() })
     }
@@ -182,5 +185,103 @@ impl TrainingCallback for PlannerCallback {
         host.set_observer(None);
         self.running = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Layout, Topology};
+
+    /// A runtime of one rank and one layer, whose peer is `behind` steps late.
+    #[derive(Debug)]
+    struct Host {
+        layout: Mutex<Arc<Layout>>,
+        observer: Mutex<Option<Arc<dyn RoutingObserver>>>,
+        behind: u64,
+    }
+
+    impl Host {
+        fn new(behind: u64) -> Self {
+            let layout = Arc::new(Layout::static_ep(4, 2, 4).unwrap());
+            Self { layout: Mutex::new(layout), observer: Mutex::default(), behind }
+        }
+
+        fn step(&self, callback: &mut PlannerCallback, step: u64) {
+            let counts = Arc::new(RoutingCounts::from_rows(&vec![vec![70, 10, 10, 10]; 4]).unwrap());
+            self.observer.lock().unwrap().as_ref().unwrap().observe(0, step, &counts);
+            callback.on_step_end(&StepContext::new(1, step as usize, self)).unwrap();
+        }
+    }
+
+    impl PlannerHost for Host {
+        fn num_layers(&self) -> usize {
+            1
+        }
+
+        fn topology(&self) -> Topology {
+            Topology::single_node(4).unwrap()
+        }
+
+        fn layout(&self, _: usize) -> Arc<Layout> {
+            self.layout.lock().unwrap().clone()
+        }
+
+        fn is_plannable(&self, _: usize) -> bool {
+            true
+        }
+
+        fn set_layout(&self, _: usize, layout: Arc<Layout>) -> Result<(), CallbackError> {
+            *self.layout.lock().unwrap() = layout;
+            Ok(())
+        }
+
+        fn set_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
+            *self.observer.lock().unwrap() = observer;
+        }
+
+        fn agree_min(&self, values: &[u64]) -> Result<Vec<u64>, CallbackError> {
+            Ok(values.iter().map(|v| v.saturating_sub(self.behind)).collect())
+        }
+    }
+
+    fn callback(host: &Host) -> PlannerCallback {
+        let mut callback = PlannerConfig::new(Strategy::MinMax).with_synchronous(true).init();
+        callback.on_train_start(host).unwrap();
+        callback
+    }
+
+    #[test]
+    fn a_new_layout_is_used_after_the_step_that_it_comes_from() {
+        let host = Host::new(0);
+        let before = host.layout(0);
+        let mut callback = callback(&host);
+        host.step(&mut callback, 1);
+        assert_ne!(host.layout(0), before);
+        assert!(host.layout(0).replicas(0) > before.replicas(0));
+        assert_eq!((callback.report().adopted(), callback.report().late()), (1, 0));
+    }
+
+    #[test]
+    fn a_rank_that_is_late_makes_the_others_keep_their_layout() {
+        let host = Host::new(1);
+        let before = host.layout(0);
+        let mut callback = callback(&host);
+        host.step(&mut callback, 1);
+        assert_eq!(host.layout(0), before);
+        assert_eq!((callback.report().adopted(), callback.report().late()), (0, 1));
+        host.step(&mut callback, 2);
+        assert_ne!(host.layout(0), before, "the layout of the first step, which the late rank now has");
+    }
+
+    #[test]
+    fn a_callback_that_is_dropped_plans_no_more() {
+        let host = Host::new(0);
+        let callback = callback(&host);
+        let background = Arc::downgrade(&callback.running.as_ref().unwrap().background);
+        drop(callback);
+        assert!(background.upgrade().is_none(), "its thread has ended though the host still has the observer");
+        let counts = Arc::new(RoutingCounts::from_rows(&vec![vec![1; 4]; 4]).unwrap());
+        host.observer.lock().unwrap().as_ref().unwrap().observe(0, 1, &counts);
     }
 }
