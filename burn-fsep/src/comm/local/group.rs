@@ -53,12 +53,11 @@ impl Group {
         self.state.lock().failure.clone()
     }
 
-    /// Records the first failure and wakes everyone.
+    /// Records the first failure and wakes everyone. Returns this rank's own error, which says how it looks from here.
     pub fn fail(&self, error: CommError) -> CommError {
-        let mut state = self.state.lock();
-        let first = state.failure.get_or_insert(error).clone();
+        self.state.lock().failure.get_or_insert_with(|| error.clone());
         self.changed.notify_all();
-        first
+        error
     }
 
     /// A rank dropped its last handle: whoever still waits for it waits in vain.
