@@ -168,6 +168,11 @@ impl Layout {
         &self.holders[self.holder_starts[expert] as usize..self.holder_starts[expert + 1] as usize]
     }
 
+    /// [`Layout::ranks_of`] of all experts, one after the other: an index is an edge (expert, holder). Shape `[N * C]`.
+    pub(crate) fn holders(&self) -> &[u32] {
+        &self.holders
+    }
+
     /// Replicas `R_e` of an expert.
     ///
     /// # Panics

@@ -1,7 +1,4 @@
-use super::{
-    DispatchPlan, Dispatcher, Share,
-    flow::{Flow, on_node},
-};
+use super::{DispatchPlan, Dispatcher, flow::Flow};
 use crate::{Layout, PlannerError, RoutingCounts, Topology};
 
 /// The smallest possible maximum load over any layout, and then few tokens that leave their node or rank.
@@ -13,104 +10,122 @@ use crate::{Layout, PlannerError, RoutingCounts, Topology};
 /// assignments stay on their own rank first, then on their own node: given the flow, no choice has fewer off-rank or
 /// cross-node tokens. The flow itself starts node-local and is repaired within nodes before tokens cross them; it is not
 /// searched for the fewest.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct MinMax {
     tolerance: f64,
     flow: Flow,
-    /// Shares in the order in which they are found, each with the place of the pair's share before it.
-    shares: Vec<(Share, u32)>,
-    /// Place of each pair's last share. Shape `[N * E]`.
-    last: Vec<u32>,
-    /// Assignments not given away yet. Shape `[N, E]`.
-    rest: Vec<u32>,
-    pair: Vec<Share>,
+    /// Parts of each edge's flow: for its holder's own tokens, for others of the holder's node, for other nodes.
+    /// Shape `[N * C]` each.
+    own: Vec<u32>,
+    near: Vec<u32>,
+    far: Vec<u32>,
+    cursors: Vec<Cursor>,
+    /// Own part of each expert on the source at hand. Shape `[E]`.
+    own_of: Vec<u32>,
 }
 
-/// No share.
-const NONE: u32 = u32::MAX;
-
-impl Default for MinMax {
-    fn default() -> Self {
-        Self::new()
-    }
+/// Where an expert's next tokens go, for sources of the node at hand.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cursor {
+    /// Edge in use, and end, of the edges on this node.
+    near: u32,
+    near_end: u32,
+    /// Edge in use of those whose far part has something left.
+    far: u32,
 }
 
 impl MinMax {
     /// A dispatcher that accepts loads up to 0.4 % above the mean.
     pub fn new() -> Self {
-        Self { tolerance: 0.004, ..Self::exact() }
+        Self { tolerance: 0.004, ..Self::default() }
     }
 
     /// A dispatcher without tolerance.
     pub fn exact() -> Self {
-        Self {
-            tolerance: 0.0,
-            flow: Flow::default(),
-            shares: Vec::new(),
-            last: Vec::new(),
-            rest: Vec::new(),
-            pair: Vec::new(),
-        }
+        Self::default()
     }
 
     /// Decides which source's assignments each edge carries: own rank first, then own node, then any.
-    fn decompose(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts, plan: &mut DispatchPlan) {
-        let (ranks, experts) = (layout.num_ranks(), layout.num_experts());
-        self.shares.clear();
-        self.rest.clear();
-        self.rest.extend_from_slice(counts.as_slice());
-        self.last.clear();
-        self.last.resize(ranks * experts, NONE);
-        for expert in 0..experts {
-            let first = self.flow.starts[expert] as usize;
-            let holders = layout.ranks_of(expert);
-            let mut take = |rest: &mut u32, flow: &mut u32, source: usize, holder: u32| {
-                let tokens = (*rest).min(*flow);
-                if tokens > 0 {
-                    *rest -= tokens;
-                    *flow -= tokens;
-                    let last = &mut self.last[source * experts + expert];
-                    self.shares.push((Share { rank: holder, tokens }, *last));
-                    *last = self.shares.len() as u32 - 1;
-                }
-            };
-            for (i, &holder) in holders.iter().enumerate() {
-                let source = holder as usize;
-                take(&mut self.rest[source * experts + expert], &mut self.flow.edges[first + i], source, holder);
-            }
-            for node in 0..topology.num_nodes() {
-                let members = topology.ranks_of(node);
-                let std::ops::Range { start: mut i, end: last } = on_node(holders, &members);
-                let mut source = members.start;
-                while i < last && source < members.end {
-                    let rest = &mut self.rest[source * experts + expert];
-                    take(rest, &mut self.flow.edges[first + i], source, holders[i]);
-                    if *rest == 0 { source += 1 } else { i += 1 }
+    ///
+    /// How much of an edge goes to which of the three follows from sums alone. So one pass over the counts in their own
+    /// order is enough: each expert's sources, ascending, use up its edges, ascending.
+    fn assign(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts, plan: &mut DispatchPlan) {
+        self.split();
+        let holders = layout.holders();
+        self.cursors.clear();
+        let first_edge = |&group: &u32| self.flow.groups[group as usize].first;
+        self.cursors.extend(
+            self.flow.group_starts[..layout.num_experts()].iter().map(first_edge).map(|first| Cursor {
+                near: first,
+                near_end: first,
+                far: first,
+            }),
+        );
+        self.own_of.clear();
+        self.own_of.resize(layout.num_experts(), 0);
+        plan.clear(layout.num_ranks(), layout.num_experts());
+        for node in 0..topology.num_nodes() {
+            for (expert, cursor) in self.cursors.iter_mut().enumerate() {
+                cursor.near = cursor.near_end;
+                if let Some(&group) = self.flow.group_of.get(cursor.near as usize)
+                    && self.flow.groups[group as usize].expert as usize == expert
+                    && self.flow.groups[group as usize].node as usize == node
+                {
+                    cursor.near_end = self.flow.groups[group as usize].end;
                 }
             }
-            let (mut i, mut source) = (0, 0);
-            while i < holders.len() && source < ranks {
-                let rest = &mut self.rest[source * experts + expert];
-                take(rest, &mut self.flow.edges[first + i], source, holders[i]);
-                if *rest == 0 { source += 1 } else { i += 1 }
+            for source in topology.ranks_of(node) {
+                let held = layout.experts_of(source);
+                for (slot, &expert) in held.iter().enumerate() {
+                    self.own_of[expert as usize] = self.own[self.flow.edge_of(layout, source, slot)];
+                }
+                for ((&count, cursor), &own) in counts.row(source).iter().zip(&mut self.cursors).zip(&self.own_of) {
+                    plan.push(source, own);
+                    let mut rest = count - own;
+                    while rest > 0 && cursor.near < cursor.near_end {
+                        take(&mut rest, &mut self.near, &mut cursor.near, holders, plan);
+                    }
+                    while rest > 0 {
+                        take(&mut rest, &mut self.far, &mut cursor.far, holders, plan);
+                    }
+                    plan.end_pair();
+                }
+                held.iter().for_each(|&expert| self.own_of[expert as usize] = 0);
             }
-        }
-        plan.clear(ranks, experts);
-        for &last in &self.last {
-            self.pair.clear();
-            let mut at = last;
-            while at != NONE {
-                let (share, before) = self.shares[at as usize];
-                self.pair.push(share);
-                at = before;
-            }
-            self.pair.sort_unstable_by_key(|share| share.rank);
-            for share in &self.pair {
-                plan.push(share.rank as usize, share.tokens);
-            }
-            plan.end_pair();
         }
     }
+
+    /// Splits each edge's flow into its own, near and far part.
+    fn split(&mut self) {
+        self.own.clear();
+        self.near.clear();
+        self.far.clear();
+        for group in &self.flow.groups {
+            let mut others = group.supply;
+            for edge in group.edges() {
+                let own = self.flow.own[edge].min(self.flow.edges[edge]);
+                self.own.push(own);
+                others -= own;
+            }
+            for edge in group.edges() {
+                let rest = self.flow.edges[edge] - self.own[edge];
+                let near = rest.min(others);
+                others -= near;
+                self.near.push(near);
+                self.far.push(rest - near);
+            }
+        }
+    }
+}
+
+/// Gives as much of `rest` to the edge in use as it takes; goes on to the next edge when this one is used up.
+fn take(rest: &mut u32, parts: &mut [u32], edge: &mut u32, holders: &[u32], plan: &mut DispatchPlan) {
+    let part = &mut parts[*edge as usize];
+    let tokens = (*rest).min(*part);
+    plan.push(holders[*edge as usize] as usize, tokens);
+    *rest -= tokens;
+    *part -= tokens;
+    *edge += u32::from(*part == 0);
 }
 
 impl Dispatcher for MinMax {
@@ -127,7 +142,7 @@ impl Dispatcher for MinMax {
     ) -> Result<(), PlannerError> {
         layout.check_fits(topology, counts)?;
         self.flow.solve(topology, layout, counts, self.tolerance);
-        self.decompose(topology, layout, counts, plan);
+        self.assign(topology, layout, counts, plan);
         Ok(())
     }
 }

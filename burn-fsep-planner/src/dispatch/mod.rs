@@ -2,6 +2,7 @@
 
 mod even;
 mod flow;
+mod min_cost;
 mod min_max;
 mod plan;
 

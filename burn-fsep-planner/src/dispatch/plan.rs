@@ -45,8 +45,12 @@ impl DispatchPlan {
         }
     }
 
-    /// Ends the current pair `(s, e)`.
+    /// Ends the current pair `(s, e)`; its shares may have come in any order, but at most one a rank.
     pub fn end_pair(&mut self) {
+        let first = self.starts.last().copied().unwrap_or_default() as usize;
+        if self.shares.len() > first + 1 {
+            self.shares[first..].sort_unstable_by_key(|share| share.rank);
+        }
         self.starts.push(self.shares.len() as u32);
     }
 
@@ -184,7 +188,8 @@ mod tests {
         assert!(good.check(&single, &counts).is_err(), "rank 1 does not hold expert 0");
         let lost = plan(&[&[(0, 3)], &[], &[], &[(1, 2)]]);
         assert!(lost.check(&layout, &counts).is_err(), "a token is lost");
-        let unsorted = plan(&[&[(1, 1), (0, 3)], &[], &[], &[(1, 2)]]);
-        assert!(unsorted.check(&layout, &counts).is_err(), "not ascending");
+        let twice = plan(&[&[(0, 1), (0, 3)], &[], &[], &[(1, 2)]]);
+        assert!(twice.check(&layout, &counts).is_err(), "two shares for one rank");
+        assert_eq!(plan(&[&[(1, 1), (0, 3)], &[], &[], &[(1, 2)]]), good, "shares are put in order");
     }
 }
