@@ -7,12 +7,15 @@ use crate::{Layout, PlannerError, Topology, dispatch::Flow, rng::Rng};
 /// Replicas are counted in proportion to load. A placement deals replicas round by round, the largest share of a round to
 /// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
 /// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
-/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. The layout in use stays if none
+/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. If none is good on the prediction
+/// itself, single slots are exchanged. The layout in use stays if none
 /// is clearly better, since slots that do not change need no restoring where restored weights are kept.
 #[derive(Debug, Clone)]
 pub(super) struct GroupSolver {
     /// How many placements are tried.
     pub candidates: usize,
+    /// Groups of this request: they share the exchanges that are tried.
+    pub groups: usize,
     rng: Rng,
     flow: Flow,
 }
@@ -23,6 +26,13 @@ const PERTURBATIONS: usize = 1;
 const EXPECTED_ERROR: f64 = 0.15;
 /// Imbalance at which a placement is good enough to stop.
 const GOOD_ENOUGH: f64 = 1.003;
+/// Imbalance on the prediction above which exchanges are searched.
+const SEARCH_ABOVE: f64 = 1.005;
+/// Most exchanges that are tried, and the most in all groups together, times the slots of a group: each costs a flow.
+const MOST_EXCHANGES: usize = 3000;
+const EXCHANGES: usize = 30_000;
+/// Random exchanges from which a search that is stuck goes on.
+const KICKS: usize = 3;
 /// How much worse, relatively, the layout in use may be and still stay.
 const KEEP: f64 = 1.003;
 /// Groups up to this size are renumbered to keep slots; beyond, the search would cost more than it saves.
@@ -30,7 +40,7 @@ const RENUMBERED: usize = 64;
 
 impl GroupSolver {
     pub fn new(seed: u64) -> Self {
-        Self { candidates: 12, rng: Rng::new(seed), flow: Flow::default() }
+        Self { candidates: 12, groups: 1, rng: Rng::new(seed), flow: Flow::default() }
     }
 
     /// The layout of `ranks` ranks for experts with these totals. `before` is the layout in use, if it is one.
@@ -69,11 +79,83 @@ impl GroupSolver {
             Some(best) => best,
             None => (f64::INFINITY, Layout::static_ep(ranks, slots, totals.len())?),
         };
+        let (score, best) = if slots > 1 && self.score(&best, &cases[..1], &node) > SEARCH_ABOVE {
+            let best = self.exchange(best, totals, &node)?;
+            (self.score(&best, &cases, &node), best)
+        } else {
+            (score, best)
+        };
         match before {
             Some(layout) if score_before.is_some_and(|before| before <= score * KEEP) => Ok(layout),
             Some(layout) if ranks <= RENUMBERED => renumber(&best, &layout),
             _ => Ok(best),
         }
+    }
+
+    /// Iterated local search over exchanges, for the few layouts that dealing leaves out of balance: most have next to
+    /// no spare slots, and are an exercise in packing. Where no exchange with the most loaded rank helps any more, some
+    /// random ones are made and the search goes on from there; the best layout seen is the result.
+    fn exchange(&mut self, layout: Layout, totals: &[u64], node: &Topology) -> Result<Layout, PlannerError> {
+        let (ranks, slots) = (layout.num_ranks(), layout.slots_per_rank());
+        let goal = (totals.iter().sum::<u64>() as f64 / ranks as f64 * GOOD_ENOUGH) as u64;
+        let mut max = self.flow.solve_totals(&layout, totals, node, GOOD_ENOUGH - 1.0);
+        let mut best = (max, layout.clone());
+        let mut current = layout;
+        let mut tries = (EXCHANGES / (ranks * slots * self.groups)).min(MOST_EXCHANGES);
+        while best.0 > goal && tries > 0 {
+            max = self.descend(&mut current, max, totals, node, goal, &mut tries)?;
+            if max < best.0 {
+                best = (max, current.clone());
+            }
+            current = best.1.clone();
+            for _ in 0..KICKS {
+                let [a, b] = [(); 2].map(|()| self.rng.below(ranks * slots));
+                let is_swap = self.rng.below(2) == 0;
+                current = exchanged(&current, a, b, is_swap).unwrap_or(current);
+            }
+            max = self.flow.solve_totals(&current, totals, node, GOOD_ENOUGH - 1.0);
+            tries = tries.saturating_sub(1);
+        }
+        Ok(best.1)
+    }
+
+    /// Makes exchanges with the most loaded rank as long as they lower the maximum: of two experts, or of another
+    /// rank's expert for a further replica of one of its own. Returns the maximum.
+    fn descend(
+        &mut self,
+        layout: &mut Layout,
+        mut max: u64,
+        totals: &[u64],
+        node: &Topology,
+        goal: u64,
+        tries: &mut usize,
+    ) -> Result<u64, PlannerError> {
+        let (ranks, slots) = (layout.num_ranks(), layout.slots_per_rank());
+        'improved: while max > goal {
+            self.flow.solve_totals(layout, totals, node, GOOD_ENOUGH - 1.0);
+            let mut order: Vec<usize> = (0..ranks).collect();
+            order.sort_by_key(|&rank| self.flow.loads[rank]);
+            let Some(full) = order.pop() else { break };
+            for other in order {
+                for i in 0..slots * slots {
+                    for is_swap in [true, false] {
+                        let (mine, theirs) = (full * slots + i / slots, other * slots + i % slots);
+                        let Some(next) = exchanged(layout, mine, theirs, is_swap) else { continue };
+                        if *tries == 0 {
+                            return Ok(max);
+                        }
+                        *tries -= 1;
+                        let reached = self.flow.solve_totals(&next, totals, node, GOOD_ENOUGH - 1.0);
+                        if reached < max {
+                            (*layout, max) = (next, reached);
+                            continue 'improved;
+                        }
+                    }
+                }
+            }
+            break;
+        }
+        Ok(max)
     }
 
     /// Mean over the cases of the imbalance of the layout's best dispatch.
@@ -154,6 +236,17 @@ impl GroupSolver {
         }
         Some(table)
     }
+}
+
+/// The layout with the experts of two slots swapped, or with that of slot `a` in slot `b` too; `None` if that is none.
+fn exchanged(layout: &Layout, a: usize, b: usize, is_swap: bool) -> Option<Layout> {
+    let mut table = layout.as_slice().to_vec();
+    if is_swap {
+        table.swap(a, b)
+    } else {
+        table[b] = table[a]
+    }
+    Layout::new(layout.num_ranks(), layout.slots_per_rank(), layout.num_experts(), table).ok()
 }
 
 /// Replicas of each expert in proportion to its load, `1 <= R_e <= n`, `slots` in all: each further replica goes to the

@@ -63,6 +63,8 @@ impl RobustPlanner {
         let LayoutRequest { topology, slots_per_rank: slots, predicted, previous } = *request;
         let experts = predicted.num_experts();
         let mut table = Vec::with_capacity(topology.world_size() * slots);
+        let groups: Vec<_> = groups.collect();
+        self.groups.groups = groups.len();
         for ranks in groups {
             let totals = group_totals(predicted, ranks.clone());
             let before = previous.map(|layout| &layout.as_slice()[ranks.start * slots..ranks.end * slots]);
@@ -75,7 +77,7 @@ impl RobustPlanner {
 
     /// Imbalance of the layout's best dispatch.
     fn imbalance(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts) -> f64 {
-        self.flow.solve(topology, layout, counts, BALANCED - 1.0);
+        self.flow.solve_loads(topology, layout, counts, BALANCED - 1.0);
         let total: u64 = self.flow.loads.iter().sum();
         let max = self.flow.loads.iter().copied().max().unwrap_or(0);
         if total == 0 { 1.0 } else { max as f64 * self.flow.loads.len() as f64 / total as f64 }
