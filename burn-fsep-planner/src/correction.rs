@@ -25,10 +25,11 @@ impl CorrectionConfig {
 
 /// Changes few slots of a layout so that exact counts balance.
 ///
-/// A pure function of its arguments, so all ranks repair alike without talking. It takes the most loaded rank's expert
-/// with the most load per replica, gives it another replica on the least loaded rank, in place of the expert there that
-/// can spare one best, and goes on while the maximum falls by more than the change costs: three passes of compute on the
-/// slowest rank (forward and backward) against the transfer of one expert to the changed slot.
+/// A pure function of its arguments, so all ranks repair alike without talking. Of the ranks that wait for nobody, it
+/// takes the expert with the most load per replica, gives it another replica on the least loaded rank, in place of the
+/// expert there that can spare one best, and goes on while less load is above the goal. Of the layouts on the way it
+/// takes the one that saves most: three passes of compute on the slowest rank (forward and backward), less the transfer
+/// of the changed experts to the rank that receives most.
 #[derive(Debug, Clone)]
 pub struct Correction {
     config: CorrectionConfig,
@@ -65,51 +66,63 @@ impl Correction {
         counts: &RoutingCounts,
     ) -> Result<Option<Layout>, PlannerError> {
         layout.check_fits(topology, counts)?;
-        let mut max = self.solve(topology, layout, counts);
         let goal = (counts.total() as f64 / layout.num_ranks() as f64 * self.config.tolerance) as u64;
-        let mut repaired: Option<Layout> = None;
+        let (before, mut above) = self.solve(topology, layout, counts, goal);
+        let mut current = layout.clone();
+        let mut best: Option<(f64, Layout)> = None;
         for _ in 0..self.config.max_changes {
-            if max <= goal {
+            if above == 0 {
                 break;
             }
-            let current = repaired.as_ref().unwrap_or(layout);
-            let Some(next) = self.change_one(current, counts)? else { break };
-            let after = self.solve(topology, &next, counts);
-            if !self.pays(max, after) {
+            let Some(next) = self.change_one(&current, counts, goal)? else { break };
+            let (max, still_above) = self.solve(topology, &next, counts, goal);
+            if still_above >= above {
                 break;
             }
-            max = after;
-            repaired = Some(next);
+            (current, above) = (next, still_above);
+            let gain = self.gain(before, max, layout, &current);
+            if gain > best.as_ref().map_or(0.0, |(most, _)| *most) {
+                best = Some((gain, current.clone()));
+            }
         }
-        Ok(repaired)
+        Ok(best.map(|(_, layout)| layout))
     }
 
-    /// Finds the flow; returns its maximum load.
-    fn solve(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts) -> u64 {
-        self.flow.solve(topology, layout, counts, self.config.tolerance - 1.0);
-        self.flow.loads.iter().copied().max().unwrap_or(0)
+    /// Finds the flow; returns its maximum load, and the load above the goal.
+    fn solve(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts, goal: u64) -> (u64, u64) {
+        self.flow.solve_loads(topology, layout, counts, self.config.tolerance - 1.0);
+        let loads = &self.flow.loads;
+        (loads.iter().copied().max().unwrap_or(0), loads.iter().map(|load| load.saturating_sub(goal)).sum())
     }
 
-    fn pays(&self, before: u64, after: u64) -> bool {
+    /// Seconds saved.
+    fn gain(&self, before: u64, after: u64, layout: &Layout, changed: &Layout) -> f64 {
         let constants = &self.config.constants;
         let saved = 3.0 * before.saturating_sub(after) as f64 * constants.seconds_per_assignment;
-        saved > self.config.bytes_per_expert / constants.inter_node_bytes_per_second
+        let received = |rank: usize| {
+            let held = layout.experts_of(rank);
+            changed.experts_of(rank).iter().filter(|expert| !held.contains(expert)).count()
+        };
+        let most = (0..layout.num_ranks()).map(received).max().unwrap_or(0);
+        saved - most as f64 * self.config.bytes_per_expert / constants.inter_node_bytes_per_second
     }
 
-    /// One more replica for the expert that overloads the most loaded rank, on the least loaded rank.
-    fn change_one(&self, layout: &Layout, counts: &RoutingCounts) -> Result<Option<Layout>, PlannerError> {
+    /// One more replica for the expert that overloads the ranks above the goal, on the least loaded rank.
+    fn change_one(&self, layout: &Layout, counts: &RoutingCounts, goal: u64) -> Result<Option<Layout>, PlannerError> {
         let totals = counts.expert_totals();
         let per_replica = |expert: u32| totals[expert as usize] as f64 / layout.replicas(expert as usize) as f64;
         let loads = &self.flow.loads;
         let mut order: Vec<usize> = (0..layout.num_ranks()).collect();
         order.sort_by_key(|&rank| (loads[rank], rank));
-        let Some(&hottest) = order.last() else { return Ok(None) };
-        let Some(&hot) = layout.experts_of(hottest).iter().max_by(|a, b| per_replica(**a).total_cmp(&per_replica(**b)))
+        let over = order.iter().filter(|&&rank| loads[rank] > goal);
+        let Some(&hot) = over
+            .flat_map(|&rank| layout.experts_of(rank))
+            .max_by(|a, b| per_replica(**a).total_cmp(&per_replica(**b)).then(b.cmp(a)))
         else {
             return Ok(None);
         };
         for rank in order {
-            if loads[rank] >= loads[hottest] {
+            if loads[rank] > goal {
                 break;
             }
             let row = layout.experts_of(rank);
