@@ -9,7 +9,7 @@ use crate::{
     Layout, PlannerError, RoutingCounts, Topology,
     dispatch::{Dispatcher, EvenSplit, MinMax},
     placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner, StaticEp},
-    predictor::{LastStep, MovingSum, Predictor},
+    predictor::{Adaptive, LastStep, MovingSum, Predictor},
 };
 
 /// A way to plan, by name.
@@ -20,7 +20,7 @@ pub enum Strategy {
     Static,
     /// The planner of LAER-MoE: moving sum, greedy placement, even split.
     Paper,
-    /// Ours: robust placement, exact min-max dispatch.
+    /// Ours: predictor chosen by past error, robust placement, exact min-max dispatch.
     MinMax,
 }
 
@@ -57,8 +57,9 @@ impl Strategy {
     /// A new predictor of this strategy.
     pub fn predictor(self) -> Box<dyn Predictor> {
         match self {
-            Strategy::Static | Strategy::MinMax => Box::new(LastStep::new()),
+            Strategy::Static => Box::new(LastStep::new()),
             Strategy::Paper => Box::new(MovingSum::default()),
+            Strategy::MinMax => Box::new(Adaptive::default()),
         }
     }
 }

@@ -1,0 +1,77 @@
+use std::collections::VecDeque;
+
+use super::{Predictor, check_sizes};
+use crate::{PlannerError, RoutingCounts};
+
+/// The next step is like the mean of the last few: the paper's predictor, which sums the last 5 (LAER-MoE, section
+/// 3.3).
+#[derive(Debug, Clone)]
+pub struct MovingSum {
+    window: usize,
+    history: VecDeque<RoutingCounts>,
+}
+
+impl MovingSum {
+    /// A predictor over the last `window` steps.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::Zero`] if `window` is 0.
+    pub fn new(window: usize) -> Result<Self, PlannerError> {
+        if window == 0 {
+            return Err(PlannerError::Zero { what: "window of the moving sum" });
+        }
+        Ok(Self { window, history: VecDeque::new() })
+    }
+}
+
+impl Default for MovingSum {
+    fn default() -> Self {
+        Self { window: 5, history: VecDeque::new() }
+    }
+}
+
+impl Predictor for MovingSum {
+    fn name(&self) -> &'static str {
+        "moving-sum"
+    }
+
+    fn observe(&mut self, counts: &RoutingCounts) -> Result<(), PlannerError> {
+        check_sizes(self.history.back(), counts)?;
+        if self.history.len() == self.window {
+            self.history.pop_front();
+        }
+        self.history.push_back(counts.clone());
+        Ok(())
+    }
+
+    fn predict(&self) -> Option<RoutingCounts> {
+        let last = self.history.back()?;
+        // The mean, not the sum: the same layout, and no overflow.
+        let steps = self.history.len() as u64;
+        let mean = (0..last.as_slice().len())
+            .map(|i| {
+                let sum: u64 = self.history.iter().map(|counts| u64::from(counts.as_slice()[i])).sum();
+                ((sum + steps / 2) / steps) as u32
+            })
+            .collect();
+        RoutingCounts::new(last.num_ranks(), last.num_experts(), mean).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_moves() {
+        let counts = |a: u32, b: u32| RoutingCounts::new(1, 2, vec![a, b]).unwrap();
+        let mut predictor = MovingSum::new(2).unwrap();
+        assert_eq!(predictor.predict(), None);
+        for step in [counts(100, 0), counts(4, 2), counts(6, 5)] {
+            predictor.observe(&step).unwrap();
+        }
+        assert_eq!(predictor.predict(), Some(counts(5, 4)));
+        assert!(MovingSum::new(0).is_err());
+    }
+}
