@@ -35,7 +35,7 @@ impl Layout {
                 return Err(PlannerError::Zero { what });
             }
         }
-        if num_ranks * slots_per_rank < num_experts {
+        if num_ranks.saturating_mul(slots_per_rank) < num_experts {
             return Err(PlannerError::TooFewSlots { ranks: num_ranks, slots_per_rank, experts: num_experts });
         }
         if slots_per_rank > num_experts {
@@ -248,6 +248,11 @@ mod tests {
         assert!(matches!(Layout::from_rows(2, &[vec![0], vec![2]]), Err(P::UnknownExpert { .. })));
         assert!(matches!(Layout::from_rows(2, &[vec![0, 1], vec![0]]), Err(P::Shape { .. })));
         assert!(matches!(Layout::from_rows(2, &[]), Err(P::Zero { .. })));
+    }
+
+    #[test]
+    fn sizes_beyond_any_machine_are_errors() {
+        assert!(matches!(Layout::check_shape(2, usize::MAX, 3), Err(PlannerError::TooManySlots { .. })));
     }
 
     #[test]
