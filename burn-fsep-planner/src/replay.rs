@@ -31,6 +31,8 @@ pub struct ReplayStep {
     pub step: usize,
     /// Largest load of a rank over the mean load.
     pub max_over_mean: f64,
+    /// Assignments that each rank computes. Shape `[N]`.
+    pub loads: Vec<u64>,
     /// Share of assignments computed on another node than their token's.
     pub cross_node_share: f64,
     /// Experts that a rank holds and did not hold in the step before.
@@ -76,6 +78,7 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
                 layer,
                 step,
                 max_over_mean: plan.max_over_mean(),
+                loads: plan.loads(),
                 cross_node_share: plan.cross_node_tokens(topology) as f64 / counts.total().max(1) as f64,
                 moved_slots,
                 corrected_slots,

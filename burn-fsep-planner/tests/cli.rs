@@ -108,3 +108,25 @@ fn replay_compares_strategies() {
     let error = run(folder.path(), &format!("replay {options}")).unwrap_err();
     assert!(error.contains("trace.csv: line 18: expert2"), "{error}");
 }
+
+#[test]
+fn a_report_is_one_page_with_every_figure() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut trace = "layer,step,src_rank,expert0,expert1,expert2\n".to_string();
+    for (layer, step, rank) in (0..24).map(|i| (i / 12, i / 4 % 3, i % 4)) {
+        trace += &format!("{layer},{step},{rank},{},10,5\n", 40 + 7 * step);
+    }
+    std::fs::write(folder.path().join("a<b>.csv"), trace).unwrap();
+    let options = "--trace a<b>.csv --slots-per-rank 2 --ranks-per-node 2";
+    run(folder.path(), &format!("report {options} --output page.html")).unwrap();
+    let page = std::fs::read_to_string(folder.path().join("page.html")).unwrap();
+    for title in
+        ["Imbalance over steps", "Load per rank", "Expert load by layer", "Solve times", "min-max", "a&lt;b&gt;"]
+    {
+        assert!(page.contains(title), "{title}");
+    }
+    assert_eq!(page.matches("<svg").count(), 4);
+    assert!(!page.contains("src=") && !page.contains("href="), "self-contained");
+    let error = run(folder.path(), &format!("report {options} --output missing/page.html")).unwrap_err();
+    assert!(error.contains("missing/page.html"), "{error}");
+}

@@ -20,6 +20,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Replays a trace of routing counts by strategy: each step's layout from the steps before.
     Replay(ReplayArgs),
+    /// Replays a trace and writes a page with figures: loads, imbalance over steps, expert heat, solve times.
+    Report(ReportArgs),
 }
 
 /// Options of `plan`.
@@ -43,7 +45,26 @@ pub struct PlanArgs {
 /// Options of `replay`.
 #[derive(Args, Debug)]
 pub struct ReplayArgs {
-    /// CSV: layer,step,src_rank,expert0,expert1,..
+    /// What to replay.
+    #[command(flatten)]
+    pub trace: TraceArgs,
+}
+
+/// Options of `report`.
+#[derive(Args, Debug)]
+pub struct ReportArgs {
+    /// What to replay.
+    #[command(flatten)]
+    pub trace: TraceArgs,
+    /// Where to write the page (HTML, in one file).
+    #[arg(long)]
+    pub output: PathBuf,
+}
+
+/// A trace and how to replay it.
+#[derive(Args, Debug)]
+pub struct TraceArgs {
+    /// CSV: layer,step,src_rank,expert0,expert1,.. (for example what `moe-lm --record-trace` writes)
     #[arg(long)]
     pub trace: PathBuf,
     /// Slots a rank.

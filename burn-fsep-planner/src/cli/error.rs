@@ -42,6 +42,9 @@ pub enum CliError {
         /// What is wrong.
         source: PlannerError,
     },
+    /// A figure that cannot be drawn.
+    #[error("cannot draw a figure: {0}")]
+    Figure(String),
     /// No step is left to report on.
     #[error("{}: no layer has more than {skipped} step(s), so none is left to report on; lower --skip-steps", path.display())]
     NoSteps {

@@ -2,10 +2,13 @@
 
 mod args;
 mod error;
+mod files;
 mod plan;
 mod replay;
+mod report;
+mod summary;
 
-pub use args::{Cli, Command, PlanArgs, ReplayArgs};
+pub use args::{Cli, Command, PlanArgs, ReplayArgs, ReportArgs, TraceArgs};
 pub use error::CliError;
 
 /// Runs a command and returns what it prints.
@@ -17,5 +20,6 @@ pub fn run(cli: &Cli) -> Result<String, CliError> {
     match &cli.command {
         Command::Plan(args) => plan::plan(args),
         Command::Replay(args) => replay::table(args),
+        Command::Report(args) => report::report(args),
     }
 }

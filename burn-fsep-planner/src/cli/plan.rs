@@ -1,8 +1,8 @@
-use std::{path::Path, time::Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CliError, PlanArgs};
+use super::{CliError, PlanArgs, files::write_whole};
 use crate::{LayerPlanner, Layout, PlannerError, RoutingCounts, Topology, dispatch::DispatchPlan};
 
 /// Routing counts by source rank and expert. Shape `[N, E]`.
@@ -92,12 +92,4 @@ fn solve(input: &Input, args: &PlanArgs) -> Result<Output, PlannerError> {
         layout_us,
         dispatch_us,
     })
-}
-
-/// Writes a file so that it is there whole or not at all.
-fn write_whole(path: &Path, content: &[u8]) -> Result<(), CliError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    std::fs::write(&partial, content).map_err(CliError::file(path))?;
-    std::fs::rename(&partial, path).map_err(CliError::file(path))
 }

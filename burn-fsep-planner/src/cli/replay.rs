@@ -1,77 +1,100 @@
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, path::PathBuf};
 
-use super::{CliError, ReplayArgs};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{CliError, ReplayArgs, args::TraceArgs, summary::Summary};
 use crate::{
     PlannerError, Strategy, Topology,
     correction::CorrectionConfig,
-    replay::{ReplayConfig, ReplayStep, Spread, replay},
+    replay::{ReplayConfig, ReplayStep, replay},
     trace::Trace,
 };
 
-pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
-    let text = std::fs::read_to_string(&args.trace).map_err(CliError::file(&args.trace))?;
-    let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: args.trace.clone(), source })?;
-    let config = config(args, &trace).map_err(CliError::plan(&args.trace))?;
-    let strategies = if args.strategy.is_empty() { Strategy::ALL.to_vec() } else { args.strategy.clone() };
+/// A trace under some strategies.
+pub(super) struct Replays {
+    pub path: PathBuf,
+    pub trace: Trace,
+    pub config: ReplayConfig,
+    /// Every step of every layer, by strategy.
+    pub steps: Vec<(Strategy, Vec<ReplayStep>)>,
+    pub skip_steps: usize,
+}
 
-    let mut table = format!(
-        "{} layers, {} ranks, {} experts; {} slots a rank, {} ranks a node; first {} step(s) of a layer not counted\n\n\
-         {:<10}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}{:>14}{:>12}{:>13}\n",
-        trace.layers().len(),
-        trace.num_ranks(),
-        trace.num_experts(),
-        args.slots_per_rank,
-        args.ranks_per_node,
-        args.skip_steps,
-        "strategy",
-        "mean",
-        "p50",
-        "p99",
-        "max",
-        "cross-node %",
-        "moved slots %",
-        "corrected %",
-        "layout us",
-        "dispatch us",
-    );
-    let slots = (trace.num_ranks() * args.slots_per_rank) as f64;
-    for strategy in strategies {
-        let steps = replay(&trace, &config, strategy).map_err(CliError::plan(&args.trace))?;
-        let counted: Vec<&ReplayStep> = steps.iter().filter(|step| step.step >= args.skip_steps).collect();
-        let spread = |value: &dyn Fn(&ReplayStep) -> f64| Spread::of(counted.iter().map(|step| value(step)));
-        let us = |time: Duration| time.as_secs_f64() * 1e6;
-        let (Some(load), Some(crossing), Some(moved), Some(corrected), Some(layout), Some(dispatch)) = (
-            spread(&|step| step.max_over_mean),
-            spread(&|step| step.cross_node_share * 100.0),
-            spread(&|step| step.moved_slots as f64 / slots * 100.0),
-            spread(&|step| step.corrected_slots as f64 / slots * 100.0),
-            spread(&|step| us(step.layout_time)),
-            spread(&|step| us(step.dispatch_time)),
-        ) else {
-            return Err(CliError::NoSteps { path: args.trace.clone(), skipped: args.skip_steps });
-        };
-        let _ = writeln!(
-            table,
-            "{:<10}{:>8.4}{:>8.4}{:>8.4}{:>8.4}{:>13.2}{:>13.2}{:>14.2}{:>12.1}{:>13.1}",
-            strategy.name(),
-            load.mean,
-            load.p50,
-            load.p99,
-            load.max,
-            crossing.mean,
-            moved.mean,
-            corrected.mean,
-            layout.p50,
-            dispatch.p50
-        );
+impl Replays {
+    /// Replays the trace that the options name.
+    pub fn run(args: &TraceArgs) -> Result<Self, CliError> {
+        let text = std::fs::read_to_string(&args.trace).map_err(CliError::file(&args.trace))?;
+        let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: args.trace.clone(), source })?;
+        let config = config(args, &trace).map_err(CliError::plan(&args.trace))?;
+        let strategies = if args.strategy.is_empty() { Strategy::ALL.to_vec() } else { args.strategy.clone() };
+        // Drawn on standard error, and only if that is a terminal.
+        let progress = ProgressBar::new(strategies.len() as u64);
+        progress.set_style(ProgressStyle::with_template("{msg:>10} {wide_bar} {pos}/{len} {eta}").unwrap_or_else(
+            |_| {
+                ProgressStyle::default_bar() // the template is constant: only a typing error leads here
+            },
+        ));
+        let mut steps = Vec::new();
+        for strategy in strategies {
+            progress.set_message(strategy.name());
+            steps.push((strategy, replay(&trace, &config, strategy).map_err(CliError::plan(&args.trace))?));
+            progress.inc(1);
+        }
+        progress.finish_and_clear();
+        Ok(Self { path: args.trace.clone(), trace, config, steps, skip_steps: args.skip_steps })
     }
-    table.push_str(
-        "\nmean, p50, p99, max: largest load of a rank over the mean load, 1 is perfect; times are medians\n",
-    );
+
+    /// The steps that count.
+    pub fn counted<'a>(&self, steps: &'a [ReplayStep]) -> Vec<&'a ReplayStep> {
+        steps.iter().filter(|step| step.step >= self.skip_steps).collect()
+    }
+
+    /// One line a strategy.
+    pub fn summaries(&self) -> Result<Vec<Summary>, CliError> {
+        let slots = self.trace.num_ranks() * self.config.slots_per_rank;
+        self.steps
+            .iter()
+            .map(|(strategy, steps)| Summary::of(strategy.name(), &self.counted(steps), slots))
+            .collect::<Option<_>>()
+            .ok_or_else(|| CliError::NoSteps { path: self.path.clone(), skipped: self.skip_steps })
+    }
+
+    /// What was replayed, in a sentence.
+    pub fn setting(&self) -> String {
+        format!(
+            "{} layers, {} ranks on {} nodes, {} experts, {} slots a rank; first {} step(s) of a layer not counted; {}",
+            self.trace.layers().len(),
+            self.trace.num_ranks(),
+            self.config.topology.num_nodes(),
+            self.trace.num_experts(),
+            self.config.slots_per_rank,
+            self.skip_steps,
+            if self.config.correction.is_some() { "layouts corrected in the step" } else { "no correction" },
+        )
+    }
+}
+
+pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
+    let replays = Replays::run(&args.trace)?;
+    let mut table = format!("{}\n\n", replays.setting());
+    let widths = [18, 8, 8, 8, 8, 14, 15, 13, 11, 13];
+    let mut line = |cells: [&str; 10]| {
+        let (first, others) = cells.split_first().unwrap_or((&"", &[]));
+        let _ = write!(table, "{first:<width$}", width = widths[0]);
+        for (cell, width) in others.iter().zip(&widths[1..]) {
+            let _ = write!(table, "{cell:>width$}");
+        }
+        table.push('\n');
+    };
+    line(Summary::COLUMNS);
+    for summary in replays.summaries()? {
+        line(summary.cells().each_ref().map(String::as_str));
+    }
+    let _ = writeln!(table, "\n{}", Summary::LEGEND);
     Ok(table)
 }
 
-fn config(args: &ReplayArgs, trace: &Trace) -> Result<ReplayConfig, PlannerError> {
+fn config(args: &TraceArgs, trace: &Trace) -> Result<ReplayConfig, PlannerError> {
     Ok(ReplayConfig {
         topology: Topology::uniform(trace.num_ranks(), args.ranks_per_node)?,
         slots_per_rank: args.slots_per_rank,
