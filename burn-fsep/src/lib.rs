@@ -16,6 +16,9 @@
 //!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 
+// Burn deprecates its LibTorch backend in favour of CubeCL; until that is as fast, the feature `libtorch` uses it.
+#![cfg_attr(feature = "libtorch", allow(deprecated))]
+
 pub mod comm;
 mod error;
 pub mod moe;

@@ -3,6 +3,8 @@
 //! Tests take a device and a way to start ranks from here, so that the same suite runs on every backend and
 //! communicator.
 
+#![cfg_attr(feature = "libtorch", allow(deprecated))]
+
 mod compare;
 mod dispatchers;
 mod faults;
@@ -21,9 +23,18 @@ pub use training::{HandTraining, LayoutSource, Trained, small_slots, train_by_ha
 
 use burn::tensor::Device;
 
-/// The device that the suite runs on, with gradients.
+/// The device that the suite runs on: Flex; with the feature `libtorch` the first GPU, or LibTorch's CPU if there is
+/// none.
+pub fn plain_device() -> Device {
+    #[cfg(not(feature = "libtorch"))]
+    return Device::flex();
+    #[cfg(feature = "libtorch")]
+    return if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() };
+}
+
+/// [`plain_device`], with gradients.
 pub fn device() -> Device {
-    Device::flex().autodiff()
+    plain_device().autodiff()
 }
 
 /// The README's program, run as a test.

@@ -15,7 +15,7 @@ use burn_fsep::{
     },
     train::sync_gradients,
 };
-use burn_fsep_tests::{assert_close, device};
+use burn_fsep_tests::{assert_close, device, plain_device};
 
 const HIDDEN: usize = 4;
 
@@ -283,7 +283,7 @@ fn inference_is_the_forward_of_training() {
         // The last rank has no tokens.
         let trained = layer.try_forward(input(rank, 4 - 2 * rank, &device()))?.hidden;
         let counted = runtime.stats();
-        let inferred = layer.valid().try_forward(input(rank, 4 - 2 * rank, &Device::flex()))?.hidden;
+        let inferred = layer.valid().try_forward(input(rank, 4 - 2 * rank, &plain_device()))?.hidden;
         assert!(!inferred.is_tracked());
         assert_eq!(counted, runtime.stats(), "inference is not counted as training");
         Ok((floats(trained), floats(inferred)))

@@ -12,7 +12,6 @@ use std::{
 use burn::{
     data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
     optim::AdamWConfig,
-    tensor::Device,
     train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
 };
 use burn_fsep::{
@@ -28,7 +27,8 @@ use burn_fsep_planner::{
     callback::{CallbackError, StepContext, TrainingCallback},
 };
 use burn_fsep_tests::{
-    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, task_items, train_by_hand,
+    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, plain_device, task_items,
+    train_by_hand,
 };
 
 const SEED: u64 = 3;
@@ -68,7 +68,7 @@ fn the_learner_trains_on_four_ranks() {
         let planner = PlannerConfig::new(Strategy::MinMax).with_synchronous(true).init();
         let report = planner.report();
         let strategy = Arc::new(
-            FsepStrategy::new(runtime.clone(), Device::flex())
+            FsepStrategy::new(runtime.clone(), plain_device())
                 .with_max_grad_norm(CLIP)
                 .with_callback(planner)
                 .with_callback(CountLayouts { last: None, changes: changes.clone() }),
@@ -161,7 +161,7 @@ fn an_error_in_the_learner_ends_training_on_all_ranks() {
             DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(part.batch_size()).build(part)
         };
         let strategy =
-            Arc::new(FsepStrategy::new(runtime.clone(), Device::flex()).with_callback(FailOnce(runtime.rank())));
+            Arc::new(FsepStrategy::new(runtime.clone(), plain_device()).with_callback(FailOnce(runtime.rank())));
         let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
         let result = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))
             .metrics((LossMetric::new(),))
@@ -211,7 +211,7 @@ fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) ->
             DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(part.batch_size()).build(part)
         };
         let (interrupter, steps) = (Interrupter::new(), Arc::new(AtomicUsize::new(0)));
-        let mut strategy = FsepStrategy::new(runtime.clone(), Device::flex()).with_callback(CountSteps(steps.clone()));
+        let mut strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_callback(CountSteps(steps.clone()));
         if stop {
             strategy = strategy.with_callback(StopOne(runtime.rank(), interrupter.clone()));
         }

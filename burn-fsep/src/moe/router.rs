@@ -1,6 +1,6 @@
 use burn::{
     module::{Module, Param},
-    tensor::{Device, Int, Tensor, TensorData, activation::softmax},
+    tensor::{Device, FloatDType, Int, Tensor, TensorData, activation::softmax},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{StandardNormal, Uniform};
@@ -94,13 +94,15 @@ impl TopKRouter {
                 actual: width.to_string(),
             });
         }
+        let dtype = hidden.dtype();
         let mut logits = hidden.matmul(self.weight.val());
         if let RouterForcing::Bias(bias) = &self.forcing {
             let bias = TensorData::new(bias.clone(), [1, num_experts]);
             logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());
         }
         let z_loss = (self.z_loss_coeff > 0.0).then(|| z_loss(logits.clone(), self.z_loss_coeff));
-        let scores = softmax(logits, 1);
+        // In half precision, near ties would be decided by rounding.
+        let scores = softmax(logits.cast(FloatDType::F32), 1);
         let (chosen, experts) = match &self.forcing {
             RouterForcing::Shares(shares) => {
                 let experts = choose_by_shares(shares, num_tokens, self.topk);
@@ -117,6 +119,7 @@ impl TopKRouter {
         let chosen = Tensor::from_data(chosen.into_data(), &scores.device());
         let probs = scores.clone().gather(1, chosen);
         let probs = probs.clone() / probs.sum_dim(1);
+        let probs = probs.cast(dtype);
         Ok(RouterOutput { probs, experts, scores, z_loss })
     }
 }

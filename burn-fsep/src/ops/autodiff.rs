@@ -11,14 +11,14 @@ use burn::backend::{
 };
 
 use super::{
-    FsepOps, MoeStep, Tracked,
+    FsepKernels, FsepOps, MoeStep, Tracked,
     moe::{RowIndices, Saved, moe_backward, moe_forward},
 };
 
 #[derive(Debug)]
 struct MoeBackward;
 
-impl<B: FsepOps> Backward<B, 3> for MoeBackward {
+impl<B: FsepKernels> Backward<B, 3> for MoeBackward {
     type State = (Saved<B>, Arc<MoeStep>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
@@ -35,7 +35,7 @@ impl<B: FsepOps> Backward<B, 3> for MoeBackward {
     }
 }
 
-impl<B: FsepOps, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
+impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
     fn fsep_moe(
         hidden: FloatTensor<Self>,
         probs: FloatTensor<Self>,

@@ -1,3 +1,5 @@
+//! The experts on any backend, slot by slot.
+
 use std::ops::Range;
 
 use burn::{
@@ -6,90 +8,84 @@ use burn::{
 };
 
 use super::{
-    FsepOps,
-    weights::{RestoredWeights, SlotWeights},
+    FsepKernels,
+    kernels::{ExpertsBackward, ExpertsGradients, ExpertsOutput},
+    weights::ExpertWeights,
 };
 
-/// The experts' forward pass over tokens grouped by slot.
-pub(super) struct ExpertsOutput<B: Backend> {
-    /// `[M, D]`
-    pub output: FloatTensor<B>,
-    /// Activations before SwiGLU by slot, `[m, 2F]` each; `None` for slots without tokens.
-    pub gate_up: Vec<Option<FloatTensor<B>>>,
-}
-
-/// `down(silu(gate x) * up x)` of each slot on its rows. `[M, D] -> [M, D]`
-pub(super) fn experts_forward<B: FsepOps>(
+/// Forward; keeps the activations before SwiGLU of each slot that has tokens, `[m, 2F]`.
+pub(super) fn forward<B: FsepKernels>(
     tokens: &FloatTensor<B>,
-    weights: &RestoredWeights<B>,
+    weights: &ExpertWeights<B>,
     slot_rows: &[Range<usize>],
 ) -> ExpertsOutput<B> {
     let mut outputs = Vec::with_capacity(slot_rows.len());
     let mut kept = Vec::with_capacity(slot_rows.len());
-    for (slot, rows) in weights.slots.iter().zip(slot_rows) {
-        if rows.is_empty() {
-            kept.push(None);
-            continue;
-        }
-        let gate_up = B::float_matmul(rows_of::<B>(tokens, rows), B::float_transpose(slot.gate_up.clone()));
+    for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+        let gate_up = B::float_matmul(rows_of::<B>(tokens, rows), B::float_transpose(weights.gate_up(slot)));
         let hidden = B::fsep_swiglu(gate_up.clone());
-        outputs.push(B::float_matmul(hidden, B::float_transpose(slot.down.clone())));
-        kept.push(Some(gate_up));
+        outputs.push(B::float_matmul(hidden, B::float_transpose(weights.down(slot))));
+        kept.push(gate_up);
     }
-    ExpertsOutput { output: cat_rows::<B>(outputs, tokens), gate_up: kept }
+    ExpertsOutput { output: cat_rows::<B>(outputs, tokens), kept }
 }
 
-/// Which gradients of the experts are wanted, and what they need.
-pub(super) struct ExpertsBackward<'a, B: Backend> {
-    /// Inputs, `[M, D]`.
-    pub tokens: &'a FloatTensor<B>,
-    /// Kept activations by slot; recomputed if there are none.
-    pub gate_up: Option<Vec<Option<FloatTensor<B>>>>,
-    /// Gradient of the output, `[M, D]`.
-    pub grad: &'a FloatTensor<B>,
-    pub want_tokens: bool,
-    pub want_weights: bool,
-}
-
-/// Gradient of the tokens (`[M, D]`) and of the weights by slot.
-pub(super) type ExpertsGradients<B> = (Option<FloatTensor<B>>, Option<Vec<SlotWeights<B>>>);
-
-/// The experts' backward pass. Slots without tokens get zero gradients.
-pub(super) fn experts_backward<B: FsepOps>(
-    args: ExpertsBackward<'_, B>,
-    weights: &RestoredWeights<B>,
+/// Backward.
+pub(super) fn backward<B: FsepKernels>(
+    args: ExpertsBackward<B>,
+    weights: &ExpertWeights<B>,
     slot_rows: &[Range<usize>],
 ) -> ExpertsGradients<B> {
-    let ExpertsBackward { tokens, mut gate_up, grad, want_tokens, want_weights } = args;
+    let ExpertsBackward { tokens, kept, grad, want_tokens, want_weights } = args;
+    let mut kept = kept.map(Vec::into_iter);
     let mut d_tokens = Vec::new();
-    let mut d_weights = Vec::new();
-    for (i, (slot, rows)) in weights.slots.iter().zip(slot_rows).enumerate() {
+    // Flat gradients by row of the weights.
+    let mut d_weights: Vec<(usize, Vec<FloatTensor<B>>)> = Vec::new();
+    let [_, width] = weights.flat.shape().dims();
+    let zeros = |len: usize| B::float_zeros(Shape::new([len]), &weights.flat.device(), weights.flat.dtype().into());
+    for (slot, rows) in slot_rows.iter().enumerate() {
+        let row = weights.rows[slot];
         if rows.is_empty() {
             if want_weights {
-                d_weights
-                    .push(SlotWeights { gate_up: zeros_like::<B>(&slot.gate_up), down: zeros_like::<B>(&slot.down) });
+                d_weights.push((row, vec![zeros(width)]));
             }
             continue;
         }
-        let x = rows_of::<B>(tokens, rows);
-        let dy = rows_of::<B>(grad, rows);
-        let activations = gate_up
+        let x = rows_of::<B>(&tokens, rows);
+        let dy = rows_of::<B>(&grad, rows);
+        let activations = kept
             .as_mut()
-            .and_then(|kept| kept[i].take())
-            .unwrap_or_else(|| B::float_matmul(x.clone(), B::float_transpose(slot.gate_up.clone())));
-        let d_hidden = B::float_matmul(dy.clone(), slot.down.clone());
+            .and_then(Iterator::next)
+            .unwrap_or_else(|| B::float_matmul(x.clone(), B::float_transpose(weights.gate_up(slot))));
+        let d_hidden = B::float_matmul(dy.clone(), weights.down(slot));
         let (d_gate_up, hidden) = B::fsep_swiglu_backward(activations, d_hidden);
         if want_weights {
-            d_weights.push(SlotWeights {
-                gate_up: B::float_matmul(B::float_transpose(d_gate_up.clone()), x),
-                down: B::float_matmul(B::float_transpose(dy), hidden),
-            });
+            let mut parts = vec![
+                flat::<B>(B::float_matmul(B::float_transpose(d_gate_up.clone()), x)),
+                flat::<B>(B::float_matmul(B::float_transpose(dy), hidden)),
+            ];
+            let padding = width - weights.shape.num_params();
+            parts.extend((padding > 0).then(|| zeros(padding)));
+            d_weights.push((row, parts));
         }
         if want_tokens {
-            d_tokens.push(B::float_matmul(d_gate_up, slot.gate_up.clone()));
+            d_tokens.push(B::float_matmul(d_gate_up, weights.gate_up(slot)));
         }
     }
-    (want_tokens.then(|| cat_rows::<B>(d_tokens, tokens)), want_weights.then_some(d_weights))
+    d_weights.sort_by_key(|(row, _)| *row);
+    ExpertsGradients {
+        tokens: want_tokens.then(|| cat_rows::<B>(d_tokens, &tokens)),
+        weights: want_weights.then(|| {
+            let rows = d_weights.len();
+            let parts = d_weights.into_iter().flat_map(|(_, parts)| parts).collect();
+            B::float_reshape(B::float_cat(parts, 0), Shape::new([rows, width]))
+        }),
+    }
+}
+
+fn flat<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let len = tensor.shape().num_elements();
+    B::float_reshape(tensor, Shape::new([len]))
 }
 
 fn rows_of<B: Backend>(tensor: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B> {
@@ -104,8 +100,4 @@ fn cat_rows<B: Backend>(mut parts: Vec<FloatTensor<B>>, like: &FloatTensor<B>) -
         1 => parts.swap_remove(0),
         _ => B::float_cat(parts, 0),
     }
-}
-
-fn zeros_like<B: Backend>(tensor: &FloatTensor<B>) -> FloatTensor<B> {
-    B::float_zeros(tensor.shape(), &tensor.device(), tensor.dtype().into())
 }

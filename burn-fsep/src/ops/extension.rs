@@ -2,19 +2,22 @@ use std::sync::Arc;
 
 use burn::{
     backend::{
-        Backend, Dispatch, TensorMetadata, backend_extension,
+        Backend, Dispatch, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Int, Slice, Tensor},
+    tensor::{Int, Tensor},
 };
 
-use super::{MoeStep, moe::moe_forward};
+use super::{
+    FsepKernels, MoeStep, Tracked,
+    moe::{RowIndices, moe_forward},
+};
 
-/// What an MoE layer needs of a backend.
+/// The MoE layer as an operation of a backend.
 ///
-/// The default bodies serve every backend; they carry tensors through host memory to communicate. A backend replaces
-/// what it can do better. `Autodiff` replaces [`FsepOps::fsep_moe`] by the same operation with its backward pass.
-#[backend_extension(Flex: cfg(feature = "flex"), Autodiff)]
+/// A backend joins with `impl FsepKernels for B {}` and an `impl FsepOps for B` that calls [`run_moe`]; what it can do
+/// better it replaces in [`FsepKernels`](super::FsepKernels). `Autodiff` adds the backward pass.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
 pub trait FsepOps: Backend {
     /// A whole MoE layer after its router: permute, All-to-All, experts on restored weights, All-to-All back,
     /// weighted combine.
@@ -45,41 +48,25 @@ pub trait FsepOps: Backend {
         assignment_of: IntTensor<Self>,
         token_of: IntTensor<Self>,
         step: Arc<MoeStep>,
-    ) -> FloatTensor<Self> {
-        let rows = super::moe::RowIndices { row_of, assignment_of, token_of };
-        moe_forward::<Self>(hidden, probs, weights, rows, step, Default::default()).output
-    }
-
-    /// `silu(gate) * up`. `[M, 2F] -> [M, F]`, gate in the first `F` columns.
-    fn fsep_swiglu(gate_up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let (gate, up) = halves::<Self>(gate_up);
-        let silu = Self::float_mul(gate.clone(), Self::sigmoid(gate));
-        Self::float_mul(silu, up)
-    }
-
-    /// Backward of [`FsepOps::fsep_swiglu`]: the gradient of `gate_up` and, since backward needs it once more, the
-    /// output. `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`.
-    fn fsep_swiglu_backward(
-        gate_up: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (gate, up) = halves::<Self>(gate_up);
-        let sigmoid = Self::sigmoid(gate.clone());
-        let silu = Self::float_mul(gate.clone(), sigmoid.clone());
-        let output = Self::float_mul(silu.clone(), up.clone());
-        // d silu = sigmoid + silu * (1 - sigmoid)
-        let rest = Self::float_add_scalar(Self::float_neg(sigmoid.clone()), 1.0.into());
-        let d_silu = Self::float_add(sigmoid, Self::float_mul(silu.clone(), rest));
-        let d_gate = Self::float_mul(Self::float_mul(grad.clone(), up), d_silu);
-        let d_up = Self::float_mul(grad, silu);
-        (Self::float_cat(vec![d_gate, d_up], 1), output)
-    }
+    ) -> FloatTensor<Self>;
 }
 
-fn halves<B: Backend>(gate_up: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
-    let [rows, width] = gate_up.shape().dims();
-    let half = |start: usize| [Slice::from(0..rows), Slice::from(start..start + width / 2)];
-    (B::float_slice(gate_up.clone(), &half(0)), B::float_slice(gate_up, &half(width / 2)))
+/// [`FsepOps::fsep_moe`] of a backend without autodiff.
+///
+/// # Panics
+///
+/// As [`FsepOps::fsep_moe`].
+pub fn run_moe<B: FsepKernels>(
+    hidden: FloatTensor<B>,
+    probs: FloatTensor<B>,
+    weights: FloatTensor<B>,
+    row_of: IntTensor<B>,
+    assignment_of: IntTensor<B>,
+    token_of: IntTensor<B>,
+    step: Arc<MoeStep>,
+) -> FloatTensor<B> {
+    let rows = RowIndices { row_of, assignment_of, token_of };
+    moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default()).output
 }
 
 /// [`FsepOps::fsep_moe`] for tensors of any supported device.

@@ -1,7 +1,26 @@
 //! Burn's CPU backend.
 
-use burn::backend::Flex;
+use std::sync::Arc;
 
-use super::FsepOps;
+use burn::backend::{
+    Flex,
+    tensor::{FloatTensor, IntTensor},
+};
 
-impl FsepOps for Flex {}
+use super::{FsepKernels, FsepOps, MoeStep, run_moe};
+
+impl FsepKernels for Flex {}
+
+impl FsepOps for Flex {
+    fn fsep_moe(
+        hidden: FloatTensor<Self>,
+        probs: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        row_of: IntTensor<Self>,
+        assignment_of: IntTensor<Self>,
+        token_of: IntTensor<Self>,
+        step: Arc<MoeStep>,
+    ) -> FloatTensor<Self> {
+        run_moe::<Self>(hidden, probs, weights, row_of, assignment_of, token_of, step)
+    }
+}

@@ -7,10 +7,15 @@ mod extension;
 #[cfg(feature = "flex")]
 mod flex;
 mod host;
+mod kernels;
+#[cfg(feature = "libtorch")]
+mod libtorch;
 mod moe;
 mod step;
 mod weights;
 
-pub use extension::{FsepOps, moe};
+pub use extension::{FsepOps, moe, run_moe};
+pub use kernels::{ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels};
 pub(crate) use step::token_exchange;
 pub use step::{MoeStep, Tracked, WeightStorage};
+pub use weights::ExpertWeights;

@@ -9,9 +9,9 @@ use burn::{
 };
 
 use super::{
-    FsepOps, MoeStep, Tracked,
-    experts::{ExpertsBackward, experts_backward, experts_forward},
+    FsepKernels, MoeStep, Tracked,
     host::start_exchange,
+    kernels::{ExpertsBackward, ExpertsGradients},
     weights::{start_reshard, start_unshard},
 };
 use crate::{FsepError, comm::ExchangePlan};
@@ -37,8 +37,8 @@ pub(super) struct MoeForward<B: Backend> {
 pub(super) struct Saved<B: Backend> {
     /// Received tokens by slot, `[M, D]`.
     tokens: FloatTensor<B>,
-    /// Activations by slot, unless they are to be recomputed.
-    gate_up: Option<Vec<Option<FloatTensor<B>>>>,
+    /// What the experts kept, unless it is to be computed again.
+    kept: Option<Vec<FloatTensor<B>>>,
     /// Expert outputs by assignment, `[T, K, D]`, if the router is trained.
     outputs: Option<FloatTensor<B>>,
     /// `[T, K]`
@@ -58,7 +58,7 @@ pub(super) struct MoeGradients<B: Backend> {
     pub weights: Option<FloatTensor<B>>,
 }
 
-pub(super) fn moe_forward<B: FsepOps>(
+pub(super) fn moe_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
@@ -70,7 +70,7 @@ pub(super) fn moe_forward<B: FsepOps>(
     result.unwrap_or_else(|error| step.runtime.fail(error))
 }
 
-fn try_forward<B: FsepOps>(
+fn try_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
@@ -85,7 +85,7 @@ fn try_forward<B: FsepOps>(
     let permuted = B::float_select(hidden, 0, rows.token_of.clone());
     let tokens = exchange_rows::<B>(permuted, step, &step.tokens, "tokens to experts in forward")?;
     let restored = restoring.wait(step)?;
-    let experts = experts_forward::<B>(&tokens, &restored, &step.slot_rows);
+    let experts = B::fsep_experts(&tokens, &restored, &step.slot_rows)?;
     drop(restored);
 
     let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
@@ -95,7 +95,7 @@ fn try_forward<B: FsepOps>(
 
     let saved = tracked.any().then(|| Saved {
         tokens,
-        gate_up: (!step.recompute).then_some(experts.gate_up),
+        kept: (!step.recompute).then_some(experts.kept),
         outputs: tracked.probs.then_some(outputs),
         probs,
         weights,
@@ -104,7 +104,7 @@ fn try_forward<B: FsepOps>(
     Ok(MoeForward { output, saved })
 }
 
-pub(super) fn moe_backward<B: FsepOps>(
+pub(super) fn moe_backward<B: FsepKernels>(
     grad: FloatTensor<B>,
     saved: Saved<B>,
     step: &MoeStep,
@@ -113,14 +113,14 @@ pub(super) fn moe_backward<B: FsepOps>(
     try_backward(grad, saved, step, tracked).unwrap_or_else(|error| step.runtime.fail(error))
 }
 
-fn try_backward<B: FsepOps>(
+fn try_backward<B: FsepKernels>(
     grad: FloatTensor<B>,
     saved: Saved<B>,
     step: &MoeStep,
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
     let [num_tokens, width] = grad.shape().dims();
-    let Saved { tokens, gate_up, outputs, probs, weights, rows } = saved;
+    let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
     let by_assignment = |tensor: FloatTensor<B>| B::float_reshape(tensor, Shape::new([num_tokens, step.topk, width]));
     let grad = B::float_reshape(grad, Shape::new([num_tokens, 1, width]));
 
@@ -139,14 +139,10 @@ fn try_backward<B: FsepOps>(
     let d_rows = B::float_select(d_outputs, 0, rows.assignment_of);
     let d_slots = exchange_rows::<B>(d_rows, step, &step.tokens, "gradients to experts in backward")?;
     let restored = restoring.wait(step)?;
-    let args = ExpertsBackward {
-        tokens: &tokens,
-        gate_up,
-        grad: &d_slots,
-        want_tokens: tracked.hidden,
-        want_weights: tracked.weights,
-    };
-    let (d_tokens, d_weights) = experts_backward::<B>(args, &restored, &step.slot_rows);
+    let args =
+        ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
+    let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
+        B::fsep_experts_backward(args, &restored, &step.slot_rows)?;
     drop(restored);
 
     // Tokens are waited for first: the layers before need them, the shards' gradients only the optimizer.

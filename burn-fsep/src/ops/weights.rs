@@ -12,19 +12,35 @@ use crate::{
     shard::{ExpertShape, RestoredGuard, sum_replicas},
 };
 
-/// The weights of the expert in one slot.
-pub(super) struct SlotWeights<B: Backend> {
-    /// `[2F, D]`
-    pub gate_up: FloatTensor<B>,
-    /// `[D, F]`
-    pub down: FloatTensor<B>,
-}
-
 /// Whole experts, one a slot, for as long as a layer computes.
-pub(super) struct RestoredWeights<B: Backend> {
-    pub slots: Vec<SlotWeights<B>>,
+#[derive(Debug)]
+pub struct ExpertWeights<B: Backend> {
+    /// Flat parameters of one expert a row: `gate_up` `[2F, D]`, then `down` `[D, F]`, then padding. `[rows, >= P]`
+    pub flat: FloatTensor<B>,
+    /// The row of each slot's expert. Shape `[C]`.
+    pub rows: Vec<usize>,
+    /// Sizes of an expert.
+    pub shape: ExpertShape,
     /// Counts the weights as alive; resident experts are not restored and not counted.
     _guard: Option<RestoredGuard>,
+}
+
+impl<B: Backend> ExpertWeights<B> {
+    /// A view of the slot's gate and up projection. `[2F, D]`
+    pub fn gate_up(&self, slot: usize) -> FloatTensor<B> {
+        self.part(slot, 0..self.shape.gate_up_len(), [2 * self.shape.ffn, self.shape.hidden])
+    }
+
+    /// A view of the slot's down projection. `[D, F]`
+    pub fn down(&self, slot: usize) -> FloatTensor<B> {
+        self.part(slot, self.shape.gate_up_len()..self.shape.num_params(), [self.shape.hidden, self.shape.ffn])
+    }
+
+    fn part(&self, slot: usize, range: std::ops::Range<usize>, dims: [usize; 2]) -> FloatTensor<B> {
+        let row = self.rows[slot];
+        let slices = [Slice::from(row..row + 1), Slice::from(range)];
+        B::float_reshape(B::float_slice(self.flat.clone(), &slices), Shape::new(dims))
+    }
 }
 
 /// Experts on their way to their slots.
@@ -51,33 +67,20 @@ pub(super) fn start_unshard<B: Backend>(
 
 impl<B: Backend> PendingWeights<B> {
     /// Waits until the experts are there.
-    pub fn wait(self, step: &MoeStep) -> Result<RestoredWeights<B>, FsepError> {
+    pub fn wait(self, step: &MoeStep) -> Result<ExpertWeights<B>, FsepError> {
         let experts = step.experts();
         match self {
-            PendingWeights::Resident(weights) => {
-                let slot = |&e: &u32| slot_weights::<B>(&weights, step.resident_row(e as usize), step.shape);
-                Ok(RestoredWeights { slots: experts.iter().map(slot).collect(), _guard: None })
+            PendingWeights::Resident(flat) => {
+                let rows = experts.iter().map(|&expert| step.resident_row(expert as usize)).collect();
+                Ok(ExpertWeights { flat, rows, shape: step.shape, _guard: None })
             }
             PendingWeights::Restoring(pending) => {
                 let padded = step.world_size() * step.shape.shard_len(step.world_size());
                 let guard = step.runtime.restored_gauge().hold(experts.len() * padded * pending.element_size());
-                let weights = pending.wait([experts.len(), padded])?;
-                let slots = (0..experts.len()).map(|slot| slot_weights::<B>(&weights, slot, step.shape)).collect();
-                Ok(RestoredWeights { slots, _guard: Some(guard) })
+                let flat = pending.wait([experts.len(), padded])?;
+                Ok(ExpertWeights { flat, rows: (0..experts.len()).collect(), shape: step.shape, _guard: Some(guard) })
             }
         }
-    }
-}
-
-/// Views of one row of flat parameters `[.., >= P]` as matrices.
-fn slot_weights<B: Backend>(weights: &FloatTensor<B>, row: usize, shape: ExpertShape) -> SlotWeights<B> {
-    let part = |range: std::ops::Range<usize>, dims: [usize; 2]| {
-        let slices = [Slice::from(row..row + 1), Slice::from(range)];
-        B::float_reshape(B::float_slice(weights.clone(), &slices), Shape::new(dims))
-    };
-    SlotWeights {
-        gate_up: part(0..shape.gate_up_len(), [2 * shape.ffn, shape.hidden]),
-        down: part(shape.gate_up_len()..shape.num_params(), [shape.hidden, shape.ffn]),
     }
 }
 
@@ -87,46 +90,24 @@ pub(super) enum PendingGradient<B: Backend> {
     Resharding(PendingTensor<B>, burn::backend::tensor::Device<B>),
 }
 
-/// Starts to return the slots' gradients to the shards.
+/// Starts to return the slots' gradients, shaped as [`ExpertWeights::flat`], to the shards.
 ///
 /// The result is the gradient of the mean over ranks of their losses, hence the division by `N`.
 pub(super) fn start_reshard<B: Backend>(
-    gradients: Vec<SlotWeights<B>>,
+    gradients: FloatTensor<B>,
     step: &MoeStep,
 ) -> Result<PendingGradient<B>, FsepError> {
-    let (shape, ranks) = (step.shape, step.world_size());
-    let (dtype, device) = match gradients.first() {
-        Some(slot) => (slot.down.dtype(), slot.down.device()),
-        None => return Err(FsepError::Config("a rank without slots cannot return gradients".into())),
-    };
-    let flat = |tensor: FloatTensor<B>| {
-        let len = tensor.shape().num_elements();
-        B::float_reshape(tensor, Shape::new([len]))
-    };
+    let ranks = step.world_size();
     match step.storage {
+        WeightStorage::Resident if ranks == 1 => Ok(PendingGradient::Resident(gradients)),
         WeightStorage::Resident => {
-            let mut by_row: Vec<(usize, SlotWeights<B>)> =
-                step.experts().iter().map(|&expert| step.resident_row(expert as usize)).zip(gradients).collect();
-            by_row.sort_by_key(|(row, _)| *row);
-            let rows = by_row.len();
-            let parts = by_row.into_iter().flat_map(|(_, slot)| [flat(slot.gate_up), flat(slot.down)]).collect();
-            let all = B::float_reshape(B::float_cat(parts, 0), Shape::new([rows, shape.num_params()]));
-            let scaled = if ranks == 1 { all } else { B::float_mul_scalar(all, (1.0 / ranks as f64).into()) };
-            Ok(PendingGradient::Resident(scaled))
+            Ok(PendingGradient::Resident(B::float_mul_scalar(gradients, (1.0 / ranks as f64).into())))
         }
         WeightStorage::Sharded => {
-            let padding = ranks * shape.shard_len(ranks) - shape.num_params();
-            let parts = gradients
-                .into_iter()
-                .flat_map(|slot| {
-                    let pad = B::float_zeros(Shape::new([padding]), &device, dtype.into());
-                    let pad = (padding > 0).then_some(pad);
-                    [Some(flat(slot.gate_up)), Some(flat(slot.down)), pad].into_iter().flatten()
-                })
-                .collect();
+            let device = gradients.device();
             let operation = step.operation("gradient reshard");
             let comm = step.runtime.weights_comm();
-            let pending = start_exchange::<B>(B::float_cat(parts, 0), comm, operation, &step.unshard.reshard)?;
+            let pending = start_exchange::<B>(gradients, comm, operation, &step.unshard.reshard)?;
             Ok(PendingGradient::Resharding(pending, device))
         }
     }
