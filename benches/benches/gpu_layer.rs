@@ -3,6 +3,8 @@
 //! Prints one line of JSON as the peers' scripts do: median time, rate of the experts' products (18 D F T K flop), peak
 //! memory. `benches/gpu_layer.py` runs it beside its peers.
 
+#![allow(deprecated)] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
+
 use std::{
     sync::{
         Arc,

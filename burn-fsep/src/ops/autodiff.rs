@@ -11,8 +11,8 @@ use burn::backend::{
 };
 
 use super::{
-    FsepKernels, FsepOps, MoeStep, Tracked,
-    moe::{RowIndices, Saved, moe_backward, moe_forward},
+    FsepKernels, FsepOps, MoeStep, RowIndices, Tracked,
+    moe::{Saved, moe_backward, moe_forward},
 };
 
 #[derive(Debug)]

@@ -8,10 +8,7 @@ use burn::{
     tensor::{Int, Tensor},
 };
 
-use super::{
-    FsepKernels, MoeStep, Tracked,
-    moe::{RowIndices, moe_forward},
-};
+use super::{FsepKernels, MoeStep, RowIndices, Tracked, moe::moe_forward};
 
 /// The MoE layer as an operation of a backend.
 ///

@@ -1,11 +1,14 @@
 use std::ops::Range;
 
 use burn::{
-    backend::{Backend, TensorMetadata, tensor::FloatTensor},
+    backend::{
+        Backend, TensorMetadata,
+        tensor::{FloatTensor, IntTensor},
+    },
     tensor::Slice,
 };
 
-use super::{experts, weights::ExpertWeights};
+use super::{combine, experts, weights::ExpertWeights};
 use crate::FsepError;
 
 /// The computations of an MoE layer. The default bodies serve every backend; a backend replaces what it can do better.
@@ -36,6 +39,49 @@ pub trait FsepKernels: Backend {
         Ok(experts::backward::<Self>(args, weights, slot_rows))
     }
 
+    /// Sums the experts' outputs of each token, weighted: `sum over k of probs[t, k] * rows[row_of[t * K + k]]`.
+    /// `([T * K, D], [T * K], [T, K]) -> [T, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_combine(
+        rows: &FloatTensor<Self>,
+        row_of: &IntTensor<Self>,
+        probs: &FloatTensor<Self>,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(combine::forward::<Self>(rows, row_of, probs))
+    }
+
+    /// Backward of [`FsepKernels::fsep_combine`]. Without `rows` the gradient of `probs` is not wanted.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_combine_backward(
+        grad: &FloatTensor<Self>,
+        rows: Option<&FloatTensor<Self>>,
+        indices: &RowIndices<Self>,
+        probs: &FloatTensor<Self>,
+        want_rows: bool,
+    ) -> Result<CombineGradients<Self>, FsepError> {
+        Ok(combine::backward::<Self>(grad, rows, indices, probs, want_rows))
+    }
+
+    /// Backward of the selection of each assignment's token: `sum over k of rows[row_of[t * K + k]]`.
+    /// `([T * K, D], [T * K]) -> [T, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_sum_rows(
+        rows: &FloatTensor<Self>,
+        row_of: &IntTensor<Self>,
+        topk: usize,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(combine::sum_rows::<Self>(rows, row_of, topk))
+    }
+
     /// `silu(gate) * up`. `[M, 2F] -> [M, F]`, gate in the first `F` columns.
     fn fsep_swiglu(gate_up: FloatTensor<Self>) -> FloatTensor<Self> {
         let (gate, up) = halves::<Self>(gate_up);
@@ -60,6 +106,17 @@ pub trait FsepKernels: Backend {
         let d_up = Self::float_mul(grad, silu);
         (Self::float_cat(vec![d_gate, d_up], 1), output)
     }
+}
+
+/// Index tensors between assignments (`t * K + k`) and rows (assignments sorted by expert). Shape `[T * K]` each.
+#[derive(Debug, Clone)]
+pub struct RowIndices<B: Backend> {
+    /// The row of each assignment.
+    pub row_of: IntTensor<B>,
+    /// The assignment of each row.
+    pub assignment_of: IntTensor<B>,
+    /// The token of each row: `assignment_of / K`.
+    pub token_of: IntTensor<B>,
 }
 
 /// Result of the experts' forward pass.
@@ -93,6 +150,15 @@ pub struct ExpertsGradients<B: Backend> {
     pub tokens: Option<FloatTensor<B>>,
     /// Shaped as [`ExpertWeights::flat`]; zero for slots without tokens and where rows are padded.
     pub weights: Option<FloatTensor<B>>,
+}
+
+/// Gradients of the inputs of [`FsepKernels::fsep_combine`]; `None` where none is wanted.
+#[derive(Debug)]
+pub struct CombineGradients<B: Backend> {
+    /// `[T * K, D]`
+    pub rows: Option<FloatTensor<B>>,
+    /// `[T, K]`
+    pub probs: Option<FloatTensor<B>>,
 }
 
 fn halves<B: Backend>(gate_up: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {

@@ -2,6 +2,7 @@
 //! backend, and the kernels that a backend may replace by faster ones.
 
 mod autodiff;
+mod combine;
 mod experts;
 mod extension;
 #[cfg(feature = "flex")]
@@ -15,7 +16,7 @@ mod step;
 mod weights;
 
 pub use extension::{FsepOps, moe, run_moe};
-pub use kernels::{ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels};
+pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
 pub(crate) use step::token_exchange;
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub use weights::ExpertWeights;

@@ -1,28 +1,14 @@
 use std::sync::Arc;
 
-use burn::{
-    backend::{
-        Backend, TensorMetadata,
-        tensor::{FloatTensor, IntTensor},
-    },
-    tensor::Shape,
-};
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
 use super::{
     FsepKernels, MoeStep, Tracked,
     host::start_exchange,
-    kernels::{ExpertsBackward, ExpertsGradients},
+    kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
     weights::{start_reshard, start_unshard},
 };
 use crate::{FsepError, comm::ExchangePlan};
-
-/// Index tensors between assignments (`t * K + k`) and rows (assignments sorted by expert). Shape `[T * K]` each.
-#[derive(Debug, Clone)]
-pub(super) struct RowIndices<B: Backend> {
-    pub row_of: IntTensor<B>,
-    pub assignment_of: IntTensor<B>,
-    pub token_of: IntTensor<B>,
-}
 
 /// Result of the forward pass.
 pub(super) struct MoeForward<B: Backend> {
@@ -39,7 +25,7 @@ pub(super) struct Saved<B: Backend> {
     tokens: FloatTensor<B>,
     /// What the experts kept, unless it is to be computed again.
     kept: Option<Vec<FloatTensor<B>>>,
-    /// Expert outputs by assignment, `[T, K, D]`, if the router is trained.
+    /// Expert outputs by row, `[T * K, D]`, if the router is trained.
     outputs: Option<FloatTensor<B>>,
     /// `[T, K]`
     probs: FloatTensor<B>,
@@ -78,8 +64,6 @@ fn try_forward<B: FsepKernels>(
     step: &MoeStep,
     tracked: Tracked,
 ) -> Result<MoeForward<B>, FsepError> {
-    let [num_tokens, width] = hidden.shape().dims();
-
     // Weights do not depend on tokens: they start first and travel while tokens are permuted and sent.
     let restoring = start_unshard::<B>(weights.clone(), step, "restore for forward")?;
     let permuted = B::float_select(hidden, 0, rows.token_of.clone());
@@ -89,14 +73,12 @@ fn try_forward<B: FsepKernels>(
     drop(restored);
 
     let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
-    let outputs = B::float_select(returned, 0, rows.row_of.clone());
-    let outputs = B::float_reshape(outputs, Shape::new([num_tokens, step.topk, width]));
-    let output = weighted_sum::<B>(outputs.clone(), probs.clone());
+    let output = B::fsep_combine(&returned, &rows.row_of, &probs)?;
 
     let saved = tracked.any().then(|| Saved {
         tokens,
         kept: (!step.recompute).then_some(experts.kept),
-        outputs: tracked.probs.then_some(outputs),
+        outputs: tracked.probs.then_some(returned),
         probs,
         weights,
         rows,
@@ -119,24 +101,18 @@ fn try_backward<B: FsepKernels>(
     step: &MoeStep,
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
-    let [num_tokens, width] = grad.shape().dims();
     let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
-    let by_assignment = |tensor: FloatTensor<B>| B::float_reshape(tensor, Shape::new([num_tokens, step.topk, width]));
-    let grad = B::float_reshape(grad, Shape::new([num_tokens, 1, width]));
-
-    let d_probs = outputs.map(|outputs| {
-        let products = B::float_mul(outputs, grad.clone());
-        B::float_reshape(B::float_sum_dim(products, 2), Shape::new([num_tokens, step.topk]))
-    });
-    if !tracked.hidden && !tracked.weights {
-        return Ok(MoeGradients { hidden: None, probs: d_probs, weights: None });
+    let want_rows = tracked.hidden || tracked.weights;
+    let combined = |grad: &FloatTensor<B>| B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows);
+    if !want_rows {
+        return Ok(MoeGradients { hidden: None, probs: combined(&grad)?.probs, weights: None });
     }
 
     // The weights were freed after forward, so they are restored again, while gradients travel to the experts.
     let restoring = start_unshard::<B>(weights, step, "restore for backward")?;
-    let d_outputs = B::float_mul(grad, B::float_reshape(probs, Shape::new([num_tokens, step.topk, 1])));
-    let d_outputs = B::float_reshape(d_outputs, Shape::new([num_tokens * step.topk, width]));
-    let d_rows = B::float_select(d_outputs, 0, rows.assignment_of);
+    let CombineGradients { rows: d_rows, probs: d_probs } = combined(&grad)?;
+    drop((grad, outputs));
+    let d_rows = d_rows.ok_or_else(|| FsepError::Device("the backend returned no gradient of the rows".into()))?;
     let d_slots = exchange_rows::<B>(d_rows, step, &step.tokens, "gradients to experts in backward")?;
     let restored = restoring.wait(step)?;
     let args =
@@ -152,19 +128,11 @@ fn try_backward<B: FsepKernels>(
         Some(d_tokens) => {
             let returned =
                 exchange_rows::<B>(d_tokens, step, &step.tokens.reversed(), "gradients to tokens in backward")?;
-            let by_token = by_assignment(B::float_select(returned, 0, rows.row_of));
-            Some(B::float_reshape(B::float_sum_dim(by_token, 1), Shape::new([num_tokens, width])))
+            Some(B::fsep_sum_rows(&returned, &rows.row_of, step.topk)?)
         }
     };
     let d_weights = resharding.map(|pending| pending.wait(step)).transpose()?;
     Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
-}
-
-/// Sums the experts' outputs of each token, weighted. `([T, K, D], [T, K]) -> [T, D]`
-fn weighted_sum<B: Backend>(outputs: FloatTensor<B>, probs: FloatTensor<B>) -> FloatTensor<B> {
-    let [num_tokens, topk, width] = outputs.shape().dims();
-    let weighted = B::float_mul(outputs, B::float_reshape(probs, Shape::new([num_tokens, topk, 1])));
-    B::float_reshape(B::float_sum_dim(weighted, 1), Shape::new([num_tokens, width]))
 }
 
 /// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`

@@ -1,0 +1,177 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use cudarc::{
+    driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
+    nvrtc::{CompileOptions, compile_ptx_with_opts},
+};
+use parking_lot::Mutex;
+use tch::{Device, Kind, TchError, Tensor};
+
+/// The kernels of `kernels.cu`, compiled for one GPU.
+#[derive(Debug)]
+pub(super) struct Fused {
+    /// The legacy default stream, on which LibTorch computes.
+    stream: Arc<CudaStream>,
+    swiglu: CudaFunction,
+    swiglu_backward: CudaFunction,
+    combine: CudaFunction,
+    combine_backward: CudaFunction,
+    /// Major number of the compute capability.
+    generation: i32,
+}
+
+/// Kernels compiled in this process, by GPU; `None` where they cannot be. Like cuBLAS's handles in LibTorch: a memory of
+/// what was made once, without any meaning of its own.
+static COMPILED: Mutex<BTreeMap<usize, Option<Arc<Fused>>>> = Mutex::new(BTreeMap::new());
+
+/// Elements that a thread handles at a time.
+const VECTOR: i64 = 8;
+
+fn on_gpu(index: usize) -> Option<Arc<Fused>> {
+    // Without NVRTC or a fitting driver LibTorch's own operations do the work.
+    COMPILED.lock().entry(index).or_insert_with(|| Fused::compile(index).ok().map(Arc::new)).clone()
+}
+
+/// Whether LibTorch computes the products of all slots in one launch well.
+pub(super) fn has_grouped_products(device: Device) -> bool {
+    matches!(device, Device::Cuda(index) if on_gpu(index).is_some_and(|gpu| gpu.generation >= 9))
+}
+
+impl Fused {
+    /// The kernels for a tensor with rows of `width` elements; `None` where they do not apply.
+    pub fn of(tensor: &Tensor, width: i64) -> Option<Arc<Self>> {
+        let Device::Cuda(index) = tensor.device() else { return None };
+        let fits = tensor.kind() == Kind::BFloat16 && width % VECTOR == 0 && tensor.is_contiguous();
+        if fits { on_gpu(index) } else { None }
+    }
+
+    fn compile(index: usize) -> Result<Self, Box<dyn std::error::Error>> {
+        // cudarc panics where the driver or NVRTC is not installed.
+        // SAFETY: these only ask whether the libraries can be loaded.
+        if !unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() } {
+            return Err("the CUDA driver or NVRTC is not installed".into());
+        }
+        let context = CudaContext::new(index)?;
+        let (major, minor) = context.compute_capability()?;
+        let architecture = format!("--gpu-architecture=compute_{major}{minor}");
+        let options = CompileOptions { options: vec![architecture], ..Default::default() };
+        let module = context.load_module(compile_ptx_with_opts(include_str!("kernels.cu"), options)?)?;
+        Ok(Self {
+            stream: context.default_stream(),
+            swiglu: module.load_function("swiglu")?,
+            swiglu_backward: module.load_function("swiglu_backward")?,
+            combine: module.load_function("combine")?,
+            combine_backward: module.load_function("combine_backward")?,
+            generation: major,
+        })
+    }
+
+    /// `[M, 2F] -> [M, F]`
+    pub fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor, TchError> {
+        let (rows, ffn) = (gate_up.size()[0], gate_up.size()[1] / 2);
+        let hidden = Tensor::f_empty([rows, ffn], (gate_up.kind(), gate_up.device()))?;
+        let (pointers, width) = ([address(gate_up), address(&hidden)], groups(ffn));
+        self.launch(&self.swiglu, rows, width, |args| {
+            args.arg(&pointers[0]).arg(&pointers[1]).arg(&width);
+        })?;
+        Ok(hidden)
+    }
+
+    /// `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`: gradient of the input, and the output once more.
+    pub fn swiglu_backward(&self, gate_up: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor), TchError> {
+        let (rows, ffn) = (gate_up.size()[0], gate_up.size()[1] / 2);
+        let grad = grad.f_contiguous()?;
+        let (d_gate_up, hidden) = (gate_up.f_empty_like()?, grad.f_empty_like()?);
+        let pointers = [gate_up, &grad, &d_gate_up, &hidden].map(address);
+        let width = groups(ffn);
+        self.launch(&self.swiglu_backward, rows, width, |args| {
+            pointers.iter().for_each(|pointer| _ = args.arg(pointer));
+            args.arg(&width);
+        })?;
+        Ok((d_gate_up, hidden))
+    }
+
+    /// `([R, D], [T * K], [T, K]) -> [T, D]`: rows of each token summed, weighted if there are probabilities.
+    pub fn combine(
+        &self,
+        rows: &Tensor,
+        row_of: &Tensor,
+        probs: Option<&Tensor>,
+        topk: i64,
+    ) -> Result<Tensor, TchError> {
+        let (tokens, hidden) = (row_of.size()[0] / topk, rows.size()[1]);
+        let row_of = row_of.f_to_kind(Kind::Int64)?;
+        let probs = probs.map(|probs| probs.f_to_kind(Kind::BFloat16)?.f_contiguous()).transpose()?;
+        let out = Tensor::f_empty([tokens, hidden], (rows.kind(), rows.device()))?;
+        let pointers = [address(rows), address(&row_of), probs.as_ref().map_or(0, address), address(&out)];
+        let (topk, width) = (topk as i32, groups(hidden));
+        self.launch(&self.combine, tokens, width, |args| {
+            pointers.iter().for_each(|pointer| _ = args.arg(pointer));
+            args.arg(&topk).arg(&width);
+        })?;
+        Ok(out)
+    }
+
+    /// Gradients of the rows, `[R, D]`, if wanted, and of the probabilities, `[T, K]`, if rows are given.
+    pub fn combine_backward(
+        &self,
+        grad: &Tensor,
+        rows: Option<&Tensor>,
+        row_of: &Tensor,
+        probs: &Tensor,
+        want_rows: bool,
+    ) -> Result<(Option<Tensor>, Option<Tensor>), TchError> {
+        let (tokens, hidden, topk) = (grad.size()[0], grad.size()[1], probs.size()[1]);
+        let row_of = row_of.f_to_kind(Kind::Int64)?;
+        let probs = probs.f_to_kind(Kind::BFloat16)?.f_contiguous()?;
+        let options = (grad.kind(), grad.device());
+        let d_rows = want_rows.then(|| Tensor::f_empty([tokens * topk, hidden], options)).transpose()?;
+        let d_probs = rows.map(|_| Tensor::f_empty([tokens, topk], options)).transpose()?;
+        let optional = |tensor: Option<&Tensor>| tensor.map_or(0, address);
+        let pointers = [
+            address(grad),
+            optional(rows),
+            address(&row_of),
+            address(&probs),
+            optional(d_rows.as_ref()),
+            optional(d_probs.as_ref()),
+        ];
+        let (topk, width) = (topk as i32, groups(hidden));
+        self.launch(&self.combine_backward, tokens, width, |args| {
+            pointers.iter().for_each(|pointer| _ = args.arg(pointer));
+            args.arg(&topk).arg(&width);
+        })?;
+        Ok((d_rows, d_probs))
+    }
+
+    /// Launches one block a row, if there is any.
+    fn launch<'a>(
+        &'a self,
+        kernel: &'a CudaFunction,
+        rows: i64,
+        width: i32,
+        push: impl FnOnce(&mut LaunchArgs<'a>),
+    ) -> Result<(), TchError> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let threads = (width as u32).next_multiple_of(32).min(256);
+        let config = LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
+        let mut args = self.stream.launch_builder(kernel);
+        push(&mut args);
+        // SAFETY: the callers pass what the kernels of kernels.cu take: pointers to contiguous tensors of the sizes that
+        // the kernels compute from rows, width and top-k. The tensors may be freed when the launch returns: LibTorch
+        // reuses their memory in the order of the same stream.
+        unsafe { args.launch(config) }.map(drop).map_err(|error| TchError::Torch(error.to_string()))
+    }
+}
+
+/// The address of a contiguous tensor's first element.
+fn address(tensor: &Tensor) -> u64 {
+    tensor.data_ptr() as u64
+}
+
+/// Groups of elements in a row.
+fn groups(width: i64) -> i32 {
+    (width / VECTOR) as i32
+}

@@ -1,0 +1,81 @@
+//! The layer in bf16 differs from f32 no more than the same layer of plain operations in bf16 does.
+//!
+//! In a file of its own: a device's element type is set once in a process.
+#![cfg(feature = "libtorch")]
+
+use burn::tensor::{Device, Distribution, FloatDType, IntDType, Tensor, TensorData};
+use burn_fsep::{FSEPMoEConfig, FsepRuntime};
+use burn_fsep_tests::plain_device;
+
+/// Output, and gradients of input, router and experts.
+type Values = [TensorData; 4];
+
+fn f32_data<const D: usize>(tensor: Tensor<D>) -> TensorData {
+    tensor.cast(FloatDType::F32).into_data()
+}
+
+/// Runs a layer of `T` tokens; `forward` gives its output, `parameters` those of router and experts.
+fn step(
+    device: &Device,
+    inputs: &[TensorData; 2],
+    forward: impl FnOnce(Tensor<2>) -> Tensor<2>,
+    parameters: [Tensor<2>; 2],
+) -> Values {
+    let [x, target] = inputs.clone().map(|data| Tensor::<2>::from_data(data, device));
+    let x = x.require_grad();
+    let output = forward(x.clone());
+    let grads = (output.clone() * target).sum().backward();
+    let [router, experts] = parameters;
+    let gradients = [x, router, experts].map(|tensor| f32_data(tensor.grad(&grads).expect("a gradient")));
+    let [x, router, experts] = gradients;
+    [f32_data(output.inner()), x, router, experts]
+}
+
+/// Root mean square of the differences over that of the expected values: the largest difference would be a matter of luck.
+fn rms_error(actual: &TensorData, expected: &TensorData) -> f64 {
+    assert_eq!(actual.shape(), expected.shape());
+    let pairs = || actual.iter::<f64>().zip(expected.iter::<f64>());
+    let squares = |value: fn((f64, f64)) -> f64| pairs().map(|pair| value(pair).powi(2)).sum::<f64>();
+    (squares(|(a, b)| a - b) / squares(|(_, b)| b)).sqrt()
+}
+
+#[test]
+fn bf16_is_as_exact_as_plain_operations() {
+    let mut device = plain_device();
+    device.configure((FloatDType::BF16, IntDType::I64)).expect("the device was not used before");
+    let (half, full) = (device.autodiff(), Device::flex().autodiff());
+    // Many tokens a slot, few, none at all for some, and sizes that no vector divides.
+    for (hidden, ffn, experts, topk, tokens) in
+        [(64, 96, 8, 2, 100), (64, 32, 2, 1, 2100), (256, 128, 16, 4, 64), (48, 40, 16, 2, 3), (20, 12, 4, 1, 50)]
+    {
+        let shape = format!("D={hidden} F={ffn} E={experts} K={topk} T={tokens}");
+        let shares = (0..experts).map(|expert| 2.0 / (experts * (experts + 1)) as f64 * (expert + 1) as f64).collect();
+        // Forced: rounding could change which expert is chosen.
+        let config = FSEPMoEConfig::new(hidden, ffn, experts)
+            .with_moe_router_topk(topk)
+            .with_moe_router_force_shares(Some(shares));
+        let normal = || Tensor::<2>::random([tokens, hidden], Distribution::Normal(0.0, 1.0), &full).into_data();
+        let inputs = [normal(), normal()];
+        let dense = |device: &Device| {
+            let layer = config.init_dense(0, 0, device).expect("the configuration is possible");
+            let parameters = [layer.router.weight.val(), layer.weight.val()];
+            step(device, &inputs, |x| layer.forward(x), parameters)
+        };
+        let exact = dense(&full);
+        let plain = dense(&half);
+        let layer = config.init(&FsepRuntime::single(), &half);
+        let parameters = [layer.router.weight.val(), layer.experts.weight.val()];
+        let ours = step(&half, &inputs, |x| layer.forward(x), parameters);
+        for (what, ((ours, plain), exact)) in ["output", "input gradient", "router gradient", "experts' gradient"]
+            .into_iter()
+            .zip(ours.iter().zip(&plain).zip(&exact))
+        {
+            if topk == 1 && what == "router gradient" {
+                continue; // the probability of an only choice is 1: rounding alone
+            }
+            let (ours, plain) = (rms_error(ours, exact), rms_error(plain, exact));
+            println!("{shape}, {what}: {ours:.1e}, plain operations {plain:.1e}");
+            assert!(ours <= 1.2 * plain, "{shape}, {what}: {ours:.1e}, plain operations {plain:.1e}");
+        }
+    }
+}
