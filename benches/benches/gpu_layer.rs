@@ -50,14 +50,6 @@ fn main() {
     }
     let mut device = Device::libtorch_cuda(0);
     device.configure((FloatDType::BF16, IntDType::I64)).expect("the device was not used before");
-    // After LibTorch has made its context and handles.
-    drop(
-        tch::Tensor::ones([256, 256], (tch::Kind::BFloat16, tch::Device::Cuda(0)))
-            .mm(&tch::Tensor::ones([256, 256], (tch::Kind::BFloat16, tch::Device::Cuda(0)))),
-    );
-    tch::Cuda::synchronize(0);
-    let gpu = CudaContext::new(0).expect("LibTorch sees a GPU");
-    let before = args.memory.then(|| free_bytes(&gpu));
     let device = device.autodiff();
     let config = FSEPMoEConfig::new(args.hidden, args.ffn, args.experts).with_moe_router_topk(args.topk);
     let layer = config.init(&FsepRuntime::single(), &device);
@@ -73,11 +65,17 @@ fn main() {
     }
     tch::Cuda::synchronize(0);
     let flop = 18.0 * (args.hidden * args.ffn * args.tokens * args.topk) as f64;
-    if let Some(before) = before {
+    if args.memory {
+        let gpu = CudaContext::new(0).expect("LibTorch sees a GPU");
+        // Between steps only these are alive: parameters, input and gradient of the output. What is free then also lacks
+        // what CUDA took for itself, which the peers' figures do not count either.
+        let parameters = args.experts * (3 * args.hidden * args.ffn + args.hidden);
+        let alive = 2 * (parameters + 2 * args.tokens * args.hidden);
+        let idle = free_bytes(&gpu);
         let least = least_free_while(&gpu, &step);
         println!(
             "{}",
-            serde_json::json!({"peer": "burn-fsep", "peak_gib": (before - least) as f64 / (1u64 << 30) as f64})
+            serde_json::json!({"peer": "burn-fsep", "peak_gib": (alive + idle - least) as f64 / (1u64 << 30) as f64})
         );
         return;
     }

@@ -39,23 +39,14 @@ impl Assignments {
         Self { topk, counts, row_of, assignment_of }
     }
 
-    pub fn row_of(&self, device: &Device) -> Tensor<1, Int> {
-        indices(self.row_of.clone(), device)
+    /// [`row_of`, `assignment_of`, token of each row] on the device, sent in one piece. Shape `[T * K]` each.
+    pub fn to_device(&self, device: &Device) -> [Tensor<1, Int>; 3] {
+        let len = self.row_of.len();
+        let token_of = self.assignment_of.iter().map(|assignment| assignment / self.topk as i32);
+        let all = self.row_of.iter().chain(&self.assignment_of).copied().chain(token_of).collect::<Vec<i32>>();
+        let all = Tensor::<1, Int>::from_data(TensorData::new(all, [3 * len]), &device.clone().inner());
+        [0, 1, 2].map(|i| all.clone().slice([i * len..(i + 1) * len]))
     }
-
-    pub fn assignment_of(&self, device: &Device) -> Tensor<1, Int> {
-        indices(self.assignment_of.clone(), device)
-    }
-
-    /// Token of each row. Shape `[T * K]`.
-    pub fn token_of(&self, device: &Device) -> Tensor<1, Int> {
-        indices(self.assignment_of.iter().map(|a| a / self.topk as i32).collect(), device)
-    }
-}
-
-fn indices(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
-    let len = values.len();
-    Tensor::from_data(TensorData::new(values, [len]), &device.clone().inner())
 }
 
 #[cfg(test)]

@@ -62,7 +62,8 @@ impl DenseMoE {
 
         let routed = self.router.forward(tokens.clone())?;
         let assignments = Assignments::new(&routed.experts, self.weight.dims()[0], topk);
-        let rows = tokens.select(0, assignments.token_of(&device));
+        let [row_of, _, token_of] = assignments.to_device(&device);
+        let rows = tokens.select(0, token_of);
         let mut start = 0;
         let mut outputs = Vec::new();
         for (expert, &count) in assignments.counts.iter().enumerate() {
@@ -73,7 +74,7 @@ impl DenseMoE {
             start = end;
         }
         let output = if outputs.is_empty() { rows } else { Tensor::cat(outputs, 0) };
-        let by_token = output.select(0, assignments.row_of(&device)).reshape([num_tokens, topk, width]);
+        let by_token = output.select(0, row_of).reshape([num_tokens, topk, width]);
         let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
 
         let balancing = (self.aux_loss_coeff > 0.0).then(|| {

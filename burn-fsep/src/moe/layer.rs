@@ -121,15 +121,8 @@ impl FSEPMoE {
             topk,
             recompute: *recompute,
         };
-        let output = ops::moe(
-            tokens,
-            routed.probs,
-            weights,
-            assignments.row_of(&device),
-            assignments.assignment_of(&device),
-            assignments.token_of(&device),
-            Arc::new(step),
-        );
+        let [row_of, assignment_of, token_of] = assignments.to_device(&device);
+        let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, Arc::new(step));
         if tracked.any() {
             runtime.remember_output(*layer, &output);
         }

@@ -108,15 +108,14 @@ impl TopKRouter {
                 let experts = choose_by_shares(shares, num_tokens, self.topk);
                 let ids: Vec<i32> = experts.iter().map(|&e| e as i32).collect();
                 let data = TensorData::new(ids, [num_tokens, self.topk]);
-                (Tensor::<2, Int>::from_data(data, &scores.device().inner()), experts)
+                (Tensor::<2, Int>::from_data(data, &scores.device()), experts)
             }
             _ => {
-                let (_, chosen) = scores.clone().detach().inner().topk_with_indices(self.topk, 1);
+                let (_, chosen) = scores.clone().detach().topk_with_indices(self.topk, 1);
                 let experts = read_experts(chosen.clone(), num_experts)?;
                 (chosen, experts)
             }
         };
-        let chosen = Tensor::from_data(chosen.into_data(), &scores.device());
         let probs = scores.clone().gather(1, chosen);
         let probs = probs.clone() / probs.sum_dim(1);
         let probs = probs.cast(dtype);

@@ -249,7 +249,9 @@ impl FsepRuntime {
     /// Remembers a layer's output for [`FsepRuntime::connect`].
     pub(crate) fn remember_output(&self, layer: usize, output: &Tensor<2>) {
         let [rows, width] = output.dims();
-        self.0.outputs.lock().insert(layer, output.clone().slice([0..rows.min(1), 0..width]));
+        // A row of its own: a view would keep the whole output in memory.
+        let row = output.clone().slice([0..rows.min(1), 0..width]) + 0.0;
+        self.0.outputs.lock().insert(layer, row);
     }
 
     #[cfg(feature = "train")]
