@@ -1,11 +1,13 @@
 //! The command `fsep-planner`: evaluates planners without GPUs and without Burn.
 
 mod args;
+mod calibrate;
 mod error;
 mod plan;
 mod replay;
+mod simulate;
 
-pub use args::{Cli, Command, PlanArgs, ReplayArgs};
+pub use args::{CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, SimulateArgs};
 pub use error::CliError;
 
 /// Runs a command and returns what it prints.
@@ -17,5 +19,7 @@ pub fn run(cli: &Cli) -> Result<String, CliError> {
     match &cli.command {
         Command::Plan(args) => plan::plan(args),
         Command::Replay(args) => replay::table(args),
+        Command::Simulate(args) => simulate::table(args),
+        Command::Calibrate(args) => calibrate::calibrate(args),
     }
 }

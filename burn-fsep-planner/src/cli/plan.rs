@@ -95,7 +95,7 @@ fn solve(input: &Input, args: &PlanArgs) -> Result<Output, PlannerError> {
 }
 
 /// Writes a file so that it is there whole or not at all.
-fn write_whole(path: &Path, content: &[u8]) -> Result<(), CliError> {
+pub(super) fn write_whole(path: &Path, content: &[u8]) -> Result<(), CliError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     std::fs::write(&partial, content).map_err(CliError::file(path))?;

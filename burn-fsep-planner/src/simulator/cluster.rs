@@ -3,6 +3,9 @@ use serde::{Deserialize, Serialize};
 use super::SimulatorError;
 use crate::{Topology, cost::CostConstants};
 
+/// More ranks than any cluster has.
+const MAX_RANKS: usize = 1 << 20;
+
 /// [`CostConstants`] together with the expert they were measured on, so that they can be scaled to other experts.
 ///
 /// `fsep-planner calibrate` writes this; [`CostConstants`] reads from the same JSON.
@@ -89,6 +92,10 @@ impl ClusterSpec {
     pub fn check(&self) -> Result<(), SimulatorError> {
         at_least_one("nodes", self.nodes)?;
         at_least_one("ranks_per_node", self.ranks_per_node)?;
+        if self.nodes * self.ranks_per_node > MAX_RANKS {
+            let expected = format!("at most {MAX_RANKS} ranks in all");
+            return Err(SimulatorError::setting("nodes", self.nodes, expected));
+        }
         self.constants.check()?;
         if !(1..=self.ranks_per_node).contains(&self.inter_node_ports) {
             let expected = format!("1 to ranks_per_node = {}", self.ranks_per_node);

@@ -3,6 +3,9 @@ use serde::{Deserialize, Serialize};
 use super::{ClusterSpec, SimulatorError, cluster::at_least_one};
 use crate::Layout;
 
+/// Layers are simulated one by one: more than any model has.
+const MAX_LAYERS: usize = 10_000;
+
 /// Where expert weights live between steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -82,6 +85,9 @@ impl ModelSpec {
             ("tensor_parallel", self.tensor_parallel),
         ] {
             at_least_one(field, value)?;
+        }
+        if self.layers > MAX_LAYERS {
+            return Err(SimulatorError::setting("layers", self.layers, format!("at most {MAX_LAYERS}")));
         }
         if self.topk > self.experts {
             return Err(SimulatorError::setting("topk", self.topk, format!("at most experts = {}", self.experts)));

@@ -8,6 +8,9 @@ const STEP_CORRELATION: f64 = 0.9;
 /// Coefficient of variation of an expert's share from node to node (7 to 11 %).
 const NODE_VARIATION: f64 = 0.09;
 
+/// Routing counts in a drawn trace at most: 1 GiB.
+const MAX_COUNTS: u128 = 1 << 28;
+
 /// Routing drawn from log-normal expert loads that drift: log-shares are AR(1) over steps and vary from node to node.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SyntheticRouting {
@@ -36,6 +39,11 @@ impl SyntheticRouting {
         }
         cluster.check()?;
         model.check(cluster)?;
+        let counts_of_step = model.layers as u128 * cluster.world_size() as u128 * model.experts as u128;
+        if counts_of_step * self.steps as u128 > MAX_COUNTS {
+            let expected = format!("at most {}, so that the drawn counts fit memory", MAX_COUNTS / counts_of_step);
+            return Err(SimulatorError::setting("steps", self.steps, expected));
+        }
         let topology = cluster.topology()?;
         let mut rng = Rng::new(self.seed);
         let mut counts = BTreeMap::new();
@@ -113,7 +121,9 @@ mod tests {
 
     #[test]
     fn bad_settings_are_named() {
-        for (sigma, steps, field) in [(-1.0, 1, "sigma"), (f64::NAN, 1, "sigma"), (0.5, 0, "steps")] {
+        for (sigma, steps, field) in
+            [(-1.0, 1, "sigma"), (f64::NAN, 1, "sigma"), (0.5, 0, "steps"), (0.5, usize::MAX, "steps")]
+        {
             let routing = SyntheticRouting { sigma, steps, seed: 0 };
             let error = routing.trace(&small_cluster(), &small_model()).unwrap_err();
             assert_eq!(error.field(), Some(field));
