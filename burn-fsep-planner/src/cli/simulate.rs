@@ -1,7 +1,4 @@
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-};
+use std::{fmt::Write as _, path::Path};
 
 use serde::de::DeserializeOwned;
 
@@ -108,11 +105,11 @@ fn simulator(args: &SimulateArgs) -> Result<Simulator, CliError> {
     Simulator::new(cluster, model).map_err(CliError::setting(&args.model, &text))
 }
 
-fn json<T: DeserializeOwned>(path: &PathBuf, expected: &'static str) -> Result<(T, String), CliError> {
+fn json<T: DeserializeOwned>(path: &Path, expected: &'static str) -> Result<(T, String), CliError> {
     let text = read(path)?;
     match serde_json::from_str(&text) {
         Ok(value) => Ok((value, text)),
-        Err(source) => Err(CliError::Json { path: path.clone(), source, expected }),
+        Err(source) => Err(CliError::Json { path: path.to_path_buf(), source, expected }),
     }
 }
 
