@@ -109,7 +109,7 @@ fn errors_name_file_line_and_expectation() {
         ("model.json", "\"slots_per_rank\": 2", "\"slots_per_rank\": 9", "lower slots per rank"),
         ("cluster.json", "\"nodes\": 2", "\"nodes\": 0", "cluster.json: line 2: `nodes`"),
         ("cluster.json", "\"nodes\": 2", "\"nodes\": 999999999", "line 2: `nodes` is 999999999, expected at most"),
-        ("cluster.json", "\"straggler_factor\": 2.0", "\"straggler_factor\": -2.0", "`straggler_factor` is -2"),
+        ("cluster.json", "\"straggler_factor\": 1.", "\"straggler_factor\": -1.", "`straggler_factor` is -1"),
         ("cluster.json", "\"inter_node_ports\": 1", "\"inter_node_ports\": 9", "expected 1 to ranks_per_node = 8"),
         ("cluster.json", "8192.0", "null", "expected f64"),
     ] {

@@ -11,7 +11,7 @@ use crate::{
 };
 
 const CLUSTER: &str = "the fields of examples/simulate/a100-4x8.json: nodes, ranks_per_node, constants, inter_node_ports, \
-     memory_bytes_per_second, layer_overhead_seconds, straggler_factor";
+     memory_bytes_per_second, elementwise_passes, layer_overhead_seconds, straggler_factor";
 const MODEL: &str = "the fields of examples/simulate/mixtral-8x7b-e8k2.json: layers, hidden_size, intermediate_size, \
      experts, topk, slots_per_rank, attention_heads, key_value_heads, vocabulary, element_bytes, sequence_length, \
      sequences_per_rank, micro_batches, recompute, and optionally weights and tensor_parallel";

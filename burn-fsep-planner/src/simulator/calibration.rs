@@ -11,6 +11,9 @@ pub struct Observation {
     pub max_over_mean: f64,
     /// Seconds of the step.
     pub seconds: f64,
+    /// Share of the step that a profiler saw in token All-to-Alls, waiting included (mean over ranks), where there was
+    /// one: it tells waiting from work, which step times alone hardly do.
+    pub communication_share: Option<f64>,
 }
 
 impl Observation {
@@ -33,32 +36,40 @@ impl Observation {
     }
 }
 
-/// Fits the two constants that no datasheet has, [`ClusterSpec::straggler_factor`] and
-/// [`ClusterSpec::layer_overhead_seconds`], to measured steps: least squares of the relative errors. All others stay.
+/// Fits the three constants that no datasheet has, [`ClusterSpec::straggler_factor`],
+/// [`ClusterSpec::elementwise_passes`] and [`ClusterSpec::layer_overhead_seconds`], to measured steps: least squares of the
+/// relative errors of times and of the differences of communication shares. All others stay.
 ///
 /// # Errors
 ///
-/// [`SimulatorError::Empty`] with fewer than two observations, [`SimulatorError::Setting`] for a time that is not
+/// [`SimulatorError::Empty`] with fewer than three observations, [`SimulatorError::Setting`] for a time that is not
 /// positive; otherwise as [`Observation::predict`].
 pub fn fit(cluster: &ClusterSpec, observations: &[Observation]) -> Result<ClusterSpec, SimulatorError> {
-    if observations.len() < 2 {
-        return Err(SimulatorError::Empty("two constants need at least two measured steps to fit".into()));
+    if observations.len() < 3 {
+        return Err(SimulatorError::Empty("three constants need at least three measured steps to fit".into()));
     }
     for observation in observations {
         super::cluster::positive("seconds", observation.seconds)?;
         observation.predict(cluster)?;
     }
-    let with = |point: &[f64; 2]| ClusterSpec {
+    // In units that make all three numbers similar; none can be negative.
+    let with = |point: &[f64; 3]| ClusterSpec {
         straggler_factor: point[0].abs(),
-        layer_overhead_seconds: point[1].abs(),
+        elementwise_passes: point[1].abs() * 10.0,
+        layer_overhead_seconds: point[2].abs() * 1e-2,
         ..cluster.clone()
     };
-    let loss = |point: &[f64; 2]| -> f64 {
+    let loss = |point: &[f64; 3]| -> f64 {
         let cluster = with(point);
-        // A point without a prediction (not finite) is as bad as can be.
-        observations.iter().map(|o| o.relative_error(&cluster).map_or(f64::INFINITY, |error| error * error)).sum()
+        let loss = |observation: &Observation| {
+            // A point without a prediction (not finite) is as bad as can be.
+            let Ok(time) = observation.predict(&cluster) else { return f64::INFINITY };
+            let share = observation.communication_share.map_or(0.0, |share| time.communication_share() - share);
+            (time.total() / observation.seconds - 1.0).powi(2) + share.powi(2)
+        };
+        observations.iter().map(loss).sum()
     };
-    Ok(with(&nelder_mead(loss, [1.5, 0.01], [0.5, 0.005], 500)))
+    Ok(with(&nelder_mead(loss, [1.5, 1.0, 1.0], [0.5, 0.5, 0.5], 1000)))
 }
 
 /// Minimises a function by the simplex method of Nelder and Mead (1965).
@@ -120,21 +131,29 @@ mod tests {
 
     #[test]
     fn known_constants_are_found_again() {
-        let truth = ClusterSpec { straggler_factor: 2.2, layer_overhead_seconds: 0.004, ..small_cluster() };
+        let truth = ClusterSpec {
+            straggler_factor: 1.3,
+            elementwise_passes: 20.0,
+            layer_overhead_seconds: 0.004,
+            ..small_cluster()
+        };
         let observations: Vec<Observation> = [(1, 1.1), (2, 1.7), (4, 1.3), (8, 2.0)]
             .into_iter()
             .map(|(micro_batches, max_over_mean)| {
                 let model = ModelSpec { micro_batches, ..small_model() };
-                let mut observation = Observation { model, max_over_mean, seconds: 1.0 };
-                observation.seconds = observation.predict(&truth).unwrap().total();
-                observation
+                let observation = Observation { model, max_over_mean, seconds: 1.0, communication_share: None };
+                let time = observation.predict(&truth).unwrap();
+                let communication_share = Some(time.communication_share());
+                Observation { seconds: time.total(), communication_share, ..observation }
             })
             .collect();
         let fitted = fit(&small_cluster(), &observations).unwrap();
-        assert!((fitted.straggler_factor - 2.2).abs() < 1e-4, "{fitted:?}");
-        assert!((fitted.layer_overhead_seconds - 0.004).abs() < 1e-6, "{fitted:?}");
-        assert!(matches!(fit(&small_cluster(), &observations[..1]), Err(SimulatorError::Empty(_))));
-        let bad = Observation { seconds: 0.0, ..observations[0].clone() };
-        assert_eq!(fit(&small_cluster(), &[bad, observations[1].clone()]).unwrap_err().field(), Some("seconds"));
+        assert!((fitted.straggler_factor - 1.3).abs() < 1e-3, "{fitted:?}");
+        assert!((fitted.elementwise_passes - 20.0).abs() < 1e-2, "{fitted:?}");
+        assert!((fitted.layer_overhead_seconds - 0.004).abs() < 1e-5, "{fitted:?}");
+        assert!(matches!(fit(&small_cluster(), &observations[..2]), Err(SimulatorError::Empty(_))));
+        let mut bad = observations.clone();
+        bad[0].seconds = 0.0;
+        assert_eq!(fit(&small_cluster(), &bad).unwrap_err().field(), Some("seconds"));
     }
 }

@@ -74,12 +74,15 @@ pub struct ClusterSpec {
     /// Ports of `inter_node_bytes_per_second` that the ranks of a node share. 1 if that is the rate of a whole node,
     /// `ranks_per_node` if every rank has a port of its own.
     pub inter_node_ports: usize,
-    /// Bytes a second of a rank's own memory, for the optimizer.
+    /// Bytes a second of a rank's own memory.
     pub memory_bytes_per_second: f64,
+    /// How often a forward pass of the experts reads or writes the intermediate activations of its assignments, `F`
+    /// elements each, beside its matrix products: activation function, permutation, copies. 0 if all is fused.
+    pub elementwise_passes: f64,
     /// Seconds that each layer takes in each micro-batch whatever its size: launches, host synchronisation, routing.
     pub layer_overhead_seconds: f64,
-    /// Seconds lost for each second that the experts of the most loaded rank take longer than the mean. 1 if ranks wait
-    /// for expert compute and nothing else; measured runs lose more.
+    /// Seconds lost for each second that the experts of the most loaded rank take longer than the mean: 1 if ranks wait
+    /// for nothing else. Measured runs lose a little more.
     pub straggler_factor: f64,
 }
 
@@ -102,9 +105,11 @@ impl ClusterSpec {
             return Err(SimulatorError::setting("inter_node_ports", self.inter_node_ports, expected));
         }
         positive("memory_bytes_per_second", self.memory_bytes_per_second)?;
-        for (field, value) in
-            [("layer_overhead_seconds", self.layer_overhead_seconds), ("straggler_factor", self.straggler_factor)]
-        {
+        for (field, value) in [
+            ("elementwise_passes", self.elementwise_passes),
+            ("layer_overhead_seconds", self.layer_overhead_seconds),
+            ("straggler_factor", self.straggler_factor),
+        ] {
             if !value.is_finite() || value < 0.0 {
                 return Err(SimulatorError::setting(field, value, "a finite number, not negative"));
             }

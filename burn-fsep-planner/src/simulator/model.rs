@@ -146,6 +146,11 @@ impl ModelSpec {
         2.0 * self.expert_parameters()
     }
 
+    /// Bytes of one assignment's intermediate activations: `F` elements.
+    pub fn intermediate_bytes(&self) -> f64 {
+        (self.intermediate_size * self.element_bytes) as f64
+    }
+
     /// Forward FLOP of a rank's attention in a micro-batch: projections, and scores and values over half of all pairs
     /// (causal).
     pub fn attention_flops(&self) -> f64 {
@@ -183,6 +188,7 @@ pub(in crate::simulator) mod tests {
             },
             inter_node_ports: 4,
             memory_bytes_per_second: 1e12,
+            elementwise_passes: 0.0,
             layer_overhead_seconds: 0.0,
             straggler_factor: 1.0,
         }

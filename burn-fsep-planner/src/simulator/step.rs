@@ -16,8 +16,10 @@ const GRADIENT_BYTES: f64 = 4.0;
 pub struct StepTime {
     /// Attention, forward and backward.
     pub attention: f64,
-    /// Experts, as long as the mean rank computes.
+    /// Matrix products of the experts of the mean rank.
     pub experts: f64,
+    /// Everything else that the mean rank does in memory for its assignments.
+    pub elementwise: f64,
     /// Waiting for the most loaded rank.
     pub waiting: f64,
     /// Token All-to-Alls.
@@ -40,11 +42,17 @@ impl StepTime {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
     }
 
+    /// Share of the step that a profiler sees in token All-to-Alls, in which ranks wait for the most loaded one.
+    pub fn communication_share(&self) -> f64 {
+        (self.waiting + self.all_to_all) / self.total()
+    }
+
     /// The parts with their names.
-    pub fn parts(&self) -> [(&'static str, f64); 9] {
+    pub fn parts(&self) -> [(&'static str, f64); 10] {
         [
             ("attention", self.attention),
             ("experts", self.experts),
+            ("elementw.", self.elementwise),
             ("waiting", self.waiting),
             ("all-to-all", self.all_to_all),
             ("restore", self.exposed_restore),
@@ -61,6 +69,7 @@ impl StepTime {
         (!steps.is_empty()).then(|| Self {
             attention: mean(|s| s.attention),
             experts: mean(|s| s.experts),
+            elementwise: mean(|s| s.elementwise),
             waiting: mean(|s| s.waiting),
             all_to_all: mean(|s| s.all_to_all),
             exposed_restore: mean(|s| s.exposed_restore),
@@ -121,6 +130,8 @@ impl Simulator {
 
         let attention = model.attention_flops() / flops_per_second;
         let experts = model.assignments() * model.expert_flops() / flops_per_second;
+        let elementwise = cluster.elementwise_passes * model.assignments() * model.intermediate_bytes()
+            / cluster.memory_bytes_per_second;
         let head = model.head_flops() / flops_per_second;
         let (restore, reshard) = self.restore_seconds();
 
@@ -129,10 +140,11 @@ impl Simulator {
         let mut time = StepTime::default();
         let mut overlaps = Vec::with_capacity(model.layers);
         for load in loads.iter().cycle().take(model.layers) {
-            let waiting = cluster.straggler_factor * (load.max_over_mean - 1.0) * experts;
-            let compute = attention + experts + waiting;
+            let waiting = cluster.straggler_factor * (load.max_over_mean - 1.0) * (experts + elementwise);
+            let compute = attention + experts + elementwise + waiting;
             time.attention += passes * attention;
             time.experts += passes * experts;
+            time.elementwise += passes * elementwise;
             time.waiting += passes * waiting;
             // There and back, forward and backward, and again when the forward pass is computed again.
             time.all_to_all += (4.0 + 2.0 * recompute) * self.all_to_all_seconds(load);
@@ -147,6 +159,7 @@ impl Simulator {
         for part in [
             &mut time.attention,
             &mut time.experts,
+            &mut time.elementwise,
             &mut time.waiting,
             &mut time.all_to_all,
             &mut time.exposed_restore,
@@ -156,7 +169,7 @@ impl Simulator {
         ] {
             *part *= micro_batches;
         }
-        let compute = (time.attention + time.experts + time.waiting) / micro_batches / passes;
+        let compute = (time.attention + time.experts + time.elementwise + time.waiting) / micro_batches / passes;
         time.update = self.update_seconds(forward * compute, backward * compute);
         time
     }
@@ -243,6 +256,15 @@ mod tests {
         assert!((time.all_to_all - 3.0 * 2.0 * 4.0 * port).abs() < 1e-12);
         assert_eq!((time.tensor_parallel, time.overhead), (0.0, 0.0));
         assert!(time.exposed_restore > 0.0, "the first restore has nothing to hide behind");
+    }
+
+    #[test]
+    fn elementwise_work_is_waited_for_too() {
+        let cluster = ClusterSpec { elementwise_passes: 10.0, straggler_factor: 2.0, ..small_cluster() };
+        let time = Simulator::new(cluster, small_model()).unwrap().step_of_imbalance(1.5).unwrap();
+        // 3 layers, 2 micro-batches, 3 passes, 4096 assignments of 4 KiB at 1 TB/s.
+        assert!((time.elementwise - 18.0 * 10.0 * 4096.0 * 4096.0 / 1e12).abs() < 1e-12);
+        assert!((time.waiting - 2.0 * 0.5 * (time.experts + time.elementwise)).abs() < 1e-12);
     }
 
     #[test]
