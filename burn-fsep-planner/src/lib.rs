@@ -33,6 +33,7 @@ pub mod predictor;
 pub mod replay;
 mod rng;
 mod routing;
+pub mod simulator;
 #[cfg(test)]
 mod test_cases;
 mod topology;

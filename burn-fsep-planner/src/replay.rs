@@ -52,12 +52,27 @@ pub struct ReplayStep {
 ///
 /// [`PlannerError`] if the trace does not fit the topology or the slots cannot hold its experts.
 pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Result<Vec<ReplayStep>, PlannerError> {
+    let mut steps = Vec::new();
+    replay_each(trace, config, strategy, |step, _| steps.push(step.clone()))?;
+    Ok(steps)
+}
+
+/// As [`replay`], handing each step with its dispatch plan to `visit`, layer by layer.
+///
+/// # Errors
+///
+/// As [`replay`].
+pub fn replay_each(
+    trace: &Trace,
+    config: &ReplayConfig,
+    strategy: Strategy,
+    mut visit: impl FnMut(&ReplayStep, &DispatchPlan),
+) -> Result<(), PlannerError> {
     let ReplayConfig { topology, slots_per_rank, seed, correction } = config;
     let mut correction = correction.map(Correction::new).transpose()?;
     let initial = Layout::static_ep(topology.world_size(), *slots_per_rank, trace.num_experts())?;
     let mut dispatcher = strategy.dispatcher();
     let mut plan = DispatchPlan::new();
-    let mut steps = Vec::new();
     for layer in trace.layers() {
         let solver = strategy.solver(seed.wrapping_add(layer as u64));
         let mut planner = LayerPlanner::new(topology.clone(), initial.clone(), strategy.predictor(), solver);
@@ -74,7 +89,7 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
             }
             dispatcher.dispatch(topology, &layout, counts, &mut plan)?;
             let dispatch_time = start.elapsed();
-            steps.push(ReplayStep {
+            let replayed = ReplayStep {
                 layer,
                 step,
                 max_over_mean: plan.max_over_mean(),
@@ -84,7 +99,8 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
                 corrected_slots,
                 layout_time,
                 dispatch_time,
-            });
+            };
+            visit(&replayed, &plan);
             let start = Instant::now();
             let next = planner.plan(counts)?.clone();
             layout_time = start.elapsed();
@@ -92,7 +108,7 @@ pub fn replay(trace: &Trace, config: &ReplayConfig, strategy: Strategy) -> Resul
             layout = next;
         }
     }
-    Ok(steps)
+    Ok(())
 }
 
 /// Mean, percentiles and maximum of some numbers.

@@ -21,6 +21,16 @@ impl Rng {
         ((u128::from(self.draw()) * n as u128) >> 64) as usize
     }
 
+    /// A number from 0 to 1, exclusive of 0.
+    pub fn unit(&mut self) -> f64 {
+        ((self.draw() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// A number of the normal distribution (Box and Muller).
+    pub fn normal(&mut self) -> f64 {
+        (-2.0 * self.unit().ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
+    }
+
     pub fn shuffle<T>(&mut self, values: &mut [T]) {
         for i in (1..values.len()).rev() {
             values.swap(i, self.below(i + 1));

@@ -22,6 +22,10 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Replays a trace and writes a page with figures: loads, imbalance over steps, expert heat, solve times.
     Report(ReportArgs),
+    /// Simulates training steps of a model on a cluster by strategy, in seconds.
+    Simulate(SimulateArgs),
+    /// Measures this machine's compute and copy rates for `simulate`, ranks as threads.
+    Calibrate(CalibrateArgs),
 }
 
 /// Options of `plan`.
@@ -85,4 +89,59 @@ pub struct TraceArgs {
     /// Seed of random choices.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+/// Options of `simulate`.
+#[derive(Args, Debug)]
+pub struct SimulateArgs {
+    /// JSON of the cluster: examples/simulate/a100-4x8.json has all fields.
+    #[arg(long)]
+    pub cluster: PathBuf,
+    /// JSON of the model and its batch: examples/simulate/mixtral-8x7b-e8k2.json has the fields.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// JSON of measured constants, as `calibrate` writes it, in place of the cluster's own.
+    #[arg(long)]
+    pub constants: Option<PathBuf>,
+    /// CSV: layer,step,src_rank,expert0,expert1,.. Without it, routing is drawn from log-normal expert loads.
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// Largest load of a rank over the mean load, of every layer, in place of a trace and of strategies; may be repeated.
+    #[arg(long, conflicts_with_all = ["trace", "strategy", "sigma", "steps"])]
+    pub imbalance: Vec<f64>,
+    /// static, paper or min-max; all that the model allows if none is named.
+    #[arg(long)]
+    pub strategy: Vec<Strategy>,
+    /// Standard deviation of the logarithm of drawn expert loads.
+    #[arg(long, default_value_t = 0.8, conflicts_with = "trace")]
+    pub sigma: f64,
+    /// Steps to draw.
+    #[arg(long, default_value_t = 10, conflicts_with = "trace")]
+    pub steps: usize,
+    /// Steps at the start that do not count: the first has no history.
+    #[arg(long, default_value_t = 1)]
+    pub skip_steps: usize,
+    /// Seed of drawn routing and of random choices.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Options of `calibrate`.
+#[derive(Args, Debug)]
+pub struct CalibrateArgs {
+    /// Where to write the constants as JSON.
+    #[arg(long)]
+    pub output: PathBuf,
+    /// Bytes a second of one port between nodes, which one machine cannot measure.
+    #[arg(long)]
+    pub inter_node_bytes_per_second: f64,
+    /// Hidden size of the expert to measure.
+    #[arg(long, default_value_t = 1024)]
+    pub hidden_size: usize,
+    /// Intermediate size of the expert to measure.
+    #[arg(long, default_value_t = 2048)]
+    pub intermediate_size: usize,
+    /// Ranks that work at the same time, one thread each; as many as there are cores if not given.
+    #[arg(long)]
+    pub ranks: Option<usize>,
 }

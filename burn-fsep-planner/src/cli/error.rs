@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::{PlannerError, trace::TraceError};
+use crate::{PlannerError, simulator::SimulatorError, trace::TraceError};
 
 /// Why a command failed.
 #[derive(Debug, Error)]
@@ -45,6 +45,22 @@ pub enum CliError {
     /// A figure that cannot be drawn.
     #[error("cannot draw a figure: {0}")]
     Figure(String),
+    /// A setting in a file that makes no sense.
+    #[error("{}: {}{source}", path.display(), line.map(|line| format!("line {line}: ")).unwrap_or_default())]
+    Setting {
+        /// The file.
+        path: PathBuf,
+        /// The line of the field, counted from 1, if the file spells it out.
+        line: Option<usize>,
+        /// What is wrong.
+        source: SimulatorError,
+    },
+    /// An option that makes no sense.
+    #[error("--{}: {source}", source.field().unwrap_or("option").replace('_', "-"))]
+    Option {
+        /// What is wrong.
+        source: SimulatorError,
+    },
     /// No step is left to report on.
     #[error("{}: no layer has more than {skipped} step(s), so none is left to report on; lower --skip-steps", path.display())]
     NoSteps {
@@ -58,6 +74,15 @@ pub enum CliError {
 impl CliError {
     pub(super) fn file(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
         |source| Self::File { path: path.to_path_buf(), source }
+    }
+
+    /// The error of a setting in the file of the given text: finds the line that names the field.
+    pub(super) fn setting<'a>(path: &'a Path, text: &'a str) -> impl Fn(SimulatorError) -> Self + 'a {
+        move |source| {
+            let names = |line: &str| source.field().is_some_and(|field| line.contains(&format!("\"{field}\"")));
+            let line = text.lines().position(names).map(|line| line + 1);
+            Self::Setting { path: path.to_path_buf(), line, source }
+        }
     }
 
     pub(super) fn plan(path: &Path) -> impl Fn(PlannerError) -> Self + '_ {

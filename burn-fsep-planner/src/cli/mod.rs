@@ -1,14 +1,16 @@
 //! The command `fsep-planner`: evaluates planners without GPUs and without Burn.
 
 mod args;
+mod calibrate;
 mod error;
 mod files;
 mod plan;
 mod replay;
 mod report;
+mod simulate;
 mod summary;
 
-pub use args::{Cli, Command, PlanArgs, ReplayArgs, ReportArgs, TraceArgs};
+pub use args::{CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
 pub use error::CliError;
 
 /// Runs a command and returns what it prints.
@@ -21,5 +23,7 @@ pub fn run(cli: &Cli) -> Result<String, CliError> {
         Command::Plan(args) => plan::plan(args),
         Command::Replay(args) => replay::table(args),
         Command::Report(args) => report::report(args),
+        Command::Simulate(args) => simulate::table(args),
+        Command::Calibrate(args) => calibrate::calibrate(args),
     }
 }

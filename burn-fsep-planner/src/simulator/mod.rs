@@ -1,0 +1,24 @@
+//! Simulator of whole training steps: what a model, a cluster and a load balance add up to in seconds, without GPUs.
+//!
+//! A step is micro-batches, each of them layers forward and backward. Per layer it counts attention, the experts of the
+//! most loaded rank, four token All-to-Alls on their busiest port (six with recomputation), and what prefetching cannot
+//! hide of restoring expert weights and resharding their gradients. See `docs/simulator.md` for the equations.
+
+pub mod calibration;
+mod cluster;
+mod error;
+mod load;
+pub mod measure;
+mod model;
+mod schedule;
+mod step;
+mod strategies;
+mod synthetic;
+
+pub use cluster::{ClusterSpec, MeasuredConstants};
+pub use error::SimulatorError;
+pub use load::LayerLoad;
+pub use model::{ModelSpec, WeightPlacement};
+pub use step::{Simulator, StepTime};
+pub use strategies::{Outcome, TraceRun};
+pub use synthetic::SyntheticRouting;
