@@ -1,12 +1,19 @@
 //! Layout solvers: which expert stands in which slot, from predicted counts.
 
 mod builder;
+mod eplb;
+mod flex_moe;
 mod group;
 mod paper;
+mod random;
+mod replicas;
 mod robust;
 mod static_ep;
 
+pub use eplb::Eplb;
+pub use flex_moe::FlexMoe;
 pub use paper::PaperPlanner;
+pub use random::RandomPlacement;
 pub use robust::RobustPlanner;
 pub use static_ep::StaticEp;
 
