@@ -32,7 +32,7 @@ pub struct PlanArgs {
     /// Where to write the plan as JSON.
     #[arg(long)]
     pub output: PathBuf,
-    /// static, paper or min-max.
+    /// static, paper, eplb, eplb-hierarchical, flex-moe, random or min-max.
     #[arg(long, default_value_t = Strategy::MinMax)]
     pub strategy: Strategy,
     /// Seed of random choices.
@@ -52,7 +52,7 @@ pub struct ReplayArgs {
     /// Ranks on a node.
     #[arg(long)]
     pub ranks_per_node: usize,
-    /// static, paper or min-max; all if none is named.
+    /// static, paper, eplb, eplb-hierarchical, flex-moe, random or min-max; all if none is named.
     #[arg(long)]
     pub strategy: Vec<Strategy>,
     /// Steps at the start of each layer that do not count: the first has no history.

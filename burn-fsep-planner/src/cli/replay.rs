@@ -16,7 +16,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
 
     let mut table = format!(
         "{} layers, {} ranks, {} experts; {} slots a rank, {} ranks a node; first {} step(s) of a layer not counted\n\n\
-         {:<10}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}{:>14}{:>12}{:>13}\n",
+         {:<18}{:>8}{:>8}{:>8}{:>8}{:>13}{:>13}{:>14}{:>12}{:>13}\n",
         trace.layers().len(),
         trace.num_ranks(),
         trace.num_experts(),
@@ -52,7 +52,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
         };
         let _ = writeln!(
             table,
-            "{:<10}{:>8.4}{:>8.4}{:>8.4}{:>8.4}{:>13.2}{:>13.2}{:>14.2}{:>12.1}{:>13.1}",
+            "{:<18}{:>8.4}{:>8.4}{:>8.4}{:>8.4}{:>13.2}{:>13.2}{:>14.2}{:>12.1}{:>13.1}",
             strategy.name(),
             load.mean,
             load.p50,
