@@ -8,7 +8,9 @@ use thiserror::Error;
 use crate::{
     Layout, PlannerError, RoutingCounts, Topology,
     dispatch::{Dispatcher, EvenSplit, MinMax},
-    placement::{Eplb, FlexMoe, LayoutRequest, LayoutSolver, PaperPlanner, RandomPlacement, RobustPlanner, StaticEp},
+    placement::{
+        Eplb, EvenOverAll, FlexMoe, LayoutRequest, LayoutSolver, PaperPlanner, RandomPlacement, RobustPlanner, StaticEp,
+    },
     predictor::{LastStep, MovingSum, Predictor},
 };
 
@@ -20,13 +22,14 @@ pub enum Strategy {
     Static,
     /// The planner of LAER-MoE: moving sum, greedy placement, even split.
     Paper,
-    /// DeepSeek's EPLB, global policy: moving sum, replication and balanced packing over all ranks, even split.
+    /// DeepSeek's EPLB, global policy: moving sum, replication and balanced packing over all ranks, even split
+    /// over all replicas.
     Eplb,
     /// DeepSeek's EPLB, hierarchical policy: experts are packed to nodes first.
     EplbHierarchical,
     /// FlexMoE: last step, a few expand and shrink changes of the layout in use, even split.
     FlexMoe,
-    /// Moving sum, replicas in proportion to load at random places, even split.
+    /// Moving sum, replicas in proportion to load at random places, even split over all replicas.
     Random,
     /// Ours: robust placement, exact min-max dispatch.
     MinMax,
@@ -61,8 +64,12 @@ impl Strategy {
     pub fn dispatcher(self) -> Box<dyn Dispatcher> {
         match self {
             Strategy::MinMax => Box::new(MinMax::new()),
-            // Baselines dispatch as their systems do: each replica gets an equal share.
-            _ => Box::new(EvenSplit::new()),
+            // Baselines dispatch as their systems do: replicas get equal shares, here wherever they stand ..
+            Strategy::Eplb | Strategy::Random => Box::new(EvenOverAll),
+            // .. and here those on the source's node alone, if there are any.
+            Strategy::Static | Strategy::Paper | Strategy::EplbHierarchical | Strategy::FlexMoe => {
+                Box::new(EvenSplit::new())
+            }
         }
     }
 

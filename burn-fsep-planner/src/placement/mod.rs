@@ -2,6 +2,7 @@
 
 mod builder;
 mod eplb;
+mod even_over_all;
 mod flex_moe;
 mod group;
 mod paper;
@@ -11,6 +12,7 @@ mod robust;
 mod static_ep;
 
 pub use eplb::Eplb;
+pub(crate) use even_over_all::EvenOverAll;
 pub use flex_moe::FlexMoe;
 pub use paper::PaperPlanner;
 pub use random::RandomPlacement;
