@@ -37,6 +37,7 @@ mod routing;
 mod test_cases;
 mod topology;
 pub mod trace;
+pub mod workload;
 
 pub use error::PlannerError;
 pub use layout::Layout;
