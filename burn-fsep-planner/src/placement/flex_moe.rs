@@ -5,9 +5,10 @@ use crate::{Layout, PlannerError, RoutingCounts, Topology, cost::CostConstants};
 
 /// FlexMoE's placement (arXiv 2304.03946), a baseline: the layout in use is adapted by a few slot changes a step.
 ///
-/// A change *expands* the expert with the most load per replica and *shrinks* the one with the least: the slot of a replica
-/// of the latter goes to the former. It is made if it lowers the estimated time of the layer; the first that does not ends
-/// the step. There are few changes a step since each moves an expert with its optimizer state; how many is a setting.
+/// A change *expands* the expert with the most load per replica and *shrinks* the one with the least: the slot of a
+/// replica of the latter goes to the former. It is made if it lowers the estimated time of the layer. If it does not, the
+/// hottest experts of the busiest rank and a few other cold ones are tried; if none helps, the step ends. There are few
+/// changes a step since each moves an expert with its optimizer state; how many is a setting.
 ///
 /// As in the paper an expert's tokens are split evenly over its replicas. Where several ranks are equally busy no single
 /// change lowers the maximum; so that it does not stop there, a change that keeps it and evens out the other ranks counts
@@ -20,6 +21,8 @@ pub struct FlexMoe {
 
 /// By default, one slot in this many may change in a step.
 const SLOTS_PER_CHANGE: usize = 8;
+/// Hot and cold experts that are tried for a change.
+const TRIED: usize = 4;
 
 impl FlexMoe {
     /// A solver that estimates times with these constants, and changes up to one slot in eight a step.
@@ -61,10 +64,7 @@ impl LayoutSolver for FlexMoe {
         let mut estimate = Estimate::new(topology, &start, predicted, self.constants);
         let mut table = start.as_slice().to_vec();
         for _ in 0..self.changes.unwrap_or((ranks * slots / SLOTS_PER_CHANGE).max(1)) {
-            let Some((rank, hot, cold)) = estimate.next_change() else { break };
-            if !estimate.change(rank, hot, cold) {
-                break;
-            }
+            let Some((rank, hot, cold)) = estimate.improve() else { break };
             let row = &mut table[rank * slots..(rank + 1) * slots];
             if let Some(slot) = row.iter_mut().find(|expert| **expert as usize == cold) {
                 *slot = hot as u32;
@@ -163,20 +163,33 @@ impl<'a> Estimate<'a> {
         (4.0 * port + 3.0 * computed * c.seconds_per_assignment, squares)
     }
 
-    /// The expert to expand, the one to shrink, and the least loaded rank that holds the latter only.
-    fn next_change(&self) -> Option<(usize, usize, usize)> {
+    /// Makes the first change that helps: gives the rank and the experts expanded and shrunk.
+    fn improve(&mut self) -> Option<(usize, usize, usize)> {
         let per_replica = |e: usize| PerReplica { load: self.loads[e], replicas: self.holders[e].len() as u64 };
-        let experts = 0..self.loads.len();
-        let expandable = experts.clone().filter(|&e| self.holders[e].len() < self.ranks.len());
-        let hot = expandable.max_by_key(|&e| (per_replica(e), Reverse(e)))?;
-        let mut cold: Vec<usize> = experts.filter(|&e| e != hot && self.holders[e].len() > 1).collect();
-        cold.sort_by_key(|&e| (per_replica(e), e));
-        cold.into_iter().find_map(|cold| {
-            let free = self.holders[cold].iter().filter(|rank| self.holders[hot].binary_search(rank).is_err());
-            let least =
-                free.min_by(|&&a, &&b| self.ranks[a].computed.total_cmp(&self.ranks[b].computed).then(a.cmp(&b)));
-            least.map(|&rank| (rank, hot, cold))
-        })
+        let mut order: Vec<usize> = (0..self.loads.len()).collect();
+        order.sort_by_key(|&e| (per_replica(e), Reverse(e)));
+        let cold: Vec<usize> = order.iter().copied().filter(|&e| self.holders[e].len() > 1).take(TRIED).collect();
+        // The hottest expert of all first, then those that the busiest rank computes.
+        let loads = |rank: &usize| self.ranks[*rank].computed;
+        let busiest = (0..self.ranks.len()).max_by(|a, b| loads(a).total_cmp(&loads(b)).then(b.cmp(a)))?;
+        let can_expand = |e: &usize| self.holders[*e].len() < self.ranks.len();
+        let mut hot: Vec<usize> = order.iter().copied().rev().filter(can_expand).take(1).collect();
+        let on_busiest = order.iter().copied().rev().filter(|e| self.holders[*e].binary_search(&busiest).is_ok());
+        hot.extend(on_busiest.filter(can_expand).take(TRIED));
+        for &hot in &hot {
+            for &cold in cold.iter().filter(|&&cold| cold != hot) {
+                // The least loaded rank that holds only the one to shrink.
+                let free = self.holders[cold].iter().filter(|rank| self.holders[hot].binary_search(rank).is_err());
+                let least =
+                    free.min_by(|&&a, &&b| self.ranks[a].computed.total_cmp(&self.ranks[b].computed).then(a.cmp(&b)));
+                if let Some(&rank) = least
+                    && self.change(rank, hot, cold)
+                {
+                    return Some((rank, hot, cold));
+                }
+            }
+        }
+        None
     }
 
     /// Makes a change if it helps.
@@ -228,14 +241,14 @@ mod tests {
         let mut layout = Layout::static_ep(8, 2, 4).unwrap();
         let mut solver = FlexMoe::default().with_changes(1);
         let mut moved = Vec::new();
-        for _ in 0..6 {
+        for _ in 0..12 {
             let next = solver.solve(&request(&topology, &counts, &layout)).unwrap();
             moved.push(next.moved_slots(&layout));
             layout = next;
         }
-        assert_eq!(moved[..4], [1; 4], "until it stands on every rank");
-        assert_eq!(moved[5], 0, "then it settles");
-        assert_eq!(layout.replicas(0), 8);
+        assert_eq!(moved[..4], [1; 4], "until it stands nearly everywhere");
+        assert_eq!(moved[11], 0, "then it settles");
+        assert!(layout.replicas(0) >= 7, "{layout:?}");
     }
 
     #[test]
