@@ -1,17 +1,18 @@
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, path::PathBuf, time::Duration};
 
 use super::{CliError, ReplayArgs};
 use crate::{
     PlannerError, Strategy, Topology,
     correction::CorrectionConfig,
+    placement::least_max_load,
     replay::{ReplayConfig, ReplayStep, Spread, replay},
     trace::Trace,
+    workload::{WorkloadError, WorkloadShape},
 };
 
 pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
-    let text = std::fs::read_to_string(&args.trace).map_err(CliError::file(&args.trace))?;
-    let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: args.trace.clone(), source })?;
-    let config = config(args, &trace).map_err(CliError::plan(&args.trace))?;
+    let (name, trace) = &load(args)?;
+    let config = config(args, trace).map_err(CliError::plan(name))?;
     let strategies = if args.strategy.is_empty() { Strategy::ALL.to_vec() } else { args.strategy.clone() };
 
     let mut table = format!(
@@ -36,7 +37,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
     );
     let slots = (trace.num_ranks() * args.slots_per_rank) as f64;
     for strategy in strategies {
-        let steps = replay(&trace, &config, strategy).map_err(CliError::plan(&args.trace))?;
+        let steps = replay(trace, &config, strategy).map_err(CliError::plan(name))?;
         let counted: Vec<&ReplayStep> = steps.iter().filter(|step| step.step >= args.skip_steps).collect();
         let spread = |value: &dyn Fn(&ReplayStep) -> f64| Spread::of(counted.iter().map(|step| value(step)));
         let us = |time: Duration| time.as_secs_f64() * 1e6;
@@ -48,7 +49,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
             spread(&|step| us(step.layout_time)),
             spread(&|step| us(step.dispatch_time)),
         ) else {
-            return Err(CliError::NoSteps { path: args.trace.clone(), skipped: args.skip_steps });
+            return Err(CliError::NoSteps { path: name.clone(), skipped: args.skip_steps });
         };
         let _ = writeln!(
             table,
@@ -65,10 +66,54 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
             dispatch.p50
         );
     }
+    let bounds = bounds(trace, args).map_err(CliError::plan(name))?;
+    if let Some(bound) = Spread::of(bounds) {
+        let _ = writeln!(
+            table,
+            "{:<18}{:>8.4}{:>8.4}{:>8.4}{:>8.4}",
+            "no layout beats", bound.mean, bound.p50, bound.p99, bound.max
+        );
+    }
     table.push_str(
         "\nmean, p50, p99, max: largest load of a rank over the mean load, 1 is perfect; times are medians\n",
     );
     Ok(table)
+}
+
+/// The trace or workload, and what to call it in messages.
+fn load(args: &ReplayArgs) -> Result<(PathBuf, Trace), CliError> {
+    match (&args.trace, args.workload, args.ranks) {
+        (None, Some(workload), Some(ranks)) => {
+            let shape = WorkloadShape {
+                topology: Topology::uniform(ranks, args.ranks_per_node).map_err(WorkloadError::from)?,
+                num_experts: args.experts,
+                topk: args.topk,
+                tokens_per_rank: args.tokens_per_rank,
+                seed: args.seed,
+            };
+            Ok((workload.name().into(), workload.trace(&shape, args.layers, args.steps)?))
+        }
+        (path, ..) => {
+            // The parser lets no command through that has neither; then the name is empty and so is the file's.
+            let path = path.clone().unwrap_or_default();
+            let text = std::fs::read_to_string(&path).map_err(CliError::file(&path))?;
+            let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: path.clone(), source })?;
+            Ok((path, trace))
+        }
+    }
+}
+
+/// What no layout beats in each step that counts.
+fn bounds(trace: &Trace, args: &ReplayArgs) -> Result<Vec<f64>, PlannerError> {
+    let mut bounds = Vec::new();
+    for layer in trace.layers() {
+        for (_, counts) in trace.steps(layer).skip(args.skip_steps) {
+            let mean = counts.total() as f64 / counts.num_ranks() as f64;
+            let least = least_max_load(counts, args.slots_per_rank)? as f64;
+            bounds.push(if mean > 0.0 { least / mean } else { 1.0 });
+        }
+    }
+    Ok(bounds)
 }
 
 fn config(args: &ReplayArgs, trace: &Trace) -> Result<ReplayConfig, PlannerError> {

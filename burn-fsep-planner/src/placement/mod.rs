@@ -1,5 +1,6 @@
 //! Layout solvers: which expert stands in which slot, from predicted counts.
 
+mod bound;
 mod builder;
 mod eplb;
 mod even_over_all;
@@ -11,6 +12,7 @@ mod replicas;
 mod robust;
 mod static_ep;
 
+pub use bound::least_max_load;
 pub use eplb::Eplb;
 pub(crate) use even_over_all::EvenOverAll;
 pub use flex_moe::FlexMoe;
