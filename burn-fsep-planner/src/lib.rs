@@ -38,6 +38,7 @@ pub mod simulator;
 mod test_cases;
 mod topology;
 pub mod trace;
+pub mod workload;
 
 pub use error::PlannerError;
 pub use layout::Layout;

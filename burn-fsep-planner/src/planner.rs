@@ -8,7 +8,9 @@ use thiserror::Error;
 use crate::{
     Layout, PlannerError, RoutingCounts, Topology,
     dispatch::{Dispatcher, EvenSplit, MinMax},
-    placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner, StaticEp},
+    placement::{
+        Eplb, EvenOverAll, FlexMoe, LayoutRequest, LayoutSolver, PaperPlanner, RandomPlacement, RobustPlanner, StaticEp,
+    },
     predictor::{Adaptive, LastStep, MovingSum, Predictor},
 };
 
@@ -20,19 +22,40 @@ pub enum Strategy {
     Static,
     /// The planner of LAER-MoE: moving sum, greedy placement, even split.
     Paper,
+    /// DeepSeek's EPLB, global policy: moving sum, replication and balanced packing over all ranks, even split
+    /// over all replicas.
+    Eplb,
+    /// DeepSeek's EPLB, hierarchical policy: experts are packed to nodes first.
+    EplbHierarchical,
+    /// FlexMoE: last step, a few expand and shrink changes of the layout in use, even split.
+    FlexMoe,
+    /// Moving sum, replicas in proportion to load at random places, even split over all replicas.
+    Random,
     /// Ours: predictor chosen by past error, robust placement, exact min-max dispatch.
     MinMax,
 }
 
 impl Strategy {
     /// All strategies.
-    pub const ALL: [Strategy; 3] = [Strategy::Static, Strategy::Paper, Strategy::MinMax];
+    pub const ALL: [Strategy; 7] = [
+        Strategy::Static,
+        Strategy::Paper,
+        Strategy::Eplb,
+        Strategy::EplbHierarchical,
+        Strategy::FlexMoe,
+        Strategy::Random,
+        Strategy::MinMax,
+    ];
 
     /// The name that [`Strategy::from_str`] understands.
     pub fn name(self) -> &'static str {
         match self {
             Strategy::Static => "static",
             Strategy::Paper => "paper",
+            Strategy::Eplb => "eplb",
+            Strategy::EplbHierarchical => "eplb-hierarchical",
+            Strategy::FlexMoe => "flex-moe",
+            Strategy::Random => "random",
             Strategy::MinMax => "min-max",
         }
     }
@@ -40,8 +63,13 @@ impl Strategy {
     /// A new dispatcher of this strategy.
     pub fn dispatcher(self) -> Box<dyn Dispatcher> {
         match self {
-            Strategy::Static | Strategy::Paper => Box::new(EvenSplit::new()),
             Strategy::MinMax => Box::new(MinMax::new()),
+            // Baselines dispatch as their systems do: replicas get equal shares, here wherever they stand ..
+            Strategy::Eplb | Strategy::Random => Box::new(EvenOverAll),
+            // .. and here those on the source's node alone, if there are any.
+            Strategy::Static | Strategy::Paper | Strategy::EplbHierarchical | Strategy::FlexMoe => {
+                Box::new(EvenSplit::new())
+            }
         }
     }
 
@@ -50,6 +78,10 @@ impl Strategy {
         match self {
             Strategy::Static => Box::new(StaticEp),
             Strategy::Paper => Box::new(PaperPlanner::default()),
+            Strategy::Eplb => Box::new(Eplb::global()),
+            Strategy::EplbHierarchical => Box::new(Eplb::hierarchical()),
+            Strategy::FlexMoe => Box::new(FlexMoe::default()),
+            Strategy::Random => Box::new(RandomPlacement::new(seed)),
             Strategy::MinMax => Box::new(RobustPlanner::new(seed)),
         }
     }
@@ -57,8 +89,10 @@ impl Strategy {
     /// A new predictor of this strategy.
     pub fn predictor(self) -> Box<dyn Predictor> {
         match self {
-            Strategy::Static => Box::new(LastStep::new()),
-            Strategy::Paper => Box::new(MovingSum::default()),
+            Strategy::Static | Strategy::FlexMoe => Box::new(LastStep::new()),
+            Strategy::Paper | Strategy::Eplb | Strategy::EplbHierarchical | Strategy::Random => {
+                Box::new(MovingSum::default())
+            }
             Strategy::MinMax => Box::new(Adaptive::default()),
         }
     }
@@ -72,7 +106,7 @@ impl fmt::Display for Strategy {
 
 /// A strategy that does not exist.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("there is no planner `{0}`; choose one of static, paper, min-max")]
+#[error("there is no planner `{0}`; choose one of {known}", known = Strategy::ALL.map(Strategy::name).join(", "))]
 pub struct UnknownStrategy(String);
 
 impl FromStr for Strategy {
@@ -136,7 +170,10 @@ mod tests {
             assert_eq!(strategy.to_string().parse(), Ok(strategy));
         }
         let error = "best".parse::<Strategy>().unwrap_err();
-        assert!(error.to_string().contains("min-max"), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "there is no planner `best`; choose one of static, paper, eplb, eplb-hierarchical, flex-moe, random, min-max"
+        );
     }
 
     #[test]
@@ -151,7 +188,11 @@ mod tests {
             strategy.dispatcher().dispatch(&topology, layout, &counts, &mut plan).unwrap();
             plan.max_over_mean()
         };
-        let [fixed, paper, min_max] = Strategy::ALL.map(imbalance);
-        assert!(min_max <= paper && paper < fixed, "{fixed} {paper} {min_max}");
+        let (fixed, min_max) = (imbalance(Strategy::Static), imbalance(Strategy::MinMax));
+        for strategy in Strategy::ALL {
+            let planned = imbalance(strategy);
+            assert!(min_max <= planned && planned <= fixed, "{strategy}: {planned}, static {fixed}, ours {min_max}");
+        }
+        assert!(imbalance(Strategy::Paper) < fixed);
     }
 }

@@ -130,3 +130,30 @@ fn a_report_is_one_page_with_every_figure() {
     let error = run(folder.path(), &format!("report {options} --output missing/page.html")).unwrap_err();
     assert!(error.contains("missing/page.html"), "{error}");
 }
+
+#[test]
+fn replay_makes_workloads() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = "--ranks 8 --ranks-per-node 8 --slots-per-rank 3 --experts 16 --steps 6";
+    let table = run(folder.path(), &format!("replay --workload 50:2 {options}")).unwrap();
+    let mean = |name: &str| -> f64 {
+        let row = table.lines().find(|line| line.starts_with(name)).unwrap();
+        row[18..].split_whitespace().next().unwrap().parse().unwrap()
+    };
+    assert!(mean("static") > 1.4 && mean("min-max") < 1.02 && mean("no layout beats") <= mean("min-max"), "{table}");
+    for strategy in ["eplb ", "eplb-hierarchical", "flex-moe", "random"] {
+        assert!(mean("min-max") <= mean(strategy), "{table}");
+    }
+    for (line, expected) in [
+        (format!("replay --workload w9 {options}"), "w6-rotating-hotspot"),
+        (format!("replay --workload 60:1 {options}"), "at most 50 %"),
+        (format!("replay --workload w0 {options} --topk 17"), "top-k of 17"),
+        (format!("replay --workload w0 {options} --trace trace.csv"), "--trace"),
+        ("replay --workload w0 --ranks 8 --ranks-per-node 8 --slots-per-rank 3".to_string(), "raise slots per rank"),
+        ("replay --workload w0 --ranks-per-node 8 --slots-per-rank 3".to_string(), "--ranks"),
+        ("replay --ranks-per-node 8 --slots-per-rank 3".to_string(), "--trace"),
+    ] {
+        let error = run(folder.path(), &line).unwrap_err();
+        assert!(error.contains(expected) && !error.contains("panicked"), "{line}: {error}");
+    }
+}

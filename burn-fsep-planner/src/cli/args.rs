@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::Strategy;
+use crate::{Strategy, workload::Workload};
 
 /// Plans expert layouts and token dispatch for fully sharded expert parallelism.
 #[derive(Parser, Debug)]
@@ -18,7 +18,7 @@ pub struct Cli {
 pub enum Command {
     /// Plans one step from a JSON file of routing counts.
     Plan(PlanArgs),
-    /// Replays a trace of routing counts by strategy: each step's layout from the steps before.
+    /// Replays a trace of routing counts, or a workload, by strategy: each step's layout from the steps before.
     Replay(ReplayArgs),
     /// Replays a trace and writes a page with figures: loads, imbalance over steps, expert heat, solve times.
     Report(ReportArgs),
@@ -38,7 +38,7 @@ pub struct PlanArgs {
     /// Where to write the plan as JSON.
     #[arg(long)]
     pub output: PathBuf,
-    /// static, paper or min-max.
+    /// static, paper, eplb, eplb-hierarchical, flex-moe, random or min-max.
     #[arg(long, default_value_t = Strategy::MinMax)]
     pub strategy: Strategy,
     /// Seed of random choices.
@@ -65,19 +65,43 @@ pub struct ReportArgs {
     pub output: PathBuf,
 }
 
-/// A trace and how to replay it.
+/// A trace or a workload, and how to replay it.
 #[derive(Args, Debug)]
 pub struct TraceArgs {
     /// CSV: layer,step,src_rank,expert0,expert1,.. (for example what `moe-lm --record-trace` writes)
-    #[arg(long)]
-    pub trace: PathBuf,
+    #[arg(long, required_unless_present = "workload")]
+    pub trace: Option<PathBuf>,
+    /// Generated counts instead of a trace: w0-balanced, w1-hot-expert-set, w2-hot-rank, w3-spread-hot-experts,
+    /// w4-source-ragged, w5-zero-expert-rank, w6-rotating-hotspot, w7-burst, PERCENT:EXPERTS (percent of the load on so
+    /// many experts, as 80:4), zipf:MAX_OVER_MEAN, zipf-power:POWER, log-normal:SIGMA, sudden-shift, slow-drift, periodic
+    /// or near-uniform.
+    #[arg(long, requires = "ranks", conflicts_with = "trace")]
+    pub workload: Option<Workload>,
+    /// Ranks of the workload.
+    #[arg(long, requires = "workload")]
+    pub ranks: Option<usize>,
+    /// Experts of the workload.
+    #[arg(long, default_value_t = 64)]
+    pub experts: usize,
+    /// Experts per token of the workload.
+    #[arg(long, default_value_t = 2)]
+    pub topk: usize,
+    /// Tokens on one rank in one step of the workload.
+    #[arg(long, default_value_t = 4096)]
+    pub tokens_per_rank: u32,
+    /// Layers of the workload.
+    #[arg(long, default_value_t = 1)]
+    pub layers: usize,
+    /// Steps of the workload.
+    #[arg(long, default_value_t = 24)]
+    pub steps: usize,
     /// Slots a rank.
     #[arg(long)]
     pub slots_per_rank: usize,
     /// Ranks on a node.
     #[arg(long)]
     pub ranks_per_node: usize,
-    /// static, paper or min-max; all if none is named.
+    /// static, paper, eplb, eplb-hierarchical, flex-moe, random or min-max; all if none is named.
     #[arg(long)]
     pub strategy: Vec<Strategy>,
     /// Steps at the start of each layer that do not count: the first has no history.
@@ -86,7 +110,7 @@ pub struct TraceArgs {
     /// Repair layouts in the step itself, once its counts are known.
     #[arg(long)]
     pub correction: bool,
-    /// Seed of random choices.
+    /// Seed of random choices, and of the workload.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::{PlannerError, simulator::SimulatorError, trace::TraceError};
+use crate::{PlannerError, simulator::SimulatorError, trace::TraceError, workload::WorkloadError};
 
 /// Why a command failed.
 #[derive(Debug, Error)]
@@ -37,7 +37,7 @@ pub enum CliError {
     /// Counts and options that do not go together.
     #[error("{}: {source}", path.display())]
     Plan {
-        /// The file with the counts.
+        /// The file with the counts, or the workload.
         path: PathBuf,
         /// What is wrong.
         source: PlannerError,
@@ -61,10 +61,13 @@ pub enum CliError {
         /// What is wrong.
         source: SimulatorError,
     },
+    /// A workload that cannot be generated.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
     /// No step is left to report on.
     #[error("{}: no layer has more than {skipped} step(s), so none is left to report on; lower --skip-steps", path.display())]
     NoSteps {
-        /// The trace.
+        /// The trace or the workload.
         path: PathBuf,
         /// Steps skipped.
         skipped: usize,

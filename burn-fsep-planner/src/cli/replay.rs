@@ -6,8 +6,10 @@ use super::{CliError, ReplayArgs, args::TraceArgs, summary::Summary};
 use crate::{
     PlannerError, Strategy, Topology,
     correction::CorrectionConfig,
-    replay::{ReplayConfig, ReplayStep, replay},
+    placement::least_max_load,
+    replay::{ReplayConfig, ReplayStep, Spread, replay},
     trace::Trace,
+    workload::{WorkloadError, WorkloadShape},
 };
 
 /// A trace under some strategies.
@@ -23,9 +25,8 @@ pub(super) struct Replays {
 impl Replays {
     /// Replays the trace that the options name.
     pub fn run(args: &TraceArgs) -> Result<Self, CliError> {
-        let text = std::fs::read_to_string(&args.trace).map_err(CliError::file(&args.trace))?;
-        let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: args.trace.clone(), source })?;
-        let config = config(args, &trace).map_err(CliError::plan(&args.trace))?;
+        let (path, trace) = load(args)?;
+        let config = config(args, &trace).map_err(CliError::plan(&path))?;
         let strategies = if args.strategy.is_empty() { Strategy::ALL.to_vec() } else { args.strategy.clone() };
         // Drawn on standard error, and only if that is a terminal.
         let progress = ProgressBar::new(strategies.len() as u64);
@@ -37,11 +38,11 @@ impl Replays {
         let mut steps = Vec::new();
         for strategy in strategies {
             progress.set_message(strategy.name());
-            steps.push((strategy, replay(&trace, &config, strategy).map_err(CliError::plan(&args.trace))?));
+            steps.push((strategy, replay(&trace, &config, strategy).map_err(CliError::plan(&path))?));
             progress.inc(1);
         }
         progress.finish_and_clear();
-        Ok(Self { path: args.trace.clone(), trace, config, steps, skip_steps: args.skip_steps })
+        Ok(Self { path, trace, config, steps, skip_steps: args.skip_steps })
     }
 
     /// The steps that count.
@@ -57,6 +58,19 @@ impl Replays {
             .map(|(strategy, steps)| Summary::of(strategy.name(), &self.counted(steps), slots))
             .collect::<Option<_>>()
             .ok_or_else(|| CliError::NoSteps { path: self.path.clone(), skipped: self.skip_steps })
+    }
+
+    /// What no layout beats in the steps that count.
+    pub fn bound(&self) -> Result<Spread, CliError> {
+        let mut bounds = Vec::new();
+        for layer in self.trace.layers() {
+            for (_, counts) in self.trace.steps(layer).skip(self.skip_steps) {
+                let mean = counts.total() as f64 / counts.num_ranks() as f64;
+                let least = least_max_load(counts, self.config.slots_per_rank).map_err(CliError::plan(&self.path))?;
+                bounds.push(if mean > 0.0 { least as f64 / mean } else { 1.0 });
+            }
+        }
+        Spread::of(bounds).ok_or_else(|| CliError::NoSteps { path: self.path.clone(), skipped: self.skip_steps })
     }
 
     /// What was replayed, in a sentence.
@@ -78,7 +92,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
     let replays = Replays::run(&args.trace)?;
     let mut table = format!("{}\n\n", replays.setting());
     let widths = [18, 8, 8, 8, 8, 14, 15, 13, 11, 13];
-    let mut line = |cells: [&str; 10]| {
+    let mut line = |cells: &[&str]| {
         let (first, others) = cells.split_first().unwrap_or((&"", &[]));
         let _ = write!(table, "{first:<width$}", width = widths[0]);
         for (cell, width) in others.iter().zip(&widths[1..]) {
@@ -86,12 +100,38 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
         }
         table.push('\n');
     };
-    line(Summary::COLUMNS);
+    line(&Summary::COLUMNS);
     for summary in replays.summaries()? {
-        line(summary.cells().each_ref().map(String::as_str));
+        line(&summary.cells().each_ref().map(String::as_str));
     }
+    let Spread { mean, p50, p99, max } = replays.bound()?;
+    let bound = [mean, p50, p99, max].map(|value| format!("{value:.4}"));
+    line(&["no layout beats", &bound[0], &bound[1], &bound[2], &bound[3]]);
     let _ = writeln!(table, "\n{}", Summary::LEGEND);
     Ok(table)
+}
+
+/// The trace or workload, and what to call it in messages.
+fn load(args: &TraceArgs) -> Result<(PathBuf, Trace), CliError> {
+    match (&args.trace, args.workload, args.ranks) {
+        (None, Some(workload), Some(ranks)) => {
+            let shape = WorkloadShape {
+                topology: Topology::uniform(ranks, args.ranks_per_node).map_err(WorkloadError::from)?,
+                num_experts: args.experts,
+                topk: args.topk,
+                tokens_per_rank: args.tokens_per_rank,
+                seed: args.seed,
+            };
+            Ok((workload.name().into(), workload.trace(&shape, args.layers, args.steps)?))
+        }
+        (path, ..) => {
+            // The parser lets no command through that has neither; then the name is empty and so is the file's.
+            let path = path.clone().unwrap_or_default();
+            let text = std::fs::read_to_string(&path).map_err(CliError::file(&path))?;
+            let trace = Trace::from_csv(&text).map_err(|source| CliError::Trace { path: path.clone(), source })?;
+            Ok((path, trace))
+        }
+    }
 }
 
 fn config(args: &TraceArgs, trace: &Trace) -> Result<ReplayConfig, PlannerError> {

@@ -1,12 +1,23 @@
 //! Layout solvers: which expert stands in which slot, from predicted counts.
 
+mod bound;
 mod builder;
+mod eplb;
+mod even_over_all;
+mod flex_moe;
 mod group;
 mod paper;
+mod random;
+mod replicas;
 mod robust;
 mod static_ep;
 
+pub use bound::least_max_load;
+pub use eplb::Eplb;
+pub(crate) use even_over_all::EvenOverAll;
+pub use flex_moe::FlexMoe;
 pub use paper::PaperPlanner;
+pub use random::RandomPlacement;
 pub use robust::RobustPlanner;
 pub use static_ep::StaticEp;
 

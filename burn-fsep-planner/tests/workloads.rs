@@ -1,0 +1,145 @@
+//! Ours against every baseline and against what no layout beats, on generated workloads. Layouts come from past steps.
+//!
+//! `cargo test --release -p burn-fsep-planner --test workloads -- --nocapture` prints the tables.
+
+use burn_fsep_planner::{
+    Strategy, Topology,
+    correction::CorrectionConfig,
+    placement::least_max_load,
+    replay::{ReplayConfig, Spread, replay},
+    trace::Trace,
+    workload::{Workload, WorkloadShape},
+};
+
+/// How much worse than a baseline, relatively, ours may be.
+const TOLERANCE: f64 = 1.005;
+
+/// Without optimisation, a few steps on the smaller shapes have to do.
+const IS_FULL: bool = !cfg!(debug_assertions);
+const STEPS: usize = if IS_FULL { 24 } else { 8 };
+
+/// Sizes to compare on.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    ranks: usize,
+    experts: usize,
+    topk: usize,
+    slots: usize,
+}
+
+const SIZES: [Size; 3] = [
+    Size { ranks: 8, experts: 64, topk: 4, slots: 10 },
+    Size { ranks: 64, experts: 128, topk: 4, slots: 4 },
+    Size { ranks: 256, experts: 256, topk: 4, slots: 2 },
+];
+
+fn trace(workload: Workload, size: Size, steps: usize) -> Trace {
+    let topology = Topology::uniform(size.ranks, 8).unwrap();
+    let Size { experts: num_experts, topk, .. } = size;
+    let shape = WorkloadShape { topology, num_experts, topk, tokens_per_rank: 4096, seed: 1 };
+    workload.trace(&shape, 1, steps).unwrap()
+}
+
+/// Max/mean from the second step on.
+struct Comparison {
+    /// By strategy, in the order of [`Strategy::ALL`].
+    planned: Vec<Spread>,
+    /// Ours with layouts repaired in the step.
+    corrected: Spread,
+    /// What no layout beats.
+    bound: Spread,
+}
+
+fn compare(trace: &Trace, size: Size) -> Comparison {
+    let topology = Topology::uniform(size.ranks, 8).unwrap();
+    let spread = |strategy, correction| {
+        let config = ReplayConfig { topology: topology.clone(), slots_per_rank: size.slots, seed: 0, correction };
+        let steps = replay(trace, &config, strategy).unwrap();
+        Spread::of(steps.iter().filter(|step| step.step > 0).map(|step| step.max_over_mean)).unwrap()
+    };
+    let planned = Strategy::ALL.map(|strategy| spread(strategy, None)).to_vec();
+    let corrected = spread(Strategy::MinMax, Some(CorrectionConfig::free()));
+    let bounds = trace.steps(0).skip(1).map(|(_, counts)| {
+        let least = least_max_load(counts, size.slots).unwrap();
+        least as f64 * size.ranks as f64 / counts.total() as f64
+    });
+    Comparison { planned, corrected, bound: Spread::of(bounds).unwrap() }
+}
+
+impl Comparison {
+    fn print(&self, name: &str, value: fn(&Spread) -> f64) {
+        print!("{name:<24}");
+        self.planned.iter().for_each(|spread| print!("{:>18.4}", value(spread)));
+        println!("{:>12.4}{:>8.4}", value(&self.corrected), value(&self.bound));
+    }
+
+    /// Where a spread of ours is worse than a baseline's.
+    fn losses(&self, name: &str, ours: Spread) -> Vec<String> {
+        let of = |(strategy, baseline): (&Strategy, &Spread)| {
+            let is_lost = *strategy != Strategy::MinMax && ours.mean > baseline.mean * TOLERANCE;
+            is_lost.then(|| format!("{name}: {:.4} against {:.4} of {strategy}", ours.mean, baseline.mean))
+        };
+        Strategy::ALL.iter().zip(&self.planned).filter_map(of).collect()
+    }
+
+    fn ours(&self) -> Spread {
+        *self.planned.last().unwrap()
+    }
+}
+
+fn print_header(first: &str) {
+    print!("{first:<24}");
+    Strategy::ALL.iter().for_each(|strategy| print!("{:>18}", strategy.name()));
+    println!("{:>12}{:>8}", "corrected", "bound");
+}
+
+/// Where past steps say the opposite of the next: hot experts that were cold in all steps that a planner saw. The better a
+/// layout fits the past, the worse it fits then, and only a repair in the step itself helps.
+fn contradicts_the_past(workload: Workload) -> bool {
+    matches!(workload, Workload::RotatingHotspot | Workload::Burst)
+}
+
+#[test]
+fn ours_against_baselines_on_the_benchmark() {
+    let mut lost = Vec::new();
+    let sizes = if IS_FULL { &SIZES[..] } else { &SIZES[..1] };
+    for &size in sizes {
+        print_header(&format!("N={} E={} K={} C={}", size.ranks, size.experts, size.topk, size.slots));
+        for workload in Workload::BENCHMARK.into_iter().chain(Workload::FEW_HOT) {
+            let comparison = compare(&trace(workload, size, STEPS), size);
+            comparison.print(&workload.name(), |spread| spread.mean);
+            let name = format!("N={} {workload}", size.ranks);
+            let losses = comparison.losses(&name, comparison.ours());
+            if contradicts_the_past(workload) {
+                losses.iter().for_each(|loss| println!("  without correction, {loss}"));
+                lost.extend(comparison.losses(&name, comparison.corrected));
+            } else {
+                lost.extend(losses);
+            }
+        }
+        println!();
+    }
+    assert!(lost.is_empty(), "ours is worse: {lost:#?}");
+}
+
+#[test]
+fn ours_against_baselines_under_drift() {
+    let mut lost = Vec::new();
+    let size = if IS_FULL { SIZES[1] } else { Size { ranks: 16, experts: 32, ..SIZES[1] } };
+    let mut cases: Vec<(Workload, Size)> = Workload::DRIFT.map(|workload| (workload, size)).to_vec();
+    cases.extend([1.5, 2.0, 3.0].map(|skew| (Workload::ZipfImbalance(skew), Size { topk: 2, ..size })));
+    // One expert can have most of the load only where tokens choose one expert.
+    cases.push((Workload::HotShare { percent: 60, experts: 1 }, Size { topk: 1, ..size }));
+    if IS_FULL {
+        cases.push((Workload::ZipfPower(1.2), Size { ranks: 64, experts: 256, topk: 8, slots: 8 }));
+    }
+    print_header("mean, and max below");
+    for (workload, size) in cases {
+        // Long enough for a shift.
+        let comparison = compare(&trace(workload, size, STEPS.max(12)), size);
+        comparison.print(&workload.name(), |spread| spread.mean);
+        comparison.print("", |spread| spread.max);
+        lost.extend(comparison.losses(&workload.name(), comparison.ours()));
+    }
+    assert!(lost.is_empty(), "ours is worse: {lost:#?}");
+}
