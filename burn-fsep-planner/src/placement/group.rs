@@ -4,7 +4,7 @@ use crate::{Layout, PlannerError, Topology, dispatch::Flow, rng::Rng};
 
 /// Lays out experts on a group of ranks among which tokens move freely.
 ///
-/// Replicas are counted in proportion to load. A placement deals replicas round by round, the largest share of a round to
+/// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round, the largest share of a round to
 /// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
 /// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
 /// whose best dispatch is best on the prediction and on randomly perturbed copies of it. If none is good on the prediction
@@ -31,6 +31,8 @@ const SEARCH_ABOVE: f64 = 1.005;
 /// Most exchanges that are tried, and the most in all groups together, times the slots of a group: each costs a flow.
 const MOST_EXCHANGES: usize = 3000;
 const EXCHANGES: usize = 30_000;
+/// Fewer find nothing.
+const LEAST_EXCHANGES: usize = 16;
 /// Random exchanges from which a search that is stuck goes on.
 const KICKS: usize = 3;
 /// How much worse, relatively, the layout in use may be and still stay.
@@ -59,18 +61,25 @@ impl GroupSolver {
         {
             return Ok(layout.clone());
         }
-        let replicas = replica_counts(totals, ranks, ranks * slots);
-        let mut best: Option<(f64, Layout)> = None;
+        let mean = totals.iter().sum::<u64>() / ranks as u64;
         // Without a second replica of anything, dispatch has no choice and placements no robustness to differ in.
         let candidates = if ranks * slots == totals.len() { 1 } else { self.candidates.max(1) };
-        for candidate in 0..candidates {
-            let Some(table) = self.deal(totals, &replicas, ranks, slots, candidate > 0) else { continue };
-            let layout = Layout::new(ranks, slots, totals.len(), table)?;
-            let score = self.score(&layout, &cases, &node);
-            if best.as_ref().is_none_or(|(least, _)| score < *least) {
-                best = Some((score, layout));
-                if score <= GOOD_ENOUGH {
-                    break;
+        let mut best: Option<(f64, Layout)> = None;
+        // Replicas for all, since any load may grow; only if that does not balance, for those that have to be split.
+        'found: for small in [0, mean] {
+            if best.as_ref().is_some_and(|(score, _)| *score <= SEARCH_ABOVE) {
+                break;
+            }
+            let replicas = replica_counts(totals, ranks, ranks * slots, small);
+            for candidate in 0..candidates {
+                let Some(table) = self.deal(totals, &replicas, ranks, slots, candidate > 0) else { continue };
+                let layout = Layout::new(ranks, slots, totals.len(), table)?;
+                let score = self.score(&layout, &cases, &node);
+                if best.as_ref().is_none_or(|(least, _)| score < *least) {
+                    best = Some((score, layout));
+                    if score <= GOOD_ENOUGH {
+                        break 'found;
+                    }
                 }
             }
         }
@@ -102,6 +111,9 @@ impl GroupSolver {
         let mut best = (max, layout.clone());
         let mut current = layout;
         let mut tries = (EXCHANGES / (ranks * slots * self.groups)).min(MOST_EXCHANGES);
+        if tries < LEAST_EXCHANGES {
+            return Ok(current);
+        }
         while best.0 > goal && tries > 0 {
             max = self.descend(&mut current, max, totals, node, goal, &mut tries)?;
             if max < best.0 {
@@ -249,26 +261,27 @@ fn exchanged(layout: &Layout, a: usize, b: usize, is_swap: bool) -> Option<Layou
     Layout::new(layout.num_ranks(), layout.slots_per_rank(), layout.num_experts(), table).ok()
 }
 
-/// Replicas of each expert in proportion to its load, `1 <= R_e <= n`, `slots` in all: each further replica goes to the
-/// expert with the most load per replica. `[E] -> [E]`
-fn replica_counts(totals: &[u64], ranks: usize, slots: usize) -> Vec<usize> {
+/// Replicas of each expert, `1 <= R_e <= n`, `slots` in all: each further replica goes to the expert with the most load
+/// per replica of those whose load exceeds `small`, and only then to the others. `[E] -> [E]`
+///
+/// With few spare slots they are best spent on the experts that have to be split: a small expert fits a rank as it is, and
+/// the more slots large ones have, the more ranks they can fill up beside a small one.
+fn replica_counts(totals: &[u64], ranks: usize, slots: usize, small: u64) -> Vec<usize> {
     let sum: u64 = totals.iter().sum();
     let spare = slots - totals.len();
     // Start below the proportional counts, which the slots hold in any case; the heap decides the rest.
     let floor = |load: u64| if sum == 0 { 1 } else { (load as f64 / sum as f64 * spare as f64) as usize };
-    let mut replicas: Vec<usize> = totals.iter().map(|&load| floor(load).clamp(1, ranks)).collect();
+    let start = |&load: &u64| if load > small { floor(load).clamp(1, ranks) } else { 1 };
+    let mut replicas: Vec<usize> = totals.iter().map(start).collect();
     let used: usize = replicas.iter().sum();
-    let mut heap: std::collections::BinaryHeap<(u64, Reverse<usize>)> = replicas
-        .iter()
-        .enumerate()
-        .filter(|(_, count)| **count < ranks)
-        .map(|(e, &count)| (per_replica(totals[e], count), Reverse(e)))
-        .collect();
+    let priority = |e: usize, count: usize| (totals[e] > small, per_replica(totals[e], count), Reverse(e));
+    let mut heap: std::collections::BinaryHeap<(bool, u64, Reverse<usize>)> =
+        (0..totals.len()).filter(|&e| replicas[e] < ranks).map(|e| priority(e, replicas[e])).collect();
     for _ in used..slots {
-        let Some((_, Reverse(expert))) = heap.pop() else { break };
+        let Some((_, _, Reverse(expert))) = heap.pop() else { break };
         replicas[expert] += 1;
         if replicas[expert] < ranks {
-            heap.push((per_replica(totals[expert], replicas[expert]), Reverse(expert)));
+            heap.push(priority(expert, replicas[expert]));
         }
     }
     replicas
@@ -322,9 +335,10 @@ mod tests {
             totals in proptest::collection::vec(prop_oneof![0u64..10_000, Just(0), Just(10_000_000)], 1..20),
             ranks in 1usize..20,
             slots in 1usize..8,
+            small in prop_oneof![Just(0u64), 0u64..10_000],
         ) {
             let slots = slots.clamp(totals.len().div_ceil(ranks), totals.len());
-            let replicas = replica_counts(&totals, ranks, ranks * slots);
+            let replicas = replica_counts(&totals, ranks, ranks * slots, small);
             prop_assert_eq!(replicas.iter().sum::<usize>(), ranks * slots);
             prop_assert!(replicas.iter().all(|r| (1..=ranks).contains(r)));
         }
