@@ -6,6 +6,7 @@ use burn_fsep_planner::{
     RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
     placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner},
+    workload::{Workload, WorkloadShape},
 };
 use criterion::Criterion;
 
@@ -19,12 +20,22 @@ fn counts(ranks: usize, experts: usize) -> RoutingCounts {
     RoutingCounts::new(ranks, experts, (0..ranks * experts).map(|_| draw()).collect()).expect("sizes are positive")
 }
 
+/// The setting of the exact-load systems: 8 of 256 experts a token, 8192 tokens a rank, Zipf loads of this static max/mean.
+fn zipf_counts(max_over_mean: f64) -> RoutingCounts {
+    let topology = Topology::uniform(64, 8).expect("sizes are positive");
+    let shape = WorkloadShape { topology, num_experts: 256, topk: 8, tokens_per_rank: 8192, seed: 1 };
+    Workload::ZipfImbalance(max_over_mean).counts(&shape, 0, 0).expect("the workload is possible")
+}
+
 fn solve_times(criterion: &mut Criterion) {
-    for (ranks, experts, slots) in [(32, 8, 2), (32, 128, 8), (64, 256, 6), (256, 32, 4), (1024, 32, 4)] {
+    let uniform = [(32, 8, 2), (32, 128, 8), (64, 256, 6), (256, 32, 4), (1024, 32, 4)]
+        .map(|(ranks, experts, slots)| (String::new(), counts(ranks, experts), slots));
+    let zipf = [1.5, 2.0, 3.0].map(|skew| (format!(" Zipf {skew}"), zipf_counts(skew), 6));
+    for (loads, counts, slots) in uniform.into_iter().chain(zipf) {
+        let (ranks, experts) = (counts.num_ranks(), counts.num_experts());
         let topology = Topology::uniform(ranks, 8).expect("sizes are positive");
-        let counts = counts(ranks, experts);
         let request = LayoutRequest { topology: &topology, slots_per_rank: slots, predicted: &counts, previous: None };
-        let name = format!("N={ranks} E={experts} C={slots}");
+        let name = format!("N={ranks} E={experts} C={slots}{loads}");
         let mut solver = RobustPlanner::new(0);
         criterion.bench_function(&format!("layout   {name}"), |b| b.iter(|| solver.solve(black_box(&request))));
         let layout = solver.solve(&request).expect("the experts fit");

@@ -24,17 +24,19 @@ pub(super) struct GroupSolver {
 const PERTURBATIONS: usize = 1;
 /// Relative size of the perturbations: the prediction error that is expected.
 const EXPECTED_ERROR: f64 = 0.15;
-/// Imbalance at which a placement is good enough to stop.
-const GOOD_ENOUGH: f64 = 1.003;
+/// Imbalance at which a placement is good enough to stop: that which the dispatcher leaves anyway.
+const GOOD_ENOUGH: f64 = 1.004;
 /// Imbalance on the prediction above which exchanges are searched.
 const SEARCH_ABOVE: f64 = 1.005;
 /// Most exchanges that are tried, and the most in all groups together, times the slots of a group: each costs a flow.
 const MOST_EXCHANGES: usize = 3000;
 const EXCHANGES: usize = 30_000;
 /// Fewer find nothing.
-const LEAST_EXCHANGES: usize = 16;
+const LEAST_EXCHANGES: usize = 64;
 /// Random exchanges from which a search that is stuck goes on.
 const KICKS: usize = 3;
+/// Imbalance of perturbed copies up to which all placements are alike.
+const REPAIRABLE: f64 = 1.02;
 /// How much worse, relatively, the layout in use may be and still stay.
 const KEEP: f64 = 1.003;
 /// Groups up to this size are renumbered to keep slots; beyond, the search would cost more than it saves.
@@ -65,14 +67,21 @@ impl GroupSolver {
         // Without a second replica of anything, dispatch has no choice and placements no robustness to differ in.
         let candidates = if ranks * slots == totals.len() { 1 } else { self.candidates.max(1) };
         let mut best: Option<(f64, Layout)> = None;
+        let mut tried = Vec::new();
         // Replicas for all, since any load may grow; only if that does not balance, for those that have to be split.
         'found: for small in [0, mean] {
             if best.as_ref().is_some_and(|(score, _)| *score <= SEARCH_ABOVE) {
                 break;
             }
             let replicas = replica_counts(totals, ranks, ranks * slots, small);
+            if replicas == tried {
+                break;
+            }
             for candidate in 0..candidates {
-                let Some(table) = self.deal(totals, &replicas, ranks, slots, candidate > 0) else { continue };
+                let Some(table) = self.deal(totals, &replicas, ranks, slots, candidates > 1 && candidate % 2 == 0)
+                else {
+                    continue;
+                };
                 let layout = Layout::new(ranks, slots, totals.len(), table)?;
                 let score = self.score(&layout, &cases, &node);
                 if best.as_ref().is_none_or(|(least, _)| score < *least) {
@@ -82,6 +91,7 @@ impl GroupSolver {
                     }
                 }
             }
+            tried = replicas;
         }
         // Dealing can paint itself into a corner; the static layout always exists.
         let (score, best) = match best {
@@ -170,14 +180,17 @@ impl GroupSolver {
         Ok(max)
     }
 
-    /// Mean over the cases of the imbalance of the layout's best dispatch.
+    /// Imbalance of the layout's best dispatch of the prediction, and what perturbed copies of it exceed
+    /// [`REPAIRABLE`] by.
     fn score(&mut self, layout: &Layout, cases: &[Vec<u64>], node: &Topology) -> f64 {
-        let imbalance = |totals: &Vec<u64>| {
+        let mut imbalance = |totals: &[u64], tolerable: f64| {
             let total: u64 = totals.iter().sum();
-            let max = self.flow.solve_totals(layout, totals, node, GOOD_ENOUGH - 1.0);
+            let max = self.flow.solve_totals(layout, totals, node, tolerable - 1.0);
             if total == 0 { 1.0 } else { max as f64 * layout.num_ranks() as f64 / total as f64 }
         };
-        cases.iter().map(imbalance).sum::<f64>() / cases.len() as f64
+        let [prediction, perturbed @ ..] = cases else { return f64::INFINITY };
+        let exceeding: f64 = perturbed.iter().map(|case| (imbalance(case, REPAIRABLE) - REPAIRABLE).max(0.0)).sum();
+        imbalance(prediction, GOOD_ENOUGH) + exceeding
     }
 
     /// The prediction and perturbed copies of it.
