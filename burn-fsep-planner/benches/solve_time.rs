@@ -28,10 +28,13 @@ fn zipf_counts(max_over_mean: f64) -> RoutingCounts {
 }
 
 fn solve_times(criterion: &mut Criterion) {
-    let uniform = [(32, 8, 2), (32, 128, 8), (64, 256, 6), (256, 32, 4), (1024, 32, 4)]
+    let sweep = [16, 32, 64, 128, 256, 512, 1024].map(|ranks| (ranks, 32, 4));
+    let uniform = [(32, 8, 2), (32, 128, 8), (64, 256, 6)]
+        .into_iter()
+        .chain(sweep)
         .map(|(ranks, experts, slots)| (String::new(), counts(ranks, experts), slots));
     let zipf = [1.5, 2.0, 3.0].map(|skew| (format!(" Zipf {skew}"), zipf_counts(skew), 6));
-    for (loads, counts, slots) in uniform.into_iter().chain(zipf) {
+    for (loads, counts, slots) in uniform.chain(zipf) {
         let (ranks, experts) = (counts.num_ranks(), counts.num_experts());
         let topology = Topology::uniform(ranks, 8).expect("sizes are positive");
         let request = LayoutRequest { topology: &topology, slots_per_rank: slots, predicted: &counts, previous: None };

@@ -14,8 +14,8 @@ use crate::{Layout, PlannerError, Topology, dispatch::Flow, rng::Rng};
 pub(super) struct GroupSolver {
     /// How many placements are tried.
     pub candidates: usize,
-    /// Groups of this request: they share the exchanges that are tried.
-    pub groups: usize,
+    /// How many exchanges may be tried for a group, times its slots: each costs a flow.
+    pub exchanges: usize,
     rng: Rng,
     flow: Flow,
 }
@@ -28,9 +28,10 @@ const EXPECTED_ERROR: f64 = 0.15;
 const GOOD_ENOUGH: f64 = 1.004;
 /// Imbalance on the prediction above which exchanges are searched.
 const SEARCH_ABOVE: f64 = 1.005;
-/// Most exchanges that are tried, and the most in all groups together, times the slots of a group: each costs a flow.
+/// Most exchanges that are tried.
 const MOST_EXCHANGES: usize = 3000;
-const EXCHANGES: usize = 30_000;
+/// Most exchanges that are tried in all groups together, times the slots of a group.
+pub(super) const EXCHANGES: usize = 30_000;
 /// Fewer find nothing.
 const LEAST_EXCHANGES: usize = 64;
 /// Random exchanges from which a search that is stuck goes on.
@@ -44,7 +45,7 @@ const RENUMBERED: usize = 64;
 
 impl GroupSolver {
     pub fn new(seed: u64) -> Self {
-        Self { candidates: 12, groups: 1, rng: Rng::new(seed), flow: Flow::default() }
+        Self { candidates: 12, exchanges: EXCHANGES, rng: Rng::new(seed), flow: Flow::default() }
     }
 
     /// The layout of `ranks` ranks for experts with these totals. `before` is the layout in use, if it is one.
@@ -120,7 +121,7 @@ impl GroupSolver {
         let mut max = self.flow.solve_totals(&layout, totals, node, GOOD_ENOUGH - 1.0);
         let mut best = (max, layout.clone());
         let mut current = layout;
-        let mut tries = (EXCHANGES / (ranks * slots * self.groups)).min(MOST_EXCHANGES);
+        let mut tries = (self.exchanges / (ranks * slots)).min(MOST_EXCHANGES);
         if tries < LEAST_EXCHANGES {
             return Ok(current);
         }

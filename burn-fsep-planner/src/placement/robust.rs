@@ -1,4 +1,7 @@
-use super::{LayoutRequest, LayoutSolver, group::GroupSolver};
+use super::{
+    LayoutRequest, LayoutSolver,
+    group::{EXCHANGES, GroupSolver},
+};
 use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow};
 
 /// Layouts that exact dispatch can balance even though the prediction is somewhat wrong.
@@ -40,17 +43,19 @@ impl LayoutSolver for RobustPlanner {
         let whole = std::iter::once(0..topology.world_size());
         let nodes = (0..topology.num_nodes()).map(|node| topology.ranks_of(node));
         if topology.num_nodes() == 1 || nodes.clone().any(|ranks| ranks.len() * slots < experts) {
-            return self.solve_groups(whole, request);
+            return self.solve_groups(whole, request, EXCHANGES);
         }
-        let by_node = self.solve_groups(nodes, request)?;
+        let by_node = self.solve_groups(nodes.clone(), request, 0)?;
         let imbalance = self.imbalance(topology, &by_node, predicted);
         if imbalance <= BALANCED {
             return Ok(by_node);
         }
-        let across = self.solve_groups(whole, request)?;
+        let across = self.solve_groups(whole, request, EXCHANGES)?;
         // Crossing nodes has a price: it has to balance clearly better.
-        let is_better = self.imbalance(topology, &across, predicted) * BALANCED < imbalance;
-        Ok(if is_better { across } else { by_node })
+        if self.imbalance(topology, &across, predicted) * BALANCED < imbalance {
+            return Ok(across);
+        }
+        self.solve_groups(nodes, request, EXCHANGES / topology.num_nodes())
     }
 }
 
@@ -59,12 +64,12 @@ impl RobustPlanner {
         &mut self,
         groups: impl Iterator<Item = std::ops::Range<usize>>,
         request: &LayoutRequest<'_>,
+        exchanges: usize,
     ) -> Result<Layout, PlannerError> {
         let LayoutRequest { topology, slots_per_rank: slots, predicted, previous } = *request;
         let experts = predicted.num_experts();
         let mut table = Vec::with_capacity(topology.world_size() * slots);
-        let groups: Vec<_> = groups.collect();
-        self.groups.groups = groups.len();
+        self.groups.exchanges = exchanges;
         for ranks in groups {
             let totals = group_totals(predicted, ranks.clone());
             let before = previous.map(|layout| &layout.as_slice()[ranks.start * slots..ranks.end * slots]);

@@ -98,7 +98,7 @@ mod tests {
         let settled = TraceRun { skip_steps: 3, seed: 0 };
         let [fixed, paper, ours] = [Strategy::Static, Strategy::Paper, Strategy::MinMax]
             .map(|strategy| simulator.run_trace(&trace, settled, strategy).unwrap());
-        assert!(ours.max_over_mean < 1.1 && fixed.max_over_mean > 1.3, "{fixed:?} {ours:?}");
+        assert!(ours.max_over_mean - 1.0 < (fixed.max_over_mean - 1.0) / 2.0, "{fixed:?} {ours:?}");
         assert!(ours.time.total() < paper.time.total() && paper.time.total() < fixed.time.total());
         assert!(ours.time.total() >= simulator.step(&[]).total(), "balance without transport is a bound");
     }
