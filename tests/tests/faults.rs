@@ -10,13 +10,14 @@ use burn::{
     tensor::{Distribution, Tensor},
 };
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::{
         CommError, Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, RankError, launch},
     },
     train::{clip_grad_norm, sync_gradients},
 };
+use burn_fsep_planner::Strategy;
 use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device};
 
 const RANKS: usize = 3;
@@ -45,8 +46,9 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
     let never = Fault { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
     let calls = launch(&LaunchConfig::new(RANKS), |comm| step(comm, never));
     let calls = calls.into_iter().map(Result::unwrap).max().unwrap();
-    // Two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and clipping.
-    assert_eq!(calls, 2 * (1 + 2 * 7) + 3);
+    // The runtime; two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
+    // clipping.
+    assert_eq!(calls, 1 + 2 * (1 + 2 * 7) + 3);
 
     for mode in [FaultMode::Panic, FaultMode::Error] {
         for at in 0..calls {
@@ -132,6 +134,26 @@ fn ranks_with_different_models_are_told() {
         let messages: Vec<String> = results.into_iter().map(|r| r.expect_err(what).to_string()).collect();
         let told = |m: &String| m.contains("ranks disagree on") && m.contains("of layer 0");
         assert!(messages.iter().all(told), "{what}: {messages:?}");
+    }
+}
+
+#[test]
+fn ranks_with_different_runtimes_are_told() {
+    let base = FsepRuntimeConfig::new;
+    for (what, theirs) in [
+        ("seed", base().with_seed(1)),
+        ("ranks_per_node", base().with_ranks_per_node(1)),
+        ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
+        ("correction", base().with_correction(None)),
+    ] {
+        let results = launch(&LaunchConfig::new(2), |comm| {
+            let config = if comm.rank() == 1 { theirs.clone() } else { base() };
+            config.init(comm).map(|_| ())
+        });
+        for result in results {
+            let Err(RankError::Failed { error: FsepError::Config(message), .. }) = result else { panic!("{result:?}") };
+            assert!(message.contains(&format!("ranks 0 and 1 differ in `{what}`")), "{message}");
+        }
     }
 }
 
