@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use burn::{
     module::{Module, Param},
-    tensor::{Tensor, TensorData},
+    tensor::{DType, Tensor, TensorData},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
@@ -210,6 +210,36 @@ fn inputs_of_the_wrong_shape_are_refused() {
     let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
     let error = layer.try_forward(Tensor::<2>::ones([3, HIDDEN + 1], &device())).unwrap_err();
     assert!(matches!(error, FsepError::Shape { .. }), "{error}");
+}
+
+#[test]
+fn inputs_of_another_type_are_refused() {
+    let runtime = FsepRuntime::single();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    let error = layer.try_forward(input(3).cast(DType::F64)).unwrap_err();
+    assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("element type")), "{error}");
+}
+
+#[test]
+fn logits_that_are_not_finite_are_refused_on_every_rank() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let results = ranks(2, |comm| {
+            let runtime = FsepRuntime::new(comm)?;
+            let layer = layer(&runtime)?;
+            let x = input(5);
+            // One number of one token of one rank.
+            let x = if runtime.rank() == 1 { x.slice_fill([2..3, 0..1], bad) } else { x };
+            layer.try_forward(x).map(|_| ())
+        });
+        let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+        assert!(errors.iter().all(|e| e.contains("rank 1") && e.contains("not finite")), "{bad}: {errors:?}");
+    }
+    // A logit of minus infinity among others only rules an expert out.
+    let mut layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&FsepRuntime::single(), &device()).unwrap();
+    layer.router.weight =
+        layer.router.weight.map(|w| w.slice_fill([0..HIDDEN, 1..2], f32::NEG_INFINITY).detach().require_grad());
+    let output = layer.try_forward(Tensor::<2>::ones([3, HIDDEN], &device())).unwrap().hidden;
+    assert!(output.into_data().iter::<f32>().all(f32::is_finite));
 }
 
 #[test]
