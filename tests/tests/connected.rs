@@ -10,7 +10,7 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{
         CommError, Communicator,
-        local::{LaunchConfig, RankError, launch},
+        local::{LaunchConfig, LocalCommunicator, RankError, launch},
     },
 };
 use burn_fsep_tests::device;
@@ -202,6 +202,52 @@ fn a_layer_that_is_not_connected_is_a_clear_error() {
     let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
     assert!(errors[0].contains("rank 1") || errors[0].contains("rank(s) [1]"), "{errors:?}");
     assert!(errors[0].contains("layer 1"), "{errors:?}");
+}
+
+#[test]
+fn a_layer_whose_backward_has_run_is_not_connected_again() {
+    let results = ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let (first, second) = (layer(&runtime)?, layer(&runtime)?);
+        runtime.run(|| {
+            // A step with both layers and without `connect`, then one with the first layer alone.
+            drop(second.forward(first.forward(input(5))).sum().backward());
+            let grads = runtime.connect(first.forward(input(5)).sum()).backward();
+            let has_gradient = |layer: &FSEPMoE| layer.experts.weight.val().grad(&grads).is_some();
+            (has_gradient(&first), has_gradient(&second))
+        })
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), (true, false));
+    }
+}
+
+#[test]
+fn a_runtime_is_freed_with_its_model_also_without_backward() {
+    let comm: Arc<dyn Communicator> = Arc::new(LocalCommunicator::single());
+    let alive = Arc::downgrade(&comm);
+    let runtime = FsepRuntime::new(comm).unwrap();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    assert!(layer.forward(input(5)).is_tracked());
+    drop((runtime, layer));
+    // Burn frees graphs that nobody can use any more after the next backward pass of any graph.
+    for _ in 0..100 {
+        drop(input(1).require_grad().sum().backward());
+        if alive.upgrade().is_none() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("the runtime is still alive");
+}
+
+#[test]
+fn a_rank_without_peers_goes_on_after_an_error() {
+    let runtime = FsepRuntime::single();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    assert!(layer.try_forward(Tensor::<2>::ones([3, HIDDEN + 1], &device())).is_err());
+    assert!(runtime.run(|| panic!("out of luck")).is_err());
+    layer.try_forward(input(5)).unwrap();
 }
 
 #[test]

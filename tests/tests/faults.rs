@@ -182,6 +182,21 @@ fn a_rank_that_leaves_is_named() {
 }
 
 #[test]
+fn a_rank_that_leaves_after_a_forward_pass_without_backward_is_named_at_once() {
+    let start = Instant::now();
+    let mut results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let layer = FSEPMoEConfig::new(4, 6, 4).try_init(&runtime, &device())?;
+        let x = || Tensor::<2>::ones([6, 4], &device());
+        let _ = layer.try_forward(x())?;
+        if runtime.rank() == 0 { layer.try_forward(x()).map(|_| ()) } else { Ok(()) }
+    });
+    assert!(start.elapsed() < LIMIT);
+    let Err(RankError::Failed { error, .. }) = results.swap_remove(0) else { panic!("rank 0 was alone") };
+    assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
+}
+
+#[test]
 fn a_rank_that_never_comes_times_out() {
     let error = other_rank_does(|_| {
         std::thread::sleep(Duration::from_millis(900));

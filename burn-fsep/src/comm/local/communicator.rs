@@ -68,6 +68,11 @@ impl LocalCommunicator {
         ranks.swap_remove(0)
     }
 
+    /// Leaves the group: peers that wait for this rank, now or later, get an error.
+    pub(super) fn leave(&self) {
+        self.member.group.depart(self.rank());
+    }
+
     fn next_round(&self) -> RoundKey {
         (self.channel, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
