@@ -26,7 +26,7 @@ pub struct LaunchConfig {
 }
 
 impl LaunchConfig {
-    /// Sets how long a collective waits for its peers (30 s by default).
+    /// Sets how long a collective waits for its peers (30 s by default); [`Duration::MAX`] is for ever.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
