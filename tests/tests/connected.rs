@@ -294,6 +294,7 @@ fn impossible_configurations_are_refused() {
     for (config, named) in [
         (FSEPMoEConfig::new(0, 6, 4), "hidden_size"),
         (FSEPMoEConfig::new(HIDDEN, 0, 4), "moe_ffn_hidden_size"),
+        (FSEPMoEConfig::new(1 << 31, 1 << 31, 4), "more than any machine"),
         (base.clone().with_moe_router_topk(5), "top-k"),
         (base.clone().with_slots_per_rank(Some(5)), "slots"),
         (base.clone().with_moe_aux_loss_coeff(f64::NAN), "moe_aux_loss_coeff"),
