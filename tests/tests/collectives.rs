@@ -18,7 +18,7 @@ fn on_ranks(ranks: usize, program: impl Fn(&dyn Communicator) -> Result<(), Comm
 
 #[test]
 fn reductions_are_in_rank_order() {
-    for ranks in [1, 2, 5] {
+    for ranks in [1, 2, 3, 5] {
         on_ranks(ranks, |comm| {
             let mine = [comm.rank() as f32, 0.1, -(comm.rank() as f32)];
             let expected = |combine: fn(f32, f32) -> f32| -> Vec<f32> {
@@ -32,9 +32,17 @@ fn reductions_are_in_rank_order() {
             assert_eq!(max.to_vec(), expected(f32::max));
             let mut mean = [comm.rank() as f64];
             comm.all_reduce(OP, ReduceBuffer::F64(&mut mean), ReduceOp::Mean)?;
-            assert!((mean[0] - (ranks - 1) as f64 / 2.0).abs() < 1e-6);
+            assert_eq!(mean[0], (ranks - 1) as f64 / 2.0);
             Ok(())
         });
+    }
+}
+
+#[test]
+fn a_timeout_may_be_for_ever() {
+    let config = LaunchConfig::new(2).with_timeout(std::time::Duration::MAX);
+    for result in launch(&config, |comm| comm.barrier(OP)) {
+        result.unwrap();
     }
 }
 

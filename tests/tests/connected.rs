@@ -4,13 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use burn::{
     module::{Module, Param},
-    tensor::{Tensor, TensorData},
+    tensor::{DType, Tensor, TensorData},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{
         CommError, Communicator,
-        local::{LaunchConfig, RankError, launch},
+        local::{LaunchConfig, LocalCommunicator, RankError, launch},
     },
 };
 use burn_fsep_tests::device;
@@ -205,6 +205,52 @@ fn a_layer_that_is_not_connected_is_a_clear_error() {
 }
 
 #[test]
+fn a_layer_whose_backward_has_run_is_not_connected_again() {
+    let results = ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let (first, second) = (layer(&runtime)?, layer(&runtime)?);
+        runtime.run(|| {
+            // A step with both layers and without `connect`, then one with the first layer alone.
+            drop(second.forward(first.forward(input(5))).sum().backward());
+            let grads = runtime.connect(first.forward(input(5)).sum()).backward();
+            let has_gradient = |layer: &FSEPMoE| layer.experts.weight.val().grad(&grads).is_some();
+            (has_gradient(&first), has_gradient(&second))
+        })
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), (true, false));
+    }
+}
+
+#[test]
+fn a_runtime_is_freed_with_its_model_also_without_backward() {
+    let comm: Arc<dyn Communicator> = Arc::new(LocalCommunicator::single());
+    let alive = Arc::downgrade(&comm);
+    let runtime = FsepRuntime::new(comm).unwrap();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    assert!(layer.forward(input(5)).is_tracked());
+    drop((runtime, layer));
+    // Burn frees graphs that nobody can use any more after the next backward pass of any graph.
+    for _ in 0..100 {
+        drop(input(1).require_grad().sum().backward());
+        if alive.upgrade().is_none() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("the runtime is still alive");
+}
+
+#[test]
+fn a_rank_without_peers_goes_on_after_an_error() {
+    let runtime = FsepRuntime::single();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    assert!(layer.try_forward(Tensor::<2>::ones([3, HIDDEN + 1], &device())).is_err());
+    assert!(runtime.run(|| panic!("out of luck")).is_err());
+    layer.try_forward(input(5)).unwrap();
+}
+
+#[test]
 fn inputs_of_the_wrong_shape_are_refused() {
     let runtime = FsepRuntime::single();
     let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
@@ -213,11 +259,42 @@ fn inputs_of_the_wrong_shape_are_refused() {
 }
 
 #[test]
+fn inputs_of_another_type_are_refused() {
+    let runtime = FsepRuntime::single();
+    let layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&runtime, &device()).unwrap();
+    let error = layer.try_forward(input(3).cast(DType::F64)).unwrap_err();
+    assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("element type")), "{error}");
+}
+
+#[test]
+fn logits_that_are_not_finite_are_refused_on_every_rank() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let results = ranks(2, |comm| {
+            let runtime = FsepRuntime::new(comm)?;
+            let layer = layer(&runtime)?;
+            let x = input(5);
+            // One number of one token of one rank.
+            let x = if runtime.rank() == 1 { x.slice_fill([2..3, 0..1], bad) } else { x };
+            layer.try_forward(x).map(|_| ())
+        });
+        let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+        assert!(errors.iter().all(|e| e.contains("rank 1") && e.contains("not finite")), "{bad}: {errors:?}");
+    }
+    // A logit of minus infinity among others only rules an expert out.
+    let mut layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&FsepRuntime::single(), &device()).unwrap();
+    layer.router.weight =
+        layer.router.weight.map(|w| w.slice_fill([0..HIDDEN, 1..2], f32::NEG_INFINITY).detach().require_grad());
+    let output = layer.try_forward(Tensor::<2>::ones([3, HIDDEN], &device())).unwrap().hidden;
+    assert!(output.into_data().iter::<f32>().all(f32::is_finite));
+}
+
+#[test]
 fn impossible_configurations_are_refused() {
     let base = FSEPMoEConfig::new(HIDDEN, 6, 4);
     for (config, named) in [
         (FSEPMoEConfig::new(0, 6, 4), "hidden_size"),
         (FSEPMoEConfig::new(HIDDEN, 0, 4), "moe_ffn_hidden_size"),
+        (FSEPMoEConfig::new(1 << 31, 1 << 31, 4), "more than any machine"),
         (base.clone().with_moe_router_topk(5), "top-k"),
         (base.clone().with_slots_per_rank(Some(5)), "slots"),
         (base.clone().with_moe_aux_loss_coeff(f64::NAN), "moe_aux_loss_coeff"),

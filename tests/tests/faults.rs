@@ -10,13 +10,14 @@ use burn::{
     tensor::{Distribution, Tensor},
 };
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::{
         CommError, Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, RankError, launch},
     },
     train::{clip_grad_norm, sync_gradients},
 };
+use burn_fsep_planner::Strategy;
 use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device};
 
 const RANKS: usize = 3;
@@ -45,8 +46,9 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
     let never = Fault { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
     let calls = launch(&LaunchConfig::new(RANKS), |comm| step(comm, never));
     let calls = calls.into_iter().map(Result::unwrap).max().unwrap();
-    // Two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and clipping.
-    assert_eq!(calls, 2 * (1 + 2 * 7) + 3);
+    // The runtime; two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
+    // clipping.
+    assert_eq!(calls, 1 + 2 * (1 + 2 * 7) + 3);
 
     for mode in [FaultMode::Panic, FaultMode::Error] {
         for at in 0..calls {
@@ -135,6 +137,26 @@ fn ranks_with_different_models_are_told() {
     }
 }
 
+#[test]
+fn ranks_with_different_runtimes_are_told() {
+    let base = FsepRuntimeConfig::new;
+    for (what, theirs) in [
+        ("seed", base().with_seed(1)),
+        ("ranks_per_node", base().with_ranks_per_node(1)),
+        ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
+        ("correction", base().with_correction(None)),
+    ] {
+        let results = launch(&LaunchConfig::new(2), |comm| {
+            let config = if comm.rank() == 1 { theirs.clone() } else { base() };
+            config.init(comm).map(|_| ())
+        });
+        for result in results {
+            let Err(RankError::Failed { error: FsepError::Config(message), .. }) = result else { panic!("{result:?}") };
+            assert!(message.contains(&format!("ranks 0 and 1 differ in `{what}`")), "{message}");
+        }
+    }
+}
+
 /// Starts ranks of which rank 1 behaves otherwise; returns rank 0's error.
 fn other_rank_does(act: impl Fn(&dyn Communicator) -> Result<(), CommError> + Sync) -> CommError {
     let config = LaunchConfig::new(2).with_timeout(Duration::from_millis(300));
@@ -157,6 +179,21 @@ fn a_rank_that_leaves_is_named() {
     let error = other_rank_does(|_| Ok(()));
     assert!(matches!(error, CommError::PeerFailed { rank: 1, .. }), "{error}");
     assert!(error.to_string().contains("sum of layer 3"), "{error}");
+}
+
+#[test]
+fn a_rank_that_leaves_after_a_forward_pass_without_backward_is_named_at_once() {
+    let start = Instant::now();
+    let mut results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let layer = FSEPMoEConfig::new(4, 6, 4).try_init(&runtime, &device())?;
+        let x = || Tensor::<2>::ones([6, 4], &device());
+        let _ = layer.try_forward(x())?;
+        if runtime.rank() == 0 { layer.try_forward(x()).map(|_| ()) } else { Ok(()) }
+    });
+    assert!(start.elapsed() < LIMIT);
+    let Err(RankError::Failed { error, .. }) = results.swap_remove(0) else { panic!("rank 0 was alone") };
+    assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
 }
 
 #[test]

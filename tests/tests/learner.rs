@@ -103,7 +103,8 @@ fn the_learner_trains_on_four_ranks() {
     assert_eq!(results[0].0, by_hand[0].as_ref().unwrap().replicated, "the Learner trains as a loop by hand does");
     for (replicated, changes, adopted, stats) in &results {
         assert_eq!(replicated, &results[0].0, "replicated parameters differ between ranks");
-        assert!(*changes >= 10 && *adopted >= 10, "layouts changed {changes} times");
+        // A layout that is good enough stays.
+        assert!(*changes >= 3 && *adopted >= 3, "layouts changed {changes} times");
         assert_eq!(stats.layers.len(), 2);
         assert!(stats.imbalance() >= 1.0 && stats.imbalance() < stats.imbalance_static());
     }

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Slice, Tensor, TensorData};
 
 /// The assignments (token, expert) of one rank, and their order by expert.
 ///
@@ -45,7 +45,7 @@ impl Assignments {
         let token_of = self.assignment_of.iter().map(|assignment| assignment / self.topk as i32);
         let all = self.row_of.iter().chain(&self.assignment_of).copied().chain(token_of).collect::<Vec<i32>>();
         let all = Tensor::<1, Int>::from_data(TensorData::new(all, [3 * len]), &device.clone().inner());
-        [0, 1, 2].map(|i| all.clone().slice([i * len..(i + 1) * len]))
+        [0, 1, 2].map(|i| all.clone().slice([Slice::from(i * len..(i + 1) * len)]))
     }
 }
 

@@ -54,6 +54,9 @@ pub struct FSEPMoEConfig {
     pub moe_layer_recompute: bool,
 }
 
+/// Parameters of a layer's experts in `f64` still have an address each.
+const MAX_PARAMS: usize = isize::MAX as usize / size_of::<f64>();
+
 impl FSEPMoEConfig {
     /// A layer on `device` with its experts sharded over the ranks of `runtime`.
     ///
@@ -157,6 +160,13 @@ impl FSEPMoEConfig {
             if value == 0 {
                 return fail(format!("{name} must be at least 1"));
             }
+        }
+        let sizes = [3, self.hidden_size, self.moe_ffn_hidden_size, self.num_moe_experts];
+        if sizes.into_iter().try_fold(1usize, usize::checked_mul).is_none_or(|all| all > MAX_PARAMS) {
+            return fail(format!(
+                "{} experts of 3 * {} * {} parameters are more than any machine can hold",
+                self.num_moe_experts, self.hidden_size, self.moe_ffn_hidden_size
+            ));
         }
         if self.moe_router_topk > self.num_moe_experts {
             return Err(burn_fsep_planner::PlannerError::TopK {

@@ -107,11 +107,13 @@ impl FSEPMoE {
         let tracked =
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
         let step = runtime.route(*layer, &assignments.counts, tracked)?;
-        let counts = step.counts.clone();
+        let (counts, pass) = (step.counts.clone(), step.step_number);
+        let (graph_runtime, outputs) = runtime.for_graph();
         let step = MoeStep {
-            runtime: runtime.clone(),
+            runtime: graph_runtime,
+            outputs,
             layer: *layer,
-            pass: step.step_number,
+            pass,
             shape: *shape,
             storage: *storage,
             layout: step.layout,
@@ -124,7 +126,7 @@ impl FSEPMoE {
         let [row_of, assignment_of, token_of] = assignments.to_device(&device);
         let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, Arc::new(step));
         if tracked.any() {
-            runtime.remember_output(*layer, &output);
+            runtime.remember_output(*layer, pass, &output);
         }
         let balancing = (*aux_loss_coeff > 0.0)
             .then(|| load_balancing_loss(routed.scores, &counts.expert_totals(), *aux_loss_coeff));

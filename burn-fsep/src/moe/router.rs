@@ -82,8 +82,9 @@ impl TopKRouter {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Shape`] if the hidden size is not the router's, [`FsepError::Config`] if the logits are not
-    /// finite, [`FsepError::Device`] if the choice cannot be read from the device.
+    /// [`FsepError::Shape`] if hidden size or element type are not the router's, [`FsepError::Config`] if a token's
+    /// logits leave no probabilities (not a number, or infinite), [`FsepError::Device`] if the choice cannot be read from
+    /// the device.
     pub fn forward(&self, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
         let [num_tokens, width] = hidden.dims();
         let [expected, num_experts] = self.weight.dims();
@@ -92,6 +93,13 @@ impl TopKRouter {
                 what: "hidden size of the MoE layer's input".into(),
                 expected: expected.to_string(),
                 actual: width.to_string(),
+            });
+        }
+        if hidden.dtype() != self.weight.dtype() {
+            return Err(FsepError::Shape {
+                what: "element type of the MoE layer's input".into(),
+                expected: format!("{:?}, the router's", self.weight.dtype()),
+                actual: format!("{:?}", hidden.dtype()),
             });
         }
         let dtype = hidden.dtype();
@@ -111,7 +119,10 @@ impl TopKRouter {
                 (Tensor::<2, Int>::from_data(data, &scores.device()), experts)
             }
             _ => {
-                let (_, chosen) = scores.clone().detach().topk_with_indices(self.topk, 1);
+                let (best, chosen) = scores.clone().detach().topk_with_indices(self.topk, 1);
+                // Logits that are not finite give probabilities that are no numbers, and any expert: marked here, on the
+                // device, and noticed where the choice is read anyway.
+                let chosen = chosen.mask_fill(best.is_nan(), num_experts as i64);
                 let experts = read_experts(chosen.clone(), num_experts)?;
                 (chosen, experts)
             }
@@ -128,7 +139,7 @@ fn read_experts(chosen: Tensor<2, Int>, num_experts: usize) -> Result<Vec<u32>, 
     let experts: Vec<u32> = data.iter::<i64>().map(|e| e as u32).collect();
     if experts.iter().any(|&e| e as usize >= num_experts) {
         return Err(FsepError::Config(
-            "the router chose an expert that does not exist: its logits are not finite (did training diverge?)".into(),
+            "the router's logits are not finite: its input or weights are not (did training diverge?)".into(),
         ));
     }
     Ok(experts)

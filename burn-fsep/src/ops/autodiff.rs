@@ -27,6 +27,7 @@ impl<B: FsepKernels> Backward<B, 3> for MoeBackward {
         let (saved, step) = ops.state;
         let tracked = Tracked { hidden: hidden.is_some(), probs: probs.is_some(), weights: weights.is_some() };
         let gradients = moe_backward::<B>(grad, saved, &step, tracked);
+        step.finished();
         for (node, gradient) in [(hidden, gradients.hidden), (probs, gradients.probs), (weights, gradients.weights)] {
             if let (Some(node), Some(gradient)) = (node, gradient) {
                 grads.register::<B>(node.id, gradient);

@@ -1,10 +1,14 @@
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, Weak},
+};
 
 use burn_fsep_planner::{Layout, dispatch::DispatchPlan};
 
 use crate::{
     FsepRuntime,
     comm::{Block, ExchangePlan, Operation},
+    runtime::Outputs,
     shard::{ExpertShape, UnshardPlan},
 };
 
@@ -54,6 +58,8 @@ impl Tracked {
 #[derive(Debug)]
 pub struct MoeStep {
     pub(crate) runtime: FsepRuntime,
+    /// Where this pass's output waits to be connected to the loss.
+    pub(crate) outputs: Weak<Outputs>,
     pub(crate) layer: usize,
     /// Which training pass of the layer this is: equal on all ranks.
     pub(crate) pass: u64,
@@ -80,6 +86,13 @@ impl MoeStep {
     /// A collective of this pass.
     pub(crate) fn operation(&self, name: &'static str) -> Operation {
         Operation::of_layer(name, self.layer).in_pass(self.pass)
+    }
+
+    /// Tells the runtime that this pass's backward has run.
+    pub(crate) fn finished(&self) {
+        if let Some(outputs) = self.outputs.upgrade() {
+            outputs.forget(self.layer, self.pass);
+        }
     }
 
     /// World size `N`.

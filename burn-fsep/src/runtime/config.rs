@@ -1,4 +1,7 @@
-use std::sync::Arc;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
 
 use burn_fsep_planner::{
     Topology,
@@ -8,7 +11,10 @@ use burn_fsep_planner::{
 use derive_new::new;
 
 use super::FsepRuntime;
-use crate::{FsepError, comm::Communicator};
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation, all_gather_u64},
+};
 
 /// Configuration of a rank's [`FsepRuntime`]; equal on all ranks.
 #[derive(new, Debug, Clone)]
@@ -68,10 +74,39 @@ impl FsepRuntimeConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Comm`] if the communicators cannot be made.
+    /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Config`] if the configuration is not equal on all
+    /// ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
         let correction = self.correction.map(Correction::new).transpose()?;
+        self.check_equal(comm.as_ref())?;
         FsepRuntime::from_parts(comm, topology, self.seed, self.dispatcher, correction)
+    }
+
+    /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
+    fn check_equal(&self, comm: &dyn Communicator) -> Result<(), FsepError> {
+        let hash = |text: &str| {
+            let mut hasher = DefaultHasher::new();
+            text.hash(&mut hasher);
+            hasher.finish()
+        };
+        let fields = [
+            ("seed", self.seed),
+            ("ranks_per_node", self.ranks_per_node.unwrap_or(comm.size()) as u64),
+            ("dispatcher", hash((self.dispatcher)().name())),
+            ("correction", hash(&format!("{:?}", self.correction))),
+        ];
+        let mine = fields.map(|(_, value)| value);
+        let all = all_gather_u64(comm, Operation::new("configuration of the runtime"), &mine)?;
+        for (rank, theirs) in all.chunks_exact(mine.len()).enumerate() {
+            // Against rank 0's, so that all ranks say the same.
+            if let Some(i) = (0..mine.len()).find(|&i| theirs[i] != all[i]) {
+                return Err(FsepError::Config(format!(
+                    "FsepRuntimeConfig has to be equal on all ranks, but ranks 0 and {rank} differ in `{}`",
+                    fields[i].0
+                )));
+            }
+        }
+        Ok(())
     }
 }

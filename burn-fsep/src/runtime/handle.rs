@@ -2,7 +2,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use burn::tensor::Tensor;
@@ -28,7 +28,25 @@ use burn_fsep_planner::callback::RoutingObserver;
 
 /// A rank's runtime, shared by its FSEP layers. Cloning gives another handle on the same runtime.
 #[derive(Clone)]
-pub struct FsepRuntime(Arc<Inner>);
+pub struct FsepRuntime {
+    inner: Arc<Inner>,
+    /// Not a part of `inner`: an output holds its autodiff graph, which holds a handle on the runtime.
+    outputs: Arc<Outputs>,
+}
+
+/// The first row of each layer's last output, with its pass, to connect it to the loss.
+#[derive(Default)]
+pub(crate) struct Outputs(Mutex<BTreeMap<usize, (u64, Tensor<2>)>>);
+
+impl Outputs {
+    /// Forgets a layer's output whose backward pass has run: it cannot be connected to another loss.
+    pub fn forget(&self, layer: usize, pass: u64) {
+        let mut outputs = self.0.lock();
+        if outputs.get(&layer).is_some_and(|(last, _)| *last == pass) {
+            outputs.remove(&layer);
+        }
+    }
+}
 
 struct Inner {
     /// Counts, flags, dense gradients.
@@ -42,8 +60,6 @@ struct Inner {
     dispatcher: fn() -> Box<dyn Dispatcher>,
     correction: Option<Correction>,
     layers: RwLock<Vec<Arc<LayerState>>>,
-    /// The first row of each layer's last output, to connect it to the loss.
-    outputs: Mutex<BTreeMap<usize, Tensor<2>>>,
     restored: RestoredGauge,
     error: Mutex<Option<FsepError>>,
     #[cfg(feature = "train")]
@@ -79,7 +95,7 @@ impl FsepRuntime {
         dispatcher: fn() -> Box<dyn Dispatcher>,
         correction: Option<Correction>,
     ) -> Result<Self, FsepError> {
-        Ok(Self(Arc::new(Inner {
+        let inner = Inner {
             tokens: comm.duplicate()?,
             weights: comm.duplicate()?,
             control: comm,
@@ -88,56 +104,56 @@ impl FsepRuntime {
             dispatcher,
             correction,
             layers: RwLock::default(),
-            outputs: Mutex::default(),
             restored: RestoredGauge::default(),
             error: Mutex::default(),
             #[cfg(feature = "train")]
             observer: RwLock::default(),
-        })))
+        };
+        Ok(Self { inner: Arc::new(inner), outputs: Arc::default() })
     }
 
     /// This rank.
     pub fn rank(&self) -> usize {
-        self.0.control.rank()
+        self.inner.control.rank()
     }
 
     /// World size `N`.
     pub fn world_size(&self) -> usize {
-        self.0.control.size()
+        self.inner.control.size()
     }
 
     /// The ranks and their nodes.
     pub fn topology(&self) -> &Topology {
-        &self.0.topology
+        &self.inner.topology
     }
 
     /// The seed of initial values.
     pub fn seed(&self) -> u64 {
-        self.0.seed
+        self.inner.seed
     }
 
     /// The communicator for counts, flags and dense gradients; also for collectives of the user's own, as long as
     /// all ranks call them in the same order.
     pub fn comm(&self) -> &dyn Communicator {
-        self.0.control.as_ref()
+        self.inner.control.as_ref()
     }
 
     pub(crate) fn tokens_comm(&self) -> &dyn Communicator {
-        self.0.tokens.as_ref()
+        self.inner.tokens.as_ref()
     }
 
     pub(crate) fn weights_comm(&self) -> &dyn Communicator {
-        self.0.weights.as_ref()
+        self.inner.weights.as_ref()
     }
 
     /// Counts the bytes of restored expert weights alive on this rank.
     pub fn restored_gauge(&self) -> &RestoredGauge {
-        &self.0.restored
+        &self.inner.restored
     }
 
     /// Number of FSEP layers initialised with this runtime.
     pub fn num_layers(&self) -> usize {
-        self.0.layers.read().len()
+        self.inner.layers.read().len()
     }
 
     /// The layout that a layer uses now.
@@ -157,7 +173,7 @@ impl FsepRuntime {
     /// [`FsepError::Planner`] if the layout is not of the layer's sizes, [`FsepError::Config`] if the layer's experts
     /// have fixed owners (static expert parallelism) or there is no such layer.
     pub fn set_layout(&self, layer: usize, layout: Arc<Layout>) -> Result<(), FsepError> {
-        let layers = self.0.layers.read();
+        let layers = self.inner.layers.read();
         let state = layers
             .get(layer)
             .ok_or_else(|| FsepError::Config(format!("there is no layer {layer}: the runtime has {}", layers.len())))?;
@@ -166,14 +182,14 @@ impl FsepRuntime {
 
     /// What the layers' last training forward passes looked like.
     pub fn stats(&self) -> StepStats {
-        StepStats { layers: self.0.layers.read().iter().filter_map(|layer| layer.stats()).collect() }
+        StepStats { layers: self.inner.layers.read().iter().filter_map(|layer| layer.stats()).collect() }
     }
 
     /// Runs a part of a step (forward, backward, gradient synchronisation) and returns a typed error where it fails.
     ///
     /// Burn's modules and its backward pass return no errors, so FSEP's operations panic when a collective fails.
     /// This catches such a panic, and any other one, and lets the other ranks know: they get an error that names this
-    /// rank instead of waiting for it.
+    /// rank instead of waiting for it. A rank without peers can go on after an error.
     ///
     /// ```
     /// # use burn_fsep::FsepRuntime;
@@ -187,11 +203,11 @@ impl FsepRuntime {
     /// The first [`FsepError`] of this rank, or [`FsepError::Panicked`].
     pub fn run<T>(&self, step: impl FnOnce() -> T) -> Result<T, FsepError> {
         catch_unwind(AssertUnwindSafe(step)).map_err(|payload| {
-            self.0.outputs.lock().clear();
-            let error = self.0.error.lock().take();
+            self.outputs.0.lock().clear();
+            let error = self.inner.error.lock().take();
             error.unwrap_or_else(|| {
                 let message = panic_message(payload.as_ref());
-                self.comm().abort(&format!("panicked: {message}"));
+                self.tell_peers(&format!("panicked: {message}"));
                 FsepError::Panicked(message)
             })
         })
@@ -202,10 +218,11 @@ impl FsepRuntime {
     /// Backward reaches only what the loss depends on. If a rank's loss happens not to depend on some layer's output
     /// (a branch not taken, a head not used), that rank would skip the layer's backward collectives, for which the
     /// others wait. A connected layer takes part with zero gradients. Models in which every rank always uses every
-    /// layer do not need it. Of a layer that runs more than once in a step, the last run is connected.
+    /// layer do not need it. Of a layer that runs more than once in a step, the last run is connected; one whose backward
+    /// pass has run already is left alone.
     pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
-        let outputs = std::mem::take(&mut *self.0.outputs.lock());
-        outputs.into_values().fold(loss, |loss, output| {
+        let outputs = std::mem::take(&mut *self.outputs.0.lock());
+        outputs.into_values().fold(loss, |loss, (_, output)| {
             // Masked, not multiplied by zero: an output that is not finite must not reach the loss.
             let everything = Tensor::<2>::ones(output.shape(), &output.device()).equal_elem(1);
             loss + output.mask_fill(everything, 0.0).sum()
@@ -215,14 +232,28 @@ impl FsepRuntime {
     /// Ends the group with an error and unwinds to [`FsepRuntime::run`].
     pub(crate) fn fail(&self, error: FsepError) -> ! {
         let message = error.to_string();
-        self.comm().abort(&message);
-        self.0.error.lock().get_or_insert(error);
+        self.tell_peers(&message);
+        self.inner.error.lock().get_or_insert(error);
         panic!("rank {}: {message}", self.rank())
     }
 
+    /// Ends the group, unless this rank is alone: then nobody waits for it, and it can go on.
+    fn tell_peers(&self, reason: &str) {
+        if self.world_size() > 1 {
+            self.comm().abort(reason);
+        }
+    }
+
+    /// The handle of operations in the autodiff graph, which has no outputs of its own, and the outputs.
+    pub(crate) fn for_graph(&self) -> (Self, Weak<Outputs>) {
+        let handle = Self { inner: self.inner.clone(), outputs: Arc::default() };
+        (handle, Arc::downgrade(&self.outputs))
+    }
+
     pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
-        let layer = LayerState::new(config, &self.0.topology, (self.0.dispatcher)(), self.0.correction.clone())?;
-        let mut layers = self.0.layers.write();
+        let layer =
+            LayerState::new(config, &self.inner.topology, (self.inner.dispatcher)(), self.inner.correction.clone())?;
+        let mut layers = self.inner.layers.write();
         layers.push(Arc::new(layer));
         Ok(layers.len() - 1)
     }
@@ -233,29 +264,31 @@ impl FsepRuntime {
     }
 
     fn layer(&self, layer: usize) -> Arc<LayerState> {
-        self.0.layers.read()[layer].clone()
+        let layers = self.inner.layers.read();
+        let count = layers.len();
+        layers.get(layer).unwrap_or_else(|| panic!("there is no layer {layer}: the runtime has {count}")).clone()
     }
 
     /// Exchanges the routing counts of a layer and plans its dispatch. `counts`: `[E]`
     pub(crate) fn route(&self, layer: usize, counts: &[u32], tracked: Tracked) -> Result<RoutedStep, FsepError> {
-        let routed = self.layer(layer).route(layer, self.comm(), &self.0.topology, counts, tracked)?;
+        let routed = self.layer(layer).route(layer, self.comm(), &self.inner.topology, counts, tracked)?;
         #[cfg(feature = "train")]
-        if let (true, Some(observer)) = (tracked.any(), self.0.observer.read().as_ref()) {
+        if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
             observer.observe(layer, routed.step_number, &routed.counts);
         }
         Ok(routed)
     }
 
     /// Remembers a layer's output for [`FsepRuntime::connect`].
-    pub(crate) fn remember_output(&self, layer: usize, output: &Tensor<2>) {
+    pub(crate) fn remember_output(&self, layer: usize, pass: u64, output: &Tensor<2>) {
         let [rows, width] = output.dims();
         // A row of its own: a view would keep the whole output in memory.
         let row = output.clone().slice([0..rows.min(1), 0..width]) + 0.0;
-        self.0.outputs.lock().insert(layer, row);
+        self.outputs.0.lock().insert(layer, (pass, row));
     }
 
     #[cfg(feature = "train")]
     pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
-        *self.0.observer.write() = observer;
+        *self.inner.observer.write() = observer;
     }
 }

@@ -43,6 +43,8 @@ where
     I: Send + Sync,
 {
     fn get(&self, index: usize) -> Result<I, DatasetError> {
+        // Behind the end may lie other ranks' items, and those that no rank gets.
+        assert!(index < self.len(), "index {index} of a rank's {} items", self.len());
         let (batch, place) = (index / self.batch_size(), index % self.batch_size());
         self.inner.get(batch * self.global_batch + self.rank * self.batch_size() + place)
     }
@@ -76,6 +78,13 @@ mod tests {
                 assert_eq!(seen, (batch * 4..(batch + 1) * 4).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "index 8 of a rank's 8 items")]
+    fn items_that_no_rank_gets_cannot_be_read() {
+        let part = RankDataset::new(InMemDataset::new((0..11).collect()), 4, &FsepRuntime::single()).unwrap();
+        let _: Result<i32, _> = part.get(8);
     }
 
     #[test]

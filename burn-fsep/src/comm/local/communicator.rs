@@ -68,6 +68,11 @@ impl LocalCommunicator {
         ranks.swap_remove(0)
     }
 
+    /// Leaves the group: peers that wait for this rank, now or later, get an error.
+    pub(super) fn leave(&self) {
+        self.member.group.depart(self.rank());
+    }
+
     fn next_round(&self) -> RoundKey {
         (self.channel, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
@@ -204,7 +209,7 @@ impl Communicator for LocalCommunicator {
     fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
         fn combine<F>(parts: &[&Vec<F>], out: &mut [F], op: ReduceOp)
         where
-            F: Copy + std::ops::AddAssign + std::ops::MulAssign + PartialOrd + From<f32>,
+            F: Copy + std::ops::AddAssign + std::ops::DivAssign + PartialOrd + From<f32>,
         {
             out.copy_from_slice(parts[0]);
             for part in &parts[1..] {
@@ -217,8 +222,8 @@ impl Communicator for LocalCommunicator {
                 }
             }
             if op == ReduceOp::Mean {
-                let scale = F::from(1.0 / parts.len() as f32);
-                out.iter_mut().for_each(|a| *a *= scale);
+                let ranks = F::from(parts.len() as f32);
+                out.iter_mut().for_each(|a| *a /= ranks);
             }
         }
         match buffer {

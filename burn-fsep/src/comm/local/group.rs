@@ -81,7 +81,8 @@ impl Group {
 
     /// Waits for the deposits of all ranks. Shape `[N]`.
     pub fn collect(&self, key: RoundKey, rank: usize, operation: &str) -> Result<Vec<Arc<Deposit>>, CommError> {
-        let deadline = Instant::now() + self.timeout;
+        // None: a timeout that no clock can express is none.
+        let deadline = Instant::now().checked_add(self.timeout);
         let mut state = self.state.lock();
         loop {
             let Some(round) = state.rounds.get_mut(&key) else {
@@ -112,14 +113,17 @@ impl Group {
                 self.changed.notify_all();
                 return Err(error);
             }
-            if Instant::now() >= deadline {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 let error = CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing };
                 state.failure.get_or_insert(error.clone());
                 self.changed.notify_all();
                 return Err(error);
             }
             // Whoever came just before the deadline is seen by the next round of the loop.
-            self.changed.wait_until(&mut state, deadline);
+            match deadline {
+                Some(deadline) => drop(self.changed.wait_until(&mut state, deadline)),
+                None => self.changed.wait(&mut state),
+            }
         }
     }
 

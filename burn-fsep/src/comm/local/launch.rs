@@ -26,7 +26,7 @@ pub struct LaunchConfig {
 }
 
 impl LaunchConfig {
-    /// Sets how long a collective waits for its peers (30 s by default).
+    /// Sets how long a collective waits for its peers (30 s by default); [`Duration::MAX`] is for ever.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -71,7 +71,7 @@ pub enum RankError<E> {
 /// Runs `program` as `N` ranks, each in a thread of its own, and returns their results in rank order.
 ///
 /// A rank that returns an error or panics ends the group: every other rank's current or next collective returns an
-/// error that names it.
+/// error that names it. A rank that returns has left the group: peers that still wait for it get such an error too.
 ///
 /// ```
 /// use burn_fsep::comm::{ReduceBuffer, ReduceOp, Operation, local::{LaunchConfig, launch}};
@@ -120,7 +120,11 @@ fn run_rank<T, E: fmt::Display>(
     program: &(impl Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync),
 ) -> Result<T, RankError<E>> {
     match catch_unwind(AssertUnwindSafe(|| program(comm.clone()))) {
-        Ok(Ok(value)) => Ok(value),
+        Ok(Ok(value)) => {
+            // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
+            comm.leave();
+            Ok(value)
+        }
         Ok(Err(error)) => {
             comm.abort(&error.to_string());
             Err(RankError::Failed { rank, error })
