@@ -48,6 +48,9 @@ pub enum FsepError {
     /// The step panicked, for a reason of its own.
     #[error("the step panicked: {0}")]
     Panicked(String),
+    /// This rank's Learner stopped on an error of its own, for example of its data.
+    #[error("the Learner stopped: {0}")]
+    Learner(String),
     /// A training callback failed.
     #[error("training callback: {0}")]
     Callback(String),

@@ -116,23 +116,39 @@ fn branches_of_different_depth() {
 fn branches_in_another_order_on_one_rank_are_right_or_a_clear_error() {
     // Without `connect` nothing makes the graphs equal, and backward follows the graph.
     let start = std::time::Instant::now();
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(2)), |comm| {
-        let runtime = FsepRuntime::new(comm)?;
-        let (a, b) = (config().try_init(&runtime, &device())?, config().try_init(&runtime, &device())?);
-        runtime.run(|| {
-            let x = input(0, 5, &device());
-            let (a, b) = (a.forward(x.clone()), b.forward(x));
-            let sum = if runtime.rank() == 1 { b + (0..5).fold(a, |a, _| a * 1.0) } else { a + b };
-            drop(sum.square().sum().backward());
+    let gradients = |reorder: bool| {
+        launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(2)), |comm| {
+            let runtime = FsepRuntime::new(comm)?;
+            let (a, b) = (config().try_init(&runtime, &device())?, config().try_init(&runtime, &device())?);
+            runtime.run(|| {
+                let x = input(runtime.rank(), 5, &device());
+                let (first, second) = (a.forward(x.clone()), b.forward(x));
+                let reorder = reorder && runtime.rank() == 1;
+                let sum = if reorder { second + (0..5).fold(first, |x, _| x * 1.0) } else { first + second };
+                let grads = sum.square().sum().backward();
+                [&a, &b].map(|layer| floats(layer.experts.weight.val().grad(&grads).expect("gradient"))).concat()
+            })
         })
-    });
+    };
+    let expected = gradients(false);
+    same_or_mismatch(gradients(true), expected);
     assert!(start.elapsed() < Duration::from_secs(5));
-    for result in results {
-        println!("{result:?}");
-        let Err(RankError::Failed { error: FsepError::Comm(CommError::Mismatch { .. }), .. }) = result else {
-            assert!(result.is_ok(), "{result:?}");
-            continue;
-        };
+}
+
+/// A gradient of each rank.
+type Gradients = Vec<Result<Vec<f32>, RankError<FsepError>>>;
+
+/// Each rank has the expected gradient, or all were told that they disagree.
+fn same_or_mismatch(actual: Gradients, expected: Gradients) {
+    let data = |values: &[f32]| TensorData::new(values.to_vec(), [values.len()]);
+    for (actual, expected) in actual.into_iter().zip(expected) {
+        match actual {
+            Ok(actual) => {
+                assert_close("gradient", &data(&actual), &data(&expected.unwrap()), 1e-5);
+            }
+            Err(RankError::Failed { error: FsepError::Comm(CommError::Mismatch { .. }), .. }) => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -155,16 +171,7 @@ fn uses_of_one_layer_in_another_order_on_one_rank_are_right_or_a_clear_error() {
         })
     };
     let expected = gradients(false);
-    for (actual, expected) in gradients(true).into_iter().zip(expected) {
-        let data = |values: &[f32]| TensorData::new(values.to_vec(), [values.len()]);
-        match actual {
-            Ok(actual) => {
-                assert_close("gradient", &data(&actual), &data(&expected.unwrap()), 1e-5);
-            }
-            Err(RankError::Failed { error: FsepError::Comm(CommError::Mismatch { .. }), .. }) => {}
-            other => panic!("{other:?}"),
-        }
-    }
+    same_or_mismatch(gradients(true), expected);
 }
 
 #[test]

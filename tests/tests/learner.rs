@@ -10,7 +10,10 @@ use std::{
 };
 
 use burn::{
-    data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
+    data::{
+        dataloader::DataLoaderBuilder,
+        dataset::{Dataset, DatasetError, InMemDataset},
+    },
     optim::AdamWConfig,
     train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
 };
@@ -176,6 +179,54 @@ fn an_error_in_the_learner_ends_training_on_all_ranks() {
     let errors: Vec<String> = results.into_iter().map(Result::unwrap).collect();
     assert!(errors[1].contains("no more luck"), "{errors:?}");
     assert!(errors[0].contains("rank 1") && errors[0].contains("no more luck"), "{errors:?}");
+}
+
+/// Items of which one cannot be read.
+struct Torn(Vec<TaskItem>, Option<usize>);
+
+impl Dataset<TaskItem> for Torn {
+    fn get(&self, index: usize) -> Result<TaskItem, DatasetError> {
+        match self.1 == Some(index) {
+            true => Err(DatasetError::new(std::io::Error::other("torn page"))),
+            false => Ok(self.0[index].clone()),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+#[test]
+fn data_that_one_rank_cannot_read_is_an_error_on_all_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let items = task_items(8 * BATCH, 1);
+    for in_validation in [false, true] {
+        let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
+            let runtime = FsepRuntime::new(comm)?;
+            let model = SmallMoe::fsep(&runtime, 4, &device())?;
+            let loader = |is_validation: bool| -> Result<_, FsepError> {
+                // In the fourth batch, where rank 1 has the second half.
+                let torn = (runtime.rank() == 1 && is_validation == in_validation).then_some(4 * BATCH - 1);
+                let part = RankDataset::new(Torn(items.clone(), torn), BATCH, &runtime)?;
+                let size = part.batch_size();
+                Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
+            };
+            let strategy = Arc::new(FsepStrategy::new(runtime.clone(), Device::flex()));
+            let artifacts = folder.path().join(format!("{in_validation}-rank-{}", runtime.rank()));
+            let result = SupervisedTraining::new(artifacts, loader(false)?, loader(true)?)
+                .metrics((LossMetric::new(),))
+                .with_application_logger(None)
+                .renderer(Box::new(SilentRenderer))
+                .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+                .launch(Learner::new(model, AdamWConfig::new().init(), 1e-2));
+            assert!(result.error.is_some(), "rank {} does not know that training failed", runtime.rank());
+            Ok::<_, FsepError>(strategy.error().expect("a typed error").to_string())
+        });
+        let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_or_else(|e| panic!("{e}"))).collect();
+        assert!(errors.iter().all(|error| error.contains("torn page")), "{errors:?}");
+        assert!(errors[0].contains("rank 1"), "{errors:?}");
+    }
 }
 
 /// Stops rank 1's Learner, and no other, in its third step.

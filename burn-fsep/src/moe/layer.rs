@@ -19,8 +19,8 @@ use crate::{
 /// are replicated and need [`sync_gradients`](crate::train::sync_gradients), which
 /// [`FsepStrategy`](crate::train::FsepStrategy) calls for you.
 ///
-/// Made by [`FSEPMoEConfig`](super::FSEPMoEConfig). Rank threads need models of their own (not clones of one model,
-/// which would share one autodiff graph): initialise one per rank, or `fork` it.
+/// Made by [`FSEPMoEConfig`](super::FSEPMoEConfig), on each rank with the rank's own runtime: a clone or `fork` of another
+/// rank's layer has that rank's shards and speaks in its name.
 ///
 /// Reference: LAER-MoE, arXiv 2602.11686, section 3.
 #[derive(Module, Debug)]

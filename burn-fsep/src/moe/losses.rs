@@ -3,7 +3,8 @@ use burn::tensor::{Tensor, TensorData};
 /// The load-balancing auxiliary loss `coeff * E * sum_e f_e * P_e` (Switch Transformer, eq. 4), where `f_e` is the
 /// share of all ranks' assignments that go to expert `e` and `P_e` the mean probability of `e` over this rank's tokens.
 ///
-/// With equally many tokens on every rank, its mean over ranks is the loss of the whole batch. `scores`: `[T, E]`, `totals`: `[E]`.
+/// With equally many tokens on every rank, its mean over ranks is the loss of the whole batch. `scores`: `[T, E]`,
+/// `totals`: `[E]`.
 pub(super) fn load_balancing_loss(scores: Tensor<2>, totals: &[u64], coeff: f64) -> Tensor<1> {
     let [num_tokens, experts] = scores.dims();
     let all: u64 = totals.iter().sum();

@@ -1,5 +1,7 @@
+use std::collections::HashSet;
+
 use burn::{
-    module::{Module, Param},
+    module::{Module, Param, ParamId},
     optim::GradientsParams,
     tensor::{DType, Tensor},
 };
@@ -28,7 +30,7 @@ pub fn clip_grad_norm<M: Module>(
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(FsepError::Config(format!("the maximum gradient norm must be positive, got {max_norm}")));
     }
-    let mut squares = Squares { grads, replicated: 0.0, sharded: 0.0, error: None };
+    let mut squares = Squares { grads, seen: HashSet::new(), replicated: 0.0, sharded: 0.0, error: None };
     visit_params(model, &mut squares);
     let Squares { replicated, sharded, error, .. } = squares;
     if let Some(error) = error {
@@ -39,13 +41,15 @@ pub fn clip_grad_norm<M: Module>(
     runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut sharded), ReduceOp::Sum)?;
     let norm = (replicated + sharded[0]).sqrt();
     if norm.is_finite() && norm > max_norm {
-        visit_params(model, &mut Scale { grads, factor: max_norm / norm });
+        visit_params(model, &mut Scale { grads, seen: HashSet::new(), factor: max_norm / norm });
     }
     Ok(norm)
 }
 
 struct Squares<'a> {
     grads: &'a GradientsParams,
+    /// A parameter that stands in two places of a model has one gradient.
+    seen: HashSet<ParamId>,
     replicated: f64,
     sharded: f64,
     error: Option<FsepError>,
@@ -53,6 +57,9 @@ struct Squares<'a> {
 
 impl ParamVisitor for Squares<'_> {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
+        if !self.seen.insert(param.id) {
+            return;
+        }
         let Some(grad) = self.grads.get::<D>(param.id) else { return };
         match sum_of_squares(grad) {
             Ok(sum) if placement == Placement::Sharded => self.sharded += sum,
@@ -87,11 +94,15 @@ fn sum_of_squares<const D: usize>(grad: Tensor<D>) -> Result<f64, FsepError> {
 
 struct Scale<'a> {
     grads: &'a mut GradientsParams,
+    seen: HashSet<ParamId>,
     factor: f64,
 }
 
 impl ParamVisitor for Scale<'_> {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _placement: Placement) {
+        if !self.seen.insert(param.id) {
+            return;
+        }
         if let Some(grad) = self.grads.remove::<D>(param.id) {
             self.grads.register::<D>(param.id, grad * self.factor);
         }
@@ -103,6 +114,18 @@ mod tests {
     use burn::tensor::{Device, TensorData};
 
     use super::*;
+
+    #[test]
+    fn a_parameter_in_two_places_is_counted_and_scaled_once() {
+        let device = Device::flex().autodiff();
+        let tied = Param::<Tensor<1>>::from_data([1.0f32], &device);
+        let model = vec![tied.clone(), tied];
+        let loss = (model[0].val() * 3.0 + model[1].val() * 5.0).sum();
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        let norm = clip_grad_norm(&FsepRuntime::single(), &model, &mut grads, 1.0).unwrap();
+        let clipped = grads.get::<1>(model[0].id).unwrap().into_scalar::<f32>();
+        assert!((norm - 8.0).abs() < 1e-6 && (clipped - 1.0).abs() < 1e-6, "{norm}, {clipped}");
+    }
 
     #[test]
     fn the_norm_of_half_precision_gradients_is_that_of_single_precision() {

@@ -70,7 +70,15 @@ impl FsepStrategy {
     }
 
     /// Whether all ranks have a next batch and none was stopped.
+    ///
+    /// # Errors
+    ///
+    /// The error that stopped this rank's Learner, if one did (data that cannot be read, metrics that cannot be written):
+    /// without it the other ranks would take it for a stop and call their training a success.
     fn agree_to_go_on(&self, interrupter: &Interrupter, has_batch: bool) -> Result<bool, FsepError> {
+        if let Some(error) = interrupter.error() {
+            return Err(FsepError::Learner(error.to_string()));
+        }
         let mut stops = [f32::from(u8::from(interrupter.should_stop())), f32::from(u8::from(!has_batch))];
         let operation = Operation::new("agreement to go on");
         self.runtime.comm().all_reduce(operation, ReduceBuffer::F32(&mut stops), ReduceOp::Max)?;
@@ -169,7 +177,7 @@ impl FsepStrategy {
         Ok(())
     }
 
-    /// A batch; an error of the data loader stops training on all ranks.
+    /// A batch; an error of the data loader stops the Learner, which [`Self::agree_to_go_on`] tells the other ranks.
     fn next_batch<I, E: Into<TrainingError>>(
         &self,
         batch: Option<Result<I, E>>,
