@@ -212,7 +212,7 @@ fn data_that_one_rank_cannot_read_is_an_error_on_all_ranks() {
                 let size = part.batch_size();
                 Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
             };
-            let strategy = Arc::new(FsepStrategy::new(runtime.clone(), Device::flex()));
+            let strategy = Arc::new(FsepStrategy::new(runtime.clone(), plain_device()));
             let artifacts = folder.path().join(format!("{in_validation}-rank-{}", runtime.rank()));
             let result = SupervisedTraining::new(artifacts, loader(false)?, loader(true)?)
                 .metrics((LossMetric::new(),))
