@@ -73,4 +73,15 @@ mod tests {
             assert!(matches!(predictor.observe(&other), Err(PlannerError::Shape { .. })), "{}", predictor.name());
         }
     }
+
+    #[test]
+    fn the_largest_counts_are_predicted_too() {
+        let steps = [vec![u32::MAX, 0], vec![u32::MAX - 1, 1]].map(|row| RoutingCounts::new(1, 2, row).unwrap());
+        let predictors: [Box<dyn Predictor>; 2] =
+            [Box::new(MovingSum::default()), Box::new(MovingAverage::new(0.5).unwrap())];
+        for mut predictor in predictors {
+            steps.iter().for_each(|step| predictor.observe(step).unwrap());
+            assert_eq!(predictor.predict().as_ref(), Some(&steps[1]), "{}", predictor.name());
+        }
+    }
 }

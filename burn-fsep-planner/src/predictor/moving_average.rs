@@ -53,7 +53,9 @@ impl Predictor for MovingAverage {
 
     fn predict(&self) -> Option<RoutingCounts> {
         let last = self.last.as_ref()?;
-        RoutingCounts::from_loads(last.num_ranks(), last.num_experts(), &self.mean).ok()
+        // Rounding up may exceed what counts can hold, if they are that large.
+        let mean = RoutingCounts::from_loads(last.num_ranks(), last.num_experts(), &self.mean);
+        Some(mean.unwrap_or_else(|_| last.clone()))
     }
 }
 
