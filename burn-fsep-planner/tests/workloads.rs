@@ -16,7 +16,7 @@ const TOLERANCE: f64 = 1.005;
 
 /// Without optimisation, a few steps on the smaller shapes have to do.
 const IS_FULL: bool = !cfg!(debug_assertions);
-const STEPS: usize = if IS_FULL { 24 } else { 8 };
+const STEPS: usize = 24;
 
 /// Sizes to compare on.
 #[derive(Debug, Clone, Copy)]
@@ -144,7 +144,7 @@ fn ours_against_baselines_under_drift() {
     print_header("mean, and max below");
     for (workload, size) in cases {
         // Long enough for a shift.
-        let comparison = compare(&trace(workload, size, STEPS.max(12), 1), size);
+        let comparison = compare(&trace(workload, size, STEPS, 1), size);
         comparison.print(&workload.name(), |spread| spread.mean);
         comparison.print("", |spread| spread.max);
         lost.extend(comparison.losses(&workload.name()));
