@@ -3,15 +3,12 @@ use std::sync::Arc;
 use burn::tensor::{Tensor, TensorData, activation::softmax};
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
-    comm::{
-        Communicator,
-        local::{LaunchConfig, launch},
-    },
+    comm::{Communicator, local::LaunchConfig},
     moe::DenseMoE,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::{SplitAny, assert_close, device, random_layout};
+use crate::{SplitAny, assert_close, device, launch, random_layout};
 
 /// One comparison of the FSEP layer with the dense layer.
 #[derive(Debug, Clone)]

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use burn::tensor::Bytes;
 use burn_fsep::comm::{
     Block, CommError, Communicator, ExchangePlan, Operation, ReduceBuffer, ReduceOp, all_gather_u64,
-    local::{LaunchConfig, launch},
+    local::LaunchConfig,
 };
+use burn_fsep_tests::launch;
 
 const OP: Operation = Operation::new("test");
 

@@ -4,12 +4,9 @@
 use std::sync::Arc;
 
 use burn::tensor::{Distribution, Tensor};
-use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntimeConfig,
-    comm::local::{LaunchConfig, launch},
-};
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig, comm::local::LaunchConfig};
 use burn_fsep_planner::{Layout, correction::CorrectionConfig};
-use burn_fsep_tests::device;
+use burn_fsep_tests::{device, launch};
 
 /// Imbalance of a step on a layout with one replica of the hot expert, and how many slots changed.
 fn step(correction: Option<CorrectionConfig>) -> Vec<(f64, usize)> {

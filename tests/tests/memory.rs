@@ -1,11 +1,8 @@
 //! Restored expert weights alive at once, counted.
 
 use burn::tensor::{Distribution, Tensor};
-use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntime,
-    comm::local::{LaunchConfig, launch},
-};
-use burn_fsep_tests::device;
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig};
+use burn_fsep_tests::{device, launch};
 
 /// Runs a stack of `depth` layers on `ranks` ranks. Bytes alive after forward, after backward, and at most.
 fn gauge(ranks: usize, depth: usize, slots: usize, hidden: usize, ffn: usize) -> Vec<[usize; 3]> {

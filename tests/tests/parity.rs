@@ -3,11 +3,8 @@
 use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
-use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
-    comm::local::{LaunchConfig, launch},
-};
-use burn_fsep_tests::{CorruptingCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device};
+use burn_fsep::{ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig};
+use burn_fsep_tests::{CorruptingCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch};
 
 const TOLERANCE: f64 = 1e-5;
 

@@ -1,11 +1,10 @@
 //! Training in a loop of one's own equals that of the dense model.
 
-use burn_fsep::{
-    FsepError, FsepRuntimeConfig,
-    comm::local::{LaunchConfig, launch},
-};
+use burn_fsep::{FsepError, FsepRuntimeConfig, comm::local::LaunchConfig};
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{HandTraining, LayoutSource, SplitAny, Trained, dense_loss_curve, task_items, train_by_hand};
+use burn_fsep_tests::{
+    HandTraining, LayoutSource, SplitAny, Trained, dense_loss_curve, launch, task_items, train_by_hand,
+};
 
 const SEED: u64 = 3;
 const STEPS: usize = 200;

@@ -2,7 +2,7 @@ use std::{fmt, sync::Arc};
 
 use burn::tensor::Bytes;
 
-use super::CommError;
+use super::{CommError, DeviceCommunicator};
 
 /// What a collective is for: names it in errors and signature checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -218,6 +218,11 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     ///
     /// Any [`CommError`].
     fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError>;
+
+    /// Exchanges between buffers on this rank's GPU, if the engine has them.
+    fn device(&self) -> Option<&dyn DeviceCommunicator> {
+        None
+    }
 }
 
 /// All-gathers numbers: the concatenation of all ranks' `values`, which are equally many. Shape `[N * len]`.

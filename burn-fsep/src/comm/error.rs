@@ -16,15 +16,16 @@ pub enum CommError {
     },
     /// Some ranks did not come in time.
     #[error(
-        "`{operation}` timed out after {waited:?}: rank(s) {missing:?} did not take part; they hang, were killed \
-         without notice, or do not reach this operation at all (an FSEP layer that is not connected to their loss?)"
+        "`{operation}` timed out after {waited:?}: {} did not take part; they hang, were killed without notice, or do not \
+         reach this operation at all (an FSEP layer that is not connected to their loss?)",
+        absent(missing)
     )]
     Timeout {
         /// The operation that timed out.
         operation: String,
         /// How long this rank waited.
         waited: std::time::Duration,
-        /// The ranks that did not come.
+        /// The ranks that did not come; empty if the engine cannot tell.
         missing: Vec<usize>,
     },
     /// Ranks called different collectives, or the same one with different shapes.
@@ -52,4 +53,29 @@ pub enum CommError {
         /// What is wrong.
         reason: String,
     },
+    /// The library or device that carries the group failed.
+    #[error("`{operation}` failed: {reason}")]
+    Engine {
+        /// The operation called.
+        operation: String,
+        /// What the library said.
+        reason: String,
+    },
+}
+
+impl CommError {
+    /// A group's failure as a rank in `operation` sees it.
+    pub(crate) fn seen_from(&self, operation: &str) -> Self {
+        match self {
+            CommError::PeerFailed { rank, reason, .. } => {
+                CommError::PeerFailed { rank: *rank, operation: operation.to_string(), reason: reason.clone() }
+            }
+            other => other.clone(),
+        }
+    }
+}
+
+/// The ranks that did not come, where the engine can tell.
+fn absent(missing: &[usize]) -> String {
+    if missing.is_empty() { "some rank(s)".into() } else { format!("rank(s) {missing:?}") }
 }

@@ -1,10 +1,15 @@
 //! Communicators: what FSEP needs from a process group, and the engines that provide it.
 
+mod combine;
 mod communicator;
+mod device;
 mod error;
 pub mod local;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 
 pub use communicator::{
     Block, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64,
 };
+pub use device::{DeviceCommunicator, PendingDeviceExchange};
 pub use error::CommError;

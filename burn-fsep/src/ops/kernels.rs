@@ -8,8 +8,16 @@ use burn::{
     tensor::Slice,
 };
 
-use super::{combine, experts, weights::ExpertWeights};
-use crate::FsepError;
+use super::{
+    combine,
+    exchange::{PendingTensor, start_host_exchange},
+    experts,
+    weights::ExpertWeights,
+};
+use crate::{
+    FsepError,
+    comm::{Communicator, ExchangePlan, Operation},
+};
 
 /// The computations of an MoE layer. The default bodies serve every backend; a backend replaces what it can do better.
 pub trait FsepKernels: Backend {
@@ -80,6 +88,20 @@ pub trait FsepKernels: Backend {
         topk: usize,
     ) -> Result<FloatTensor<Self>, FsepError> {
         Ok(combine::sum_rows::<Self>(rows, row_of, topk))
+    }
+
+    /// Starts an All-to-All-v of a tensor's elements; `plan` counts elements. The default body goes through host memory.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the tensor cannot be read, or the communicator's.
+    fn fsep_start_exchange(
+        tensor: FloatTensor<Self>,
+        comm: &dyn Communicator,
+        operation: Operation,
+        plan: &ExchangePlan,
+    ) -> Result<PendingTensor<Self>, FsepError> {
+        start_host_exchange::<Self>(tensor, comm, operation, plan)
     }
 
     /// `silu(gate) * up`. `[M, 2F] -> [M, F]`, gate in the first `F` columns.

@@ -3,11 +3,11 @@
 
 mod autodiff;
 mod combine;
+mod exchange;
 mod experts;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
-mod host;
 mod kernels;
 #[cfg(feature = "libtorch")]
 mod libtorch;
@@ -15,6 +15,7 @@ mod moe;
 mod step;
 mod weights;
 
+pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
 pub use extension::{FsepOps, moe, run_moe};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
 pub(crate) use step::token_exchange;

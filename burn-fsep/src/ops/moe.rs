@@ -4,7 +4,6 @@ use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
 use super::{
     FsepKernels, MoeStep, Tracked,
-    host::start_exchange,
     kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
     weights::{start_reshard, start_unshard},
 };
@@ -136,7 +135,7 @@ fn try_backward<B: FsepKernels>(
 }
 
 /// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
-fn exchange_rows<B: Backend>(
+fn exchange_rows<B: FsepKernels>(
     rows: FloatTensor<B>,
     step: &MoeStep,
     plan: &ExchangePlan,
@@ -147,6 +146,6 @@ fn exchange_rows<B: Backend>(
     }
     let width = rows.shape()[1];
     let operation = step.operation(name);
-    let pending = start_exchange::<B>(rows, step.runtime.tokens_comm(), operation, &plan.scaled(width))?;
+    let pending = B::fsep_start_exchange(rows, step.runtime.tokens_comm(), operation, &plan.scaled(width))?;
     pending.wait([plan.recv_len, width])
 }

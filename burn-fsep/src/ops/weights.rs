@@ -1,11 +1,12 @@
 use burn::{
     backend::{Backend, TensorMetadata, tensor::FloatTensor},
-    tensor::{Shape, Slice},
+    tensor::{FloatDType, Shape, Slice},
 };
+use burn_fsep_planner::Layout;
 
 use super::{
-    MoeStep, WeightStorage,
-    host::{PendingTensor, start_exchange},
+    FsepKernels, MoeStep, WeightStorage,
+    exchange::{PendingTensor, Received},
 };
 use crate::{
     FsepError,
@@ -50,7 +51,7 @@ pub(super) enum PendingWeights<B: Backend> {
 }
 
 /// Starts to restore the experts that the layout gives this rank.
-pub(super) fn start_unshard<B: Backend>(
+pub(super) fn start_unshard<B: FsepKernels>(
     weights: FloatTensor<B>,
     step: &MoeStep,
     name: &'static str,
@@ -60,7 +61,7 @@ pub(super) fn start_unshard<B: Backend>(
         WeightStorage::Sharded => {
             let operation = step.operation(name);
             let comm = step.runtime.weights_comm();
-            start_exchange::<B>(weights, comm, operation, &step.unshard.unshard).map(PendingWeights::Restoring)
+            B::fsep_start_exchange(weights, comm, operation, &step.unshard.unshard).map(PendingWeights::Restoring)
         }
     }
 }
@@ -93,7 +94,7 @@ pub(super) enum PendingGradient<B: Backend> {
 /// Starts to return the slots' gradients, shaped as [`ExpertWeights::flat`], to the shards.
 ///
 /// The result is the gradient of the mean over ranks of their losses, hence the division by `N`.
-pub(super) fn start_reshard<B: Backend>(
+pub(super) fn start_reshard<B: FsepKernels>(
     gradients: FloatTensor<B>,
     step: &MoeStep,
 ) -> Result<PendingGradient<B>, FsepError> {
@@ -107,7 +108,7 @@ pub(super) fn start_reshard<B: Backend>(
             let device = gradients.device();
             let operation = step.operation("gradient reshard");
             let comm = step.runtime.weights_comm();
-            let pending = start_exchange::<B>(gradients, comm, operation, &step.unshard.reshard)?;
+            let pending = B::fsep_start_exchange(gradients, comm, operation, &step.unshard.reshard)?;
             Ok(PendingGradient::Resharding(pending, device))
         }
     }
@@ -119,12 +120,48 @@ impl<B: Backend> PendingGradient<B> {
         match self {
             PendingGradient::Resident(gradient) => Ok(gradient),
             PendingGradient::Resharding(pending, device) => {
-                let (bytes, dtype) = pending.wait_bytes()?;
                 let ranks = step.world_size();
-                let shard_len = step.shape.shard_len(ranks);
-                let sums = sum_replicas(&bytes, dtype, &step.layout, shard_len, 1.0 / ranks as f64);
-                Ok(B::float_from_data(sums, &device))
+                let (shard_len, scale) = (step.shape.shard_len(ranks), 1.0 / ranks as f64);
+                Ok(match pending.wait_raw()? {
+                    Received::Host(bytes, dtype) => {
+                        let sums = sum_replicas(&bytes, dtype, &step.layout, shard_len, scale);
+                        B::float_from_data(sums, &device)
+                    }
+                    Received::Device(received) => sum_replicas_on_device::<B>(received, &step.layout, shard_len, scale),
+                })
             }
         }
     }
+}
+
+/// [`sum_replicas`] without leaving the device: `[N * C * S] -> [E, S]`, in rank order, half precision summed in single.
+fn sum_replicas_on_device<B: Backend>(
+    received: FloatTensor<B>,
+    layout: &Layout,
+    shard_len: usize,
+    scale: f64,
+) -> FloatTensor<B> {
+    let dtype: FloatDType = received.dtype().into();
+    let is_half = matches!(dtype, FloatDType::BF16 | FloatDType::F16);
+    let device = received.device();
+    let experts = layout.num_experts();
+    let mut sums: Vec<Option<FloatTensor<B>>> = vec![None; experts];
+    for (slot, &expert) in layout.as_slice().iter().enumerate() {
+        let part = B::float_slice(received.clone(), &[Slice::from(slot * shard_len..(slot + 1) * shard_len)]);
+        let part = if is_half { B::float_cast(part, FloatDType::F32) } else { part };
+        let sum = &mut sums[expert as usize];
+        *sum = Some(match sum.take() {
+            Some(sum) => B::float_add(sum, part),
+            None => part,
+        });
+    }
+    let scaled = |sum: Option<FloatTensor<B>>| match sum {
+        Some(sum) => {
+            let sum = B::float_mul_scalar(sum, scale.into());
+            if is_half { B::float_cast(sum, dtype) } else { sum }
+        }
+        None => B::float_zeros(Shape::new([shard_len]), &device, dtype),
+    };
+    let sums = sums.into_iter().map(scaled).collect();
+    B::float_reshape(B::float_cat(sums, 0), Shape::new([experts, shard_len]))
 }

@@ -10,7 +10,7 @@ use std::{
 use burn::tensor::Bytes;
 
 use super::group::{Deposit, Group, RoundKey};
-use crate::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp};
+use crate::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, combine};
 
 /// A rank's handle on a group of threads.
 ///
@@ -107,6 +107,10 @@ impl LocalCommunicator {
 /// Signatures name the kind of a collective, so equal signatures mean equal payload types.
 fn payload_of<P: 'static>(deposit: &Deposit) -> &P {
     deposit.payload.downcast_ref().expect("collectives of one signature carry one payload type")
+}
+
+fn slices<'a, F>(parts: &[&'a Vec<F>]) -> Vec<&'a [F]> {
+    parts.iter().map(|part| part.as_slice()).collect()
 }
 
 /// What a rank brings to an All-to-All-v.
@@ -207,33 +211,14 @@ impl Communicator for LocalCommunicator {
     }
 
     fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
-        fn combine<F>(parts: &[&Vec<F>], out: &mut [F], op: ReduceOp)
-        where
-            F: Copy + std::ops::AddAssign + std::ops::DivAssign + PartialOrd + From<f32>,
-        {
-            out.copy_from_slice(parts[0]);
-            for part in &parts[1..] {
-                for (a, &b) in out.iter_mut().zip(*part) {
-                    match op {
-                        ReduceOp::Sum | ReduceOp::Mean => *a += b,
-                        ReduceOp::Max if b > *a => *a = b,
-                        ReduceOp::Max => {}
-                    }
-                }
-            }
-            if op == ReduceOp::Mean {
-                let ranks = F::from(parts.len() as f32);
-                out.iter_mut().for_each(|a| *a /= ranks);
-            }
-        }
         match buffer {
             ReduceBuffer::F32(data) => {
                 let signature = format!("all-reduce {op:?} `{operation}` of {} f32", data.len());
-                self.meet(operation, signature, data.to_vec(), |parts| combine(parts, data, op))
+                self.meet(operation, signature, data.to_vec(), |parts| combine::combine(&slices(parts), data, op))
             }
             ReduceBuffer::F64(data) => {
                 let signature = format!("all-reduce {op:?} `{operation}` of {} f64", data.len());
-                self.meet(operation, signature, data.to_vec(), |parts| combine(parts, data, op))
+                self.meet(operation, signature, data.to_vec(), |parts| combine::combine(&slices(parts), data, op))
             }
         }
     }

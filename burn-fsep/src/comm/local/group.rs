@@ -69,7 +69,7 @@ impl Group {
     pub fn deposit(&self, key: RoundKey, rank: usize, operation: &str, deposit: Deposit) -> Result<(), CommError> {
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
-            return Err(seen_from(failure, operation));
+            return Err(failure.seen_from(operation));
         }
         let size = self.size;
         let round = state.rounds.entry(key).or_default();
@@ -101,7 +101,7 @@ impl Group {
             }
             // Only now: a collective that all ranks have reached completes, so that all see what one of them saw.
             if let Some(failure) = &state.failure {
-                return Err(seen_from(failure, operation));
+                return Err(failure.seen_from(operation));
             }
             if let Some(&gone) = missing.iter().find(|&&r| state.departed[r]) {
                 let error = CommError::PeerFailed {
@@ -139,15 +139,5 @@ impl Group {
                 peer_operation: deposits[peer].signature.clone(),
             })),
         }
-    }
-}
-
-/// The group's failure as a rank in `operation` sees it.
-fn seen_from(failure: &CommError, operation: &str) -> CommError {
-    match failure {
-        CommError::PeerFailed { rank, reason, .. } => {
-            CommError::PeerFailed { rank: *rank, operation: operation.to_string(), reason: reason.clone() }
-        }
-        other => other.clone(),
     }
 }

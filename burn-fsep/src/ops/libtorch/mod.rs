@@ -6,6 +6,7 @@
 
 mod combine;
 mod cuda;
+mod exchange;
 mod experts;
 
 use std::{ops::Range, sync::Arc};
@@ -19,9 +20,12 @@ use tch::TchError;
 
 use super::{
     CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, FsepOps, MoeStep,
-    RowIndices, run_moe,
+    PendingTensor, RowIndices, run_moe,
 };
-use crate::FsepError;
+use crate::{
+    FsepError,
+    comm::{Communicator, ExchangePlan, Operation},
+};
 
 impl FsepOps for LibTorch {
     fn fsep_moe(
@@ -71,6 +75,15 @@ impl FsepKernels for LibTorch {
 
     fn fsep_sum_rows(rows: &TchTensor, row_of: &TchTensor, topk: usize) -> Result<TchTensor, FsepError> {
         combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64).map(TchTensor::new).map_err(device_error)
+    }
+
+    fn fsep_start_exchange(
+        tensor: TchTensor,
+        comm: &dyn Communicator,
+        operation: Operation,
+        plan: &ExchangePlan,
+    ) -> Result<PendingTensor<Self>, FsepError> {
+        exchange::start(tensor, comm, operation, plan)
     }
 }
 
