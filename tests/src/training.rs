@@ -79,6 +79,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
     for step in 0..steps {
         let start = step * batch % items.len() + runtime.rank() * share;
         let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device);
+        runtime.begin_step(&model)?;
         let (loss, mut grads) = runtime.run(|| {
             let loss = model.loss(&batch);
             let value = loss.clone().into_scalar::<f32>();

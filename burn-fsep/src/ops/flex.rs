@@ -7,9 +7,14 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 
-use super::{FsepKernels, FsepOps, MoeStep, run_moe};
+use super::{FsepKernels, FsepOps, MoeStep, run_moe, run_start_restore};
+use crate::{FsepError, FsepRuntime, schedule::Restore};
 
-impl FsepKernels for Flex {}
+impl FsepKernels for Flex {
+    fn fsep_is_same(a: &FloatTensor<Self>, b: &FloatTensor<Self>) -> bool {
+        std::ptr::eq(a.bytes(), b.bytes()) && a.layout() == b.layout()
+    }
+}
 
 impl FsepOps for Flex {
     fn fsep_moe(
@@ -22,5 +27,17 @@ impl FsepOps for Flex {
         step: Arc<MoeStep>,
     ) -> FloatTensor<Self> {
         run_moe::<Self>(hidden, probs, weights, row_of, assignment_of, token_of, step)
+    }
+
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError> {
+        run_start_restore::<Self>(weights, restore, runtime)
+    }
+
+    fn fsep_share_memory(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
+        Self::fsep_is_same(&a, &b)
     }
 }

@@ -8,6 +8,7 @@ mod experts;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
+mod gradients;
 mod kernels;
 #[cfg(feature = "libtorch")]
 mod libtorch;
@@ -16,8 +17,9 @@ mod step;
 mod weights;
 
 pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
-pub use extension::{FsepOps, moe, run_moe};
+pub use extension::{FsepOps, moe, run_moe, run_start_restore};
+pub(crate) use extension::{share_memory, start_restore};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
-pub(crate) use step::token_exchange;
 pub use step::{MoeStep, Tracked, WeightStorage};
+pub(crate) use step::{Restores, token_exchange};
 pub use weights::ExpertWeights;

@@ -129,6 +129,7 @@ impl FsepStrategy {
             }
             let Some(batch) = batch else { break };
             iteration += 1;
+            self.runtime.begin_step(&learner.model())?;
             let output = self.runtime.run(|| learner.train_step(batch))?;
             let progress = batches.progress();
             if accumulation == 1 {
