@@ -8,16 +8,22 @@ mod experts;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
+mod hook;
 mod kernels;
 #[cfg(feature = "libtorch")]
 mod libtorch;
 mod moe;
+mod reduce;
 mod step;
 mod weights;
 
 pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
 pub use extension::{FsepOps, moe, run_moe};
+pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
+pub use reduce::ReduceOps;
+#[cfg(feature = "train")]
+pub(crate) use reduce::{is_same, start_device_all_reduce};
 pub(crate) use step::token_exchange;
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub use weights::ExpertWeights;

@@ -49,12 +49,15 @@ impl Outputs {
 }
 
 struct Inner {
-    /// Counts, flags, dense gradients.
+    /// Counts, flags.
     control: Arc<dyn Communicator>,
     /// Tokens and their gradients.
     tokens: Arc<dyn Communicator>,
     /// Shards and their gradients.
     weights: Arc<dyn Communicator>,
+    /// Gradients of replicated parameters.
+    #[cfg(feature = "train")]
+    dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
     dispatcher: fn() -> Box<dyn Dispatcher>,
@@ -98,6 +101,8 @@ impl FsepRuntime {
         let inner = Inner {
             tokens: comm.duplicate()?,
             weights: comm.duplicate()?,
+            #[cfg(feature = "train")]
+            dense: comm.duplicate()?,
             control: comm,
             topology,
             seed,
@@ -132,7 +137,7 @@ impl FsepRuntime {
         self.inner.seed
     }
 
-    /// The communicator for counts, flags and dense gradients; also for collectives of the user's own, as long as
+    /// The communicator for counts and flags; also for collectives of the user's own, as long as
     /// all ranks call them in the same order.
     pub fn comm(&self) -> &dyn Communicator {
         self.inner.control.as_ref()
@@ -144,6 +149,12 @@ impl FsepRuntime {
 
     pub(crate) fn weights_comm(&self) -> &dyn Communicator {
         self.inner.weights.as_ref()
+    }
+
+    /// For gradients of replicated parameters, which travel while backward runs.
+    #[cfg(feature = "train")]
+    pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
+        &self.inner.dense
     }
 
     /// Counts the bytes of restored expert weights alive on this rank.
