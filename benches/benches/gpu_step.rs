@@ -140,7 +140,13 @@ impl Transformer {
     }
 
     /// `[B * L, D] -> [B * L, D]`
-    fn forward(&self, x: Tensor<2>, length: usize, runtime: &FsepRuntime, buckets: Option<&GradientBuckets>) -> Tensor<2> {
+    fn forward(
+        &self,
+        x: Tensor<2>,
+        length: usize,
+        runtime: &FsepRuntime,
+        buckets: Option<&GradientBuckets>,
+    ) -> Tensor<2> {
         const HEAD: usize = 128;
         let [tokens, hidden] = x.dims();
         let (sequences, heads) = (tokens / length, hidden / HEAD);

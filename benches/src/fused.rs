@@ -19,7 +19,8 @@ use tch::Kind;
 
 /// Causal attention. `[B, H, L, D / H]`, three times and once
 pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
-    let output = <Dispatch as FusedOps>::fused_attention(query.into_dispatch(), key.into_dispatch(), value.into_dispatch());
+    let output =
+        <Dispatch as FusedOps>::fused_attention(query.into_dispatch(), key.into_dispatch(), value.into_dispatch());
     Tensor::from_dispatch(output)
 }
 
@@ -30,11 +31,8 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>) -> Tensor<2> {
 
 #[backend_extension(LibTorch, Autodiff)]
 pub trait FusedOps: Backend {
-    fn fused_attention(
-        query: FloatTensor<Self>,
-        key: FloatTensor<Self>,
-        value: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
+    fn fused_attention(query: FloatTensor<Self>, key: FloatTensor<Self>, value: FloatTensor<Self>)
+    -> FloatTensor<Self>;
 
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 }
@@ -42,7 +40,10 @@ pub trait FusedOps: Backend {
 /// An operation that LibTorch differentiates by itself.
 pub trait TorchOps: Backend {
     /// The output, and what [`TorchOps::differentiate`] needs.
-    fn run<const N: usize>(inputs: [FloatTensor<Self>; N], function: fn(&[tch::Tensor]) -> tch::Tensor) -> Recorded<Self, N>;
+    fn run<const N: usize>(
+        inputs: [FloatTensor<Self>; N],
+        function: fn(&[tch::Tensor]) -> tch::Tensor,
+    ) -> Recorded<Self, N>;
 
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; N];
 }

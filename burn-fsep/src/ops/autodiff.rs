@@ -101,8 +101,4 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
     ) -> Result<(), FsepError> {
         run_start_restore::<B>(weights.into_primitive(), restore, runtime)
     }
-
-    fn fsep_share_memory(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
-        B::fsep_is_same(&a.into_primitive(), &b.into_primitive())
-    }
 }

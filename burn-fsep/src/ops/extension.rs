@@ -58,9 +58,6 @@ pub trait FsepOps: Backend {
         restore: Arc<Restore>,
         runtime: FsepRuntime,
     ) -> Result<(), FsepError>;
-
-    /// [`FsepKernels::fsep_is_same`](super::FsepKernels::fsep_is_same).
-    fn fsep_share_memory(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool;
 }
 
 /// [`FsepOps::fsep_moe`] of a backend without autodiff.
@@ -98,11 +95,6 @@ pub fn run_start_restore<B: FsepKernels>(
 pub(crate) fn start_restore(restore: &Arc<Restore>, runtime: &FsepRuntime) -> Result<(), FsepError> {
     let weights = restore.weights.clone().into_dispatch();
     <Dispatch as FsepOps>::fsep_start_restore(weights, restore.clone(), runtime.clone())
-}
-
-/// [`FsepOps::fsep_share_memory`] on any supported device.
-pub(crate) fn share_memory(a: &Tensor<2>, b: &Tensor<2>) -> bool {
-    <Dispatch as FsepOps>::fsep_share_memory(a.clone().into_dispatch(), b.clone().into_dispatch())
 }
 
 /// [`FsepOps::fsep_moe`] for tensors of any supported device.

@@ -10,11 +10,7 @@ use burn::backend::{
 use super::{FsepKernels, FsepOps, MoeStep, run_moe, run_start_restore};
 use crate::{FsepError, FsepRuntime, schedule::Restore};
 
-impl FsepKernels for Flex {
-    fn fsep_is_same(a: &FloatTensor<Self>, b: &FloatTensor<Self>) -> bool {
-        std::ptr::eq(a.bytes(), b.bytes()) && a.layout() == b.layout()
-    }
-}
+impl FsepKernels for Flex {}
 
 impl FsepOps for Flex {
     fn fsep_moe(
@@ -35,9 +31,5 @@ impl FsepOps for Flex {
         runtime: FsepRuntime,
     ) -> Result<(), FsepError> {
         run_start_restore::<Self>(weights, restore, runtime)
-    }
-
-    fn fsep_share_memory(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
-        Self::fsep_is_same(&a, &b)
     }
 }

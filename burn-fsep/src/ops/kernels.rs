@@ -107,12 +107,6 @@ pub trait FsepKernels: Backend {
         Ok(gradients::sum_on_device::<Self>(received, layout, shard_len, scale, to))
     }
 
-    /// Whether two tensors certainly are the same one: same memory, same shape. A backend that cannot tell says no, and its
-    /// experts are not prefetched in forward.
-    fn fsep_is_same(_a: &FloatTensor<Self>, _b: &FloatTensor<Self>) -> bool {
-        false
-    }
-
     /// Starts an All-to-All-v of a tensor's elements; `plan` counts elements. The default body goes through host memory.
     ///
     /// # Errors

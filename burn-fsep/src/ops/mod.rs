@@ -9,17 +9,24 @@ mod extension;
 #[cfg(feature = "flex")]
 mod flex;
 mod gradients;
+mod hook;
 mod kernels;
 #[cfg(feature = "libtorch")]
 mod libtorch;
 mod moe;
+mod reduce;
 mod step;
 mod weights;
 
 pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
+pub(crate) use extension::start_restore;
 pub use extension::{FsepOps, moe, run_moe, run_start_restore};
-pub(crate) use extension::{share_memory, start_restore};
+pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
+pub use reduce::ReduceOps;
+pub(crate) use reduce::is_same;
+#[cfg(feature = "train")]
+pub(crate) use reduce::start_device_all_reduce;
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub(crate) use step::{Restores, token_exchange};
 pub use weights::ExpertWeights;

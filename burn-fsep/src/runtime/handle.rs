@@ -53,12 +53,15 @@ impl Outputs {
 }
 
 struct Inner {
-    /// Counts, flags, dense gradients.
+    /// Counts, flags.
     control: Arc<dyn Communicator>,
     /// Tokens and their gradients.
     tokens: Arc<dyn Communicator>,
     /// Shards and their gradients.
     weights: Arc<dyn Communicator>,
+    /// Gradients of replicated parameters.
+    #[cfg(feature = "train")]
+    dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
     dispatcher: fn() -> Box<dyn Dispatcher>,
@@ -103,6 +106,8 @@ impl FsepRuntime {
         let inner = Inner {
             tokens: comm.duplicate("tokens")?,
             weights: comm.duplicate("weights")?,
+            #[cfg(feature = "train")]
+            dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
             seed: config.seed,
@@ -139,7 +144,7 @@ impl FsepRuntime {
         self.inner.seed
     }
 
-    /// The communicator for counts, flags and dense gradients; also for collectives of the user's own, as long as
+    /// The communicator for counts and flags; also for collectives of the user's own, as long as
     /// all ranks call them in the same order.
     pub fn comm(&self) -> &dyn Communicator {
         self.inner.control.as_ref()
@@ -165,6 +170,12 @@ impl FsepRuntime {
     /// The record of what ran when, if one is kept.
     pub fn timeline(&self) -> Option<&Timeline> {
         self.inner.timeline.as_ref()
+    }
+
+    /// For gradients of replicated parameters, which travel while backward runs.
+    #[cfg(feature = "train")]
+    pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
+        &self.inner.dense
     }
 
     /// Counts the bytes of restored expert weights alive on this rank.
@@ -246,7 +257,7 @@ impl FsepRuntime {
             Arc::new(Restore::new(operation, layout.clone(), unshard.clone(), weights.clone(), *dtype))
         };
         let ahead = entry.ahead.filter(|ahead| {
-            let is_current = ops::share_memory(&ahead.weights, weights);
+            let is_current = ops::is_same(&ahead.weights.clone().into_dispatch(), &weights.clone().into_dispatch());
             if !is_current {
                 schedule.miss();
             }

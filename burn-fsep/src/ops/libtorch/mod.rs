@@ -54,10 +54,6 @@ impl FsepOps for LibTorch {
     ) -> Result<(), FsepError> {
         run_start_restore::<Self>(weights, restore, runtime)
     }
-
-    fn fsep_share_memory(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
-        Self::fsep_is_same(&a, &b)
-    }
 }
 
 impl FsepKernels for LibTorch {
@@ -94,10 +90,6 @@ impl FsepKernels for LibTorch {
 
     fn fsep_sum_rows(rows: &TchTensor, row_of: &TchTensor, topk: usize) -> Result<TchTensor, FsepError> {
         combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64).map(TchTensor::new).map_err(device_error)
-    }
-
-    fn fsep_is_same(a: &TchTensor, b: &TchTensor) -> bool {
-        a.tensor.data_ptr() == b.tensor.data_ptr() && a.tensor.size() == b.tensor.size()
     }
 
     fn fsep_sum_replicas(
