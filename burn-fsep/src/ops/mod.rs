@@ -21,6 +21,8 @@ pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchang
 pub use extension::{FsepOps, moe, run_moe};
 pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
+#[cfg(all(feature = "libtorch", feature = "train"))]
+pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
 #[cfg(feature = "train")]
 pub(crate) use reduce::{is_same, start_device_all_reduce};
