@@ -23,6 +23,8 @@ pub(crate) use extension::start_restore;
 pub use extension::{FsepOps, moe, run_moe, run_start_restore};
 pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
+#[cfg(all(feature = "libtorch", feature = "train"))]
+pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
 pub(crate) use reduce::is_same;
 #[cfg(feature = "train")]

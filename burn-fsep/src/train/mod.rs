@@ -1,5 +1,6 @@
 //! Training: what has to happen between backward and the optimizer, by hand or in burn-train's Learner.
 
+mod adamw;
 mod broadcast;
 mod buckets;
 mod clip;
@@ -12,6 +13,7 @@ mod renderer;
 mod strategy;
 mod sync;
 
+pub use adamw::{FusedAdamW, FusedAdamWConfig};
 pub use broadcast::broadcast_parameters;
 pub use buckets::{GradientBuckets, GradientBucketsConfig};
 pub use clip::clip_grad_norm;

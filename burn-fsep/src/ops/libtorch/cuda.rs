@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use burn::tensor::FloatDType;
 use burn_fsep_planner::Layout;
 use cudarc::{
-    driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
+    driver::{CudaContext, CudaFunction, CudaModule, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
     nvrtc::{CompileOptions, compile_ptx_with_opts},
 };
 use parking_lot::Mutex;
@@ -40,6 +40,27 @@ pub(super) fn has_grouped_products(device: Device) -> bool {
     matches!(device, Device::Cuda(index) if on_gpu(index).is_some_and(|gpu| gpu.generation >= 9))
 }
 
+/// A module of kernels on one GPU.
+pub(super) struct Compiled {
+    pub context: Arc<CudaContext>,
+    pub module: Arc<CudaModule>,
+}
+
+/// Compiles kernels for a GPU.
+pub(super) fn compile(index: usize, source: &str) -> Result<Compiled, Box<dyn std::error::Error>> {
+    // cudarc panics where the driver or NVRTC is not installed.
+    // SAFETY: these only ask whether the libraries can be loaded.
+    if !unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() } {
+        return Err("the CUDA driver or NVRTC is not installed".into());
+    }
+    let context = CudaContext::new(index)?;
+    let (major, minor) = context.compute_capability()?;
+    let architecture = format!("--gpu-architecture=compute_{major}{minor}");
+    let options = CompileOptions { options: vec![architecture], ..Default::default() };
+    let module = context.load_module(compile_ptx_with_opts(source, options)?)?;
+    Ok(Compiled { context, module })
+}
+
 impl Fused {
     /// The kernels for a tensor with rows of `width` elements; `None` where they do not apply.
     pub fn of(tensor: &Tensor, width: i64) -> Option<Arc<Self>> {
@@ -49,16 +70,8 @@ impl Fused {
     }
 
     fn compile(index: usize) -> Result<Self, Box<dyn std::error::Error>> {
-        // cudarc panics where the driver or NVRTC is not installed.
-        // SAFETY: these only ask whether the libraries can be loaded.
-        if !unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() } {
-            return Err("the CUDA driver or NVRTC is not installed".into());
-        }
-        let context = CudaContext::new(index)?;
-        let (major, minor) = context.compute_capability()?;
-        let architecture = format!("--gpu-architecture=compute_{major}{minor}");
-        let options = CompileOptions { options: vec![architecture], ..Default::default() };
-        let module = context.load_module(compile_ptx_with_opts(include_str!("kernels.cu"), options)?)?;
+        let Compiled { context, module } = compile(index, include_str!("kernels.cu"))?;
+        let (major, _) = context.compute_capability()?;
         Ok(Self {
             stream: context.default_stream(),
             swiglu: module.load_function("swiglu")?,

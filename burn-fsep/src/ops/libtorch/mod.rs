@@ -4,10 +4,16 @@
 //! once over all slots. On an NVIDIA GPU in bf16, SwiGLU and the combination of the experts' outputs are kernels of our
 //! own, since LibTorch has no fused ones: apart they take a sixth of a layer's time.
 
+#[cfg(feature = "train")]
+mod adamw;
 mod combine;
 mod cuda;
 mod exchange;
 mod experts;
+mod reduce;
+
+#[cfg(feature = "train")]
+pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 
 use std::{ops::Range, sync::Arc};
 
