@@ -16,7 +16,7 @@ mod training;
 
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
-pub use engine::launch;
+pub use engine::{launch, launch_control};
 pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
