@@ -12,6 +12,7 @@ mod faults;
 mod layouts;
 mod model;
 mod parity;
+mod processes;
 mod training;
 
 pub use compare::{assert_close, relative_error};
@@ -20,7 +21,8 @@ pub use engine::{launch, launch_control};
 pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
-pub use parity::{ParityCase, check_parity, check_parity_with};
+pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
+pub use processes::{RankOutput, RankProcesses, rank_of_process};
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 
 use burn::tensor::Device;
