@@ -1,8 +1,8 @@
 use super::{CommError, ExchangePlan, Operation, ReduceOp};
 
-/// Exchanges between buffers in the memory of a GPU, without a detour through host memory.
+/// Exchanges and reductions of buffers in the memory of a GPU, without a detour through host memory.
 ///
-/// They are ordered against the backend's own work by events: the exchange starts when what was queued before it is done,
+/// They are ordered against the backend's own work by events: an exchange starts when what was queued before it is done,
 /// and what is queued after [`PendingDeviceExchange::wait`] starts when the exchange is done. The host waits for nothing.
 pub trait DeviceCommunicator {
     /// Index of this rank's GPU.
