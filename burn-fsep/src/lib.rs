@@ -21,6 +21,8 @@
 
 pub mod comm;
 mod error;
+#[cfg(all(feature = "cli", unix))]
+pub mod launcher;
 pub mod moe;
 pub mod ops;
 mod runtime;
