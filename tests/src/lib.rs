@@ -12,6 +12,7 @@ mod faults;
 mod layouts;
 mod model;
 mod parity;
+mod trainer;
 mod training;
 
 pub use compare::{assert_close, relative_error};
@@ -21,6 +22,7 @@ pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, task_items};
 pub use parity::{ParityCase, check_parity, check_parity_with};
+pub use trainer::Trainer;
 pub use training::{HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 
 use burn::tensor::Device;

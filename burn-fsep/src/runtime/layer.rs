@@ -112,7 +112,6 @@ impl LayerState {
         self.active.read().layout.clone()
     }
 
-    #[cfg(feature = "train")]
     pub fn is_fixed(&self) -> bool {
         self.config.fixed_layout
     }

@@ -1,5 +1,6 @@
 //! Training: what has to happen between backward and the optimizer, by hand or in burn-train's Learner.
 
+mod checkpoints;
 mod clip;
 mod data;
 mod metrics;
