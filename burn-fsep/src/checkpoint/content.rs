@@ -215,3 +215,41 @@ fn read_scalars(file: &mut TensorFile, entry: &ParameterEntry) -> Result<BTreeMa
     }
     Ok(scalars)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{manifest::StateEntry, output::Disk, records::scalar_tensor, tensors::write_tensors};
+
+    #[test]
+    fn lists_of_state_are_as_long_as_they_say() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateEntry { dtype: Dtype::F32, shape: vec![1] };
+        let entry = ParameterEntry {
+            path: "p".into(),
+            name: "p".into(),
+            dtype: Dtype::F32,
+            shape: vec![1],
+            experts: None,
+            state: [("history.0".to_string(), state.clone()), ("history.1".to_string(), state)].into(),
+            scalars: vec!["history.len".into()],
+        };
+        for len in [2, 1, u64::MAX] {
+            let name = format!("{len}.safetensors");
+            let scalar = scalar_tensor(Scalar::UInt(len));
+            write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", "history.len"), scalar)]).unwrap();
+            let read = read_scalars(&mut TensorFile::open(folder.path().join(name)).unwrap(), &entry);
+            assert_eq!(read.is_ok(), len == 2, "{len}");
+        }
+    }
+
+    #[test]
+    fn scalars_keep_their_bits() {
+        for scalar in [Scalar::Int(-3), Scalar::UInt(u64::MAX), Scalar::Float(0.1), Scalar::Bool(true)] {
+            assert_eq!(tensor_scalar(&scalar_tensor(scalar)), Some(scalar));
+        }
+        let nan = f64::from_bits(0x7ff8_0000_0000_1234);
+        let Some(Scalar::Float(read)) = tensor_scalar(&scalar_tensor(Scalar::Float(nan))) else { panic!("a float") };
+        assert_eq!(read.to_bits(), nan.to_bits());
+    }
+}
