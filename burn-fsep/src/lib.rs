@@ -26,9 +26,13 @@ mod error;
 pub mod moe;
 pub mod ops;
 mod runtime;
+mod schedule;
 pub mod shard;
+mod timeline;
 #[cfg(feature = "train")]
 pub mod train;
 pub use error::FsepError;
 pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
 pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats, percentile};
+pub use schedule::{Restore, ScheduleConfig};
+pub use timeline::{Timeline, TimelineRecord, TimelineSpan};

@@ -17,13 +17,13 @@ mod training;
 
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
-pub use engine::launch;
+pub use engine::{launch, launch_control};
 pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
-pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, task_items};
+pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
 pub use parity::{ParityCase, check_parity, check_parity_with};
 pub use trainer::Trainer;
-pub use training::{HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
+pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 
 use burn::tensor::Device;
 

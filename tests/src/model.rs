@@ -12,7 +12,7 @@ use burn::{
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     moe::DenseMoE,
-    train::{FsepStats, broadcast_parameters, clip_grad_norm},
+    train::{FsepStats, GradientBuckets, broadcast_parameters, clip_grad_norm},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -37,6 +37,8 @@ pub struct SmallMoe {
     output: Linear,
     #[module(skip)]
     runtime: FsepRuntime,
+    #[module(skip)]
+    buckets: Option<GradientBuckets>,
 }
 
 fn moe_config() -> FSEPMoEConfig {
@@ -89,20 +91,35 @@ impl SmallMoe {
             layers,
             output: fixed_linear(hidden, FEATURES, 2, device),
             runtime: runtime.clone(),
+            buckets: None,
         }
+    }
+
+    /// Prepares every block for `buckets`.
+    pub fn with_buckets(mut self, buckets: GradientBuckets) -> Self {
+        self.buckets = Some(buckets);
+        self
     }
 
     /// Mean squared error. `[B, 6] -> [1]`
     pub fn loss(&self, batch: &TaskBatch) -> Tensor<1> {
-        let mut hidden = self.input.forward(batch.inputs.clone());
+        let mut hidden = self.prepare(&self.input, &batch.inputs).forward(batch.inputs.clone());
         for layer in &self.layers {
-            let output = match layer {
+            let output = match self.prepare(layer, &hidden) {
                 FeedForward::Fsep(moe) => moe.forward(hidden.clone()),
                 FeedForward::Dense(moe) => moe.forward(hidden.clone()),
             };
             hidden = hidden + output;
         }
-        (self.output.forward(hidden) - batch.targets.clone()).square().mean()
+        let output = self.prepare(&self.output, &hidden).forward(hidden);
+        (output - batch.targets.clone()).square().mean()
+    }
+
+    fn prepare<M: Module>(&self, module: &M, input: &Tensor<2>) -> M {
+        match &self.buckets {
+            Some(buckets) => buckets.prepare(module, input),
+            None => module.clone(),
+        }
     }
 
     /// The loss on a batch of all of the items. Collective.
@@ -131,8 +148,8 @@ impl SmallMoe {
     }
 }
 
-/// A linear layer with values that depend on `seed` alone: Burn's generator is shared by all threads.
-fn fixed_linear(inputs: usize, outputs: usize, seed: u64, device: &Device) -> Linear {
+/// A linear layer without bias, with values that depend on `seed` alone: Burn's generator is shared by all threads.
+pub fn fixed_linear(inputs: usize, outputs: usize, seed: u64, device: &Device) -> Linear {
     let mut rng = StdRng::seed_from_u64(seed);
     let values: Vec<f32> = (0..inputs * outputs).map(|_| rng.random_range(-0.5..0.5)).collect();
     let mut linear = LinearConfig::new(inputs, outputs).with_bias(false).init(device);

@@ -84,6 +84,7 @@ pub fn check_parity_with(
                 Tensor::<2>::from_data(data, &device())
             };
             let x = matrix(x).require_grad();
+            runtime.begin_step(&layer)?;
             runtime.run(|| {
                 let output = layer.forward_with_losses(x.clone());
                 let loss = (output.hidden.clone() * matrix(target)).sum();

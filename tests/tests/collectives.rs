@@ -100,7 +100,7 @@ fn blocks_of_any_size_and_order_arrive() {
 #[test]
 fn duplicates_have_an_order_of_their_own() {
     on_ranks(2, |comm| {
-        let other = comm.duplicate()?;
+        let other = comm.duplicate("other")?;
         let exchange = |comm: &dyn Communicator, value: u8| {
             let peer = 1 - comm.rank();
             let block = |offset| vec![Block { peer, offset, len: 1 }];

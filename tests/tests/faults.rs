@@ -13,12 +13,12 @@ use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::{
         CommError, Communicator, Operation, ReduceBuffer, ReduceOp,
-        local::{LaunchConfig, RankError, launch},
+        local::{LaunchConfig, RankError},
     },
     train::{clip_grad_norm, sync_gradients},
 };
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device};
+use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch_control as launch};
 
 const RANKS: usize = 3;
 const LIMIT: Duration = Duration::from_secs(5);

@@ -1,5 +1,7 @@
 use thiserror::Error;
 
+use super::process::RendezvousError;
+
 /// Why a collective did not complete. All ranks of a group get one, within the group's timeout.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -61,6 +63,9 @@ pub enum CommError {
         /// What the library said.
         reason: String,
     },
+    /// The processes of the job did not come together.
+    #[error(transparent)]
+    Rendezvous(#[from] RendezvousError),
 }
 
 impl CommError {

@@ -3,13 +3,16 @@
 mod combine;
 mod communicator;
 mod device;
+mod environment;
 mod error;
 pub mod local;
 #[cfg(feature = "nccl")]
 pub mod nccl;
+pub mod process;
 
 pub use communicator::{
     Block, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64,
 };
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
+pub use environment::{EnvironmentError, RankEnvironment, TOKEN_VARIABLE};
 pub use error::CommError;

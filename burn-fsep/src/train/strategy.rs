@@ -10,7 +10,7 @@ use burn::{
 use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
 use parking_lot::Mutex;
 
-use super::{checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients};
+use super::{GradientBuckets, checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients};
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},
@@ -29,6 +29,7 @@ pub struct FsepStrategy {
     runtime: FsepRuntime,
     device: Device,
     max_grad_norm: Option<f64>,
+    buckets: Option<GradientBuckets>,
     checkpoints: Option<CheckpointConfig>,
     start: TrainingProgress,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
@@ -42,6 +43,7 @@ impl FsepStrategy {
             runtime,
             device: device.autodiff(),
             max_grad_norm: None,
+            buckets: None,
             checkpoints: None,
             start: TrainingProgress::default(),
             callbacks: Mutex::default(),
@@ -52,6 +54,12 @@ impl FsepStrategy {
     /// Clips gradients by their global norm; see [`clip_grad_norm`].
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
         self.max_grad_norm = Some(max_norm);
+        self
+    }
+
+    /// Averages dense gradients in these buckets, for which the model prepares its blocks; see [`GradientBuckets`].
+    pub fn with_gradient_buckets(mut self, buckets: GradientBuckets) -> Self {
+        self.buckets = Some(buckets);
         self
     }
 
@@ -122,7 +130,10 @@ impl FsepStrategy {
 
     fn optimize<M: LearnerModel>(&self, learner: &mut Learner<M>, mut grads: GradientsParams) -> Result<(), FsepError> {
         let model = learner.model();
-        sync_gradients(&self.runtime, &model, &mut grads)?;
+        match &self.buckets {
+            Some(buckets) => buckets.sync(&model, &mut grads)?,
+            None => sync_gradients(&self.runtime, &model, &mut grads)?,
+        }
         if let Some(max_norm) = self.max_grad_norm {
             clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
         }
@@ -156,6 +167,10 @@ impl FsepStrategy {
             }
             let Some(batch) = batch else { break };
             iteration += 1;
+            self.runtime.begin_step(&learner.model())?;
+            if let (true, Some(buckets)) = (accumulation > 1, &self.buckets) {
+                buckets.pause();
+            }
             let output = self.runtime.run(|| learner.train_step(batch))?;
             let progress = batches.progress();
             if accumulation == 1 {

@@ -34,6 +34,8 @@ pub struct NcclCommunicator {
     group: Arc<Group>,
     handle: Arc<Handle>,
     stream: Arc<CudaStream>,
+    /// What it carries: its track in a timeline.
+    name: &'static str,
     /// For comparing what ranks are about to do; `None` if they do not.
     signatures: Option<Arc<dyn Communicator>>,
     sequence: AtomicU64,
@@ -52,12 +54,12 @@ struct Buffers {
 }
 
 impl NcclCommunicator {
-    pub(super) fn connect(group: Arc<Group>, check_signatures: bool) -> Result<Self, CommError> {
+    pub(super) fn connect(group: Arc<Group>, name: &'static str, check_signatures: bool) -> Result<Self, CommError> {
         let operation = Operation::new("connection of NCCL");
-        let signatures = check_signatures.then(|| group.control.duplicate()).transpose()?;
+        let signatures = check_signatures.then(|| group.control.duplicate("signatures")).transpose()?;
         let handle = group.connect()?;
         let stream = group.context.new_stream().map_err(|error| group.fail(group.cuda(operation, error)))?;
-        let comm = Self { group, handle, stream, signatures, sequence: AtomicU64::new(0) };
+        let comm = Self { group, handle, stream, name, signatures, sequence: AtomicU64::new(0) };
         comm.connect_pairs(operation)?;
         Ok(comm)
     }
@@ -320,8 +322,8 @@ impl Communicator for NcclCommunicator {
         self.group.failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self::connect(self.group.clone(), self.signatures.is_some())?))
+    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self::connect(self.group.clone(), name, self.signatures.is_some())?))
     }
 
     fn device(&self) -> Option<&dyn DeviceCommunicator> {
@@ -345,9 +347,16 @@ impl DeviceCommunicator for NcclCommunicator {
         let cuda = self.cuda(operation);
         let ready = self.group.compute.record_event(None).map_err(&cuda)?;
         self.stream.wait(&ready).map_err(&cuda)?;
+        let timeline = self.group.timeline.as_ref();
+        let began = timeline.and_then(|timeline| timeline.mark(&self.stream));
         let queued = self.enqueue_exchange(operation, Buffers { send, recv }, plan);
         // Also of a failed start something may be queued that uses the buffers.
         let done = Arc::new(self.stream.record_event(None).map_err(&cuda)?);
+        if let (Some(timeline), Some(began)) = (timeline, began)
+            && let Some(ended) = timeline.mark(&self.stream)
+        {
+            timeline.push(self.name, operation.to_string(), [began, ended]);
+        }
         let pending = DeviceExchange { group: self.group.clone(), operation, done: Some(done.clone()) };
         queued?;
         self.group.watch_over(done, operation);

@@ -11,7 +11,10 @@ use cudarc::{
 use parking_lot::Mutex;
 
 use super::handle::{Fault, Handle, unique_id};
-use crate::comm::{CommError, Communicator, Operation};
+use crate::{
+    Timeline,
+    comm::{CommError, Communicator, Operation},
+};
 
 /// How often the watchdog looks.
 const WATCH: Duration = Duration::from_millis(20);
@@ -21,6 +24,7 @@ pub(super) struct Group {
     pub control: Arc<dyn Communicator>,
     pub timeout: Duration,
     pub context: Arc<CudaContext>,
+    pub timeline: Option<Timeline>,
     /// The legacy default stream, on which the backend computes.
     pub compute: Arc<CudaStream>,
     /// Ranks of one process share a GPU, hence the default stream: a rank's work there would wait for work that another
@@ -50,6 +54,7 @@ impl Group {
         control: Arc<dyn Communicator>,
         context: Arc<CudaContext>,
         timeout: Duration,
+        timeline: Option<Timeline>,
     ) -> Result<Arc<Self>, CommError> {
         let operation = Operation::new("GPUs of the ranks");
         let place = [u64::from(std::process::id()), context.ordinal() as u64];
@@ -60,6 +65,7 @@ impl Group {
             control,
             timeout,
             context,
+            timeline,
             handles: Mutex::default(),
             failure: Mutex::default(),
             outstanding: Mutex::default(),

@@ -1,0 +1,126 @@
+//! Connections between two ranks.
+
+use std::{
+    io::{self, BufReader, BufWriter, ErrorKind, Write},
+    net::{Shutdown, TcpStream},
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
+
+use socket2::{SockRef, TcpKeepalive};
+
+use super::{
+    frame::{Message, Outgoing},
+    group::Group,
+};
+
+/// A rank's connections with all ranks, by rank; `None` for itself.
+pub(super) type Links = Vec<Option<TcpStream>>;
+
+/// Pause between two looks at what may happen during the rendezvous.
+pub(super) const POLL: Duration = Duration::from_millis(2);
+/// What a rank tells rank 0 when it is connected to all others.
+pub(super) const READY: u8 = b'R';
+
+const BUFFER: usize = 64 << 10;
+const STACK: usize = 256 << 10;
+/// When a silent connection is tested, and how often before it is given up: 25 s in all.
+const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(5), 3);
+/// How long sent data may stay unacknowledged.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED: Duration = Duration::from_secs(25);
+
+/// What can be seen of a connection that does not block, without reading from it.
+pub(super) enum Glance {
+    Silent,
+    Spoke,
+    Ended(String),
+}
+
+pub(super) fn glance(stream: &TcpStream) -> Glance {
+    match stream.peek(&mut [0]) {
+        Ok(0) => Glance::Ended("it ended".into()),
+        Ok(_) => Glance::Spoke,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Glance::Silent,
+        Err(error) => Glance::Ended(error.to_string()),
+    }
+}
+
+/// Starts the threads that read from and write to rank `peer`. Both end with the connection.
+pub(super) fn start(
+    group: &Arc<Group>,
+    peer: usize,
+    stream: TcpStream,
+    queue: mpsc::Receiver<Outgoing>,
+) -> io::Result<()> {
+    prepare(&stream)?;
+    let outgoing = stream.try_clone()?;
+    let writers_group = group.clone();
+    spawn(format!("to-rank-{peer}"), move || {
+        // What became of the peer shows on the other half of the connection.
+        let _ = write(&outgoing, &queue);
+        let _ = outgoing.shutdown(Shutdown::Write);
+        writers_group.writer_ended();
+    })?;
+    let group = group.clone();
+    spawn(format!("from-rank-{peer}"), move || read(&group, peer, stream))
+}
+
+fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name).stack_size(STACK).spawn(run).map(drop)
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    stream.set_nodelay(true)?;
+    let (time, interval, retries) = KEEP_ALIVE;
+    let keep_alive = TcpKeepalive::new().with_time(time).with_interval(interval);
+    #[cfg(unix)]
+    let keep_alive = keep_alive.with_retries(retries);
+    #[cfg(not(unix))]
+    let _ = retries;
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&keep_alive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    Ok(())
+}
+
+/// Writes what is queued until the group drops the queue.
+fn write(stream: &TcpStream, queue: &mpsc::Receiver<Outgoing>) -> io::Result<()> {
+    let mut writer = BufWriter::with_capacity(BUFFER, stream);
+    while let Ok(message) = queue.recv() {
+        message.write(&mut writer)?;
+        while let Ok(message) = queue.try_recv() {
+            message.write(&mut writer)?;
+        }
+        writer.flush()?;
+    }
+    Ok(())
+}
+
+fn read(group: &Group, peer: usize, stream: TcpStream) {
+    let mut reader = BufReader::with_capacity(BUFFER, stream);
+    loop {
+        match Message::read(&mut reader) {
+            Ok(Some(Message::Frame(key, frame))) => group.deliver(key, peer, frame),
+            Ok(Some(Message::End(error))) => group.peer_ended(peer, error),
+            Ok(Some(Message::Goodbye)) => group.peer_left(peer),
+            Ok(None) => return group.peer_lost(peer, "its process ended without notice".into()),
+            Err(error) => return group.peer_lost(peer, describe(&error)),
+        }
+    }
+}
+
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        ErrorKind::UnexpectedEof => "its process ended without notice, in the middle of a message".into(),
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "its process ended without notice (reset)".into(),
+        ErrorKind::TimedOut => "its machine does not answer any more".into(),
+        ErrorKind::InvalidData => error.to_string(),
+        _ => format!("the connection to it failed: {error}"),
+    }
+}

@@ -1,0 +1,36 @@
+//! The process engine: ranks are processes, connected by TCP.
+//!
+//! It is the control group for NCCL, and a complete engine for ranks on the CPUs of one machine. On clusters it introduces
+//! ranks and carries aborts; for data, take NCCL or MPI.
+//!
+//! # How ranks meet
+//!
+//! Rank 0 listens on the address that all ranks were given, and on no other. The others connect and say who they are;
+//! then each pair of ranks connects. Ranks show a [`JobToken`], so that neither strangers nor ranks of another job get in;
+//! nothing is encrypted, so the network has to be one that you trust. When the time runs out, the error names the ranks
+//! that did not come.
+//!
+//! # How losses are noticed
+//!
+//! A process that ends without leaving closes its connections: all others know at once. A machine that vanishes is found by
+//! TCP keep-alive and, on Linux, by unacknowledged data, within half a minute; a rank that hangs, by the collective's
+//! timeout.
+
+mod communicator;
+mod config;
+mod door;
+mod error;
+mod exchange;
+mod frame;
+mod group;
+mod guest;
+mod hello;
+mod host;
+mod link;
+mod notice;
+mod token;
+
+pub use communicator::ProcessCommunicator;
+pub use config::ProcessConfig;
+pub use error::RendezvousError;
+pub use token::{JobToken, TokenError};
