@@ -6,13 +6,18 @@ use std::{
     time::Duration,
 };
 
-use burn::optim::{AdafactorConfig, AdamWConfig, LambConfig, ModuleOptimizer, SgdConfig};
+use burn::{
+    nn::{Linear, LinearConfig},
+    optim::{AdafactorConfig, AdamWConfig, GradientsParams, LambConfig, ModuleOptimizer, SgdConfig},
+    tensor::DType,
+};
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     checkpoint::{
         self, CheckpointConfig, CheckpointError, TrainingProgress, export_unsharded, import_unsharded, list, verify,
     },
     comm::local::LaunchConfig,
+    train::FusedAdamWConfig,
 };
 use burn_fsep_tests::{SmallMoe, TaskItem, Trainer, device, launch, task_items};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -468,4 +473,31 @@ fn the_dense_model_and_the_sharded_one_exchange_their_experts() {
         Ok(import_unsharded(&file, runtime, &trainer.model).map(drop).unwrap_err())
     });
     assert!(errors.iter().all(CheckpointError::is_damage), "{errors:?}");
+}
+
+#[test]
+fn half_precision_comes_back_with_its_type_or_not_at_all() {
+    let (folder, runtime, device) = (tempfile::tempdir().unwrap(), FsepRuntime::single(), device());
+    let mut model = LinearConfig::new(3, 4).with_bias(false).init(&device);
+    model.weight = model.weight.map(|weight| weight.cast(DType::BF16).detach().require_grad());
+    let train = |model: &Linear, optimizer: &mut ModuleOptimizer| {
+        let loss = (model.weight.val() * 3.0).square().sum();
+        optimizer.step(1e-2, model.clone(), GradientsParams::from_grads(loss.backward(), model))
+    };
+    let bytes = |optimizer: &ModuleOptimizer| optimizer.into_bytes().unwrap().to_vec();
+    for single in [false, true] {
+        let new = || FusedAdamWConfig::new().with_single_precision_moments(single).init();
+        let mut optimizer = new();
+        let model = train(&model, &mut optimizer);
+        let path = checkpoint::save(folder.path(), &runtime, &model, &optimizer, &TrainingProgress::new(1)).unwrap();
+        let loaded = checkpoint::load(path, &runtime, &model, &new()).unwrap();
+        assert_eq!(loaded.model.weight.val().into_data(), model.weight.val().into_data());
+        assert_eq!(bytes(&loaded.optimizer), bytes(&optimizer), "types and bits of moments, single: {single}");
+    }
+    // Burn's own optimizer would get moments of the default device's type.
+    let mut optimizer = AdamWConfig::new().init();
+    let model = train(&model, &mut optimizer);
+    let path = checkpoint::save(folder.path(), &runtime, &model, &optimizer, &TrainingProgress::new(1)).unwrap();
+    let error = checkpoint::load(path, &runtime, &model, &AdamWConfig::new().init()).unwrap_err();
+    assert!(error.to_string().contains("is of type BF16, but Burn loads it in the default type"), "{error}");
 }

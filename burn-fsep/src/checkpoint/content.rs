@@ -195,6 +195,9 @@ fn read_replicated(file: &mut TensorFile, entry: &ParameterEntry) -> Result<Vec<
     Ok(parts)
 }
 
+/// Where Burn's records have the number of dimensions of the parameter that a state belongs to.
+const RANK: &str = "__rank";
+
 fn read_scalars(file: &mut TensorFile, entry: &ParameterEntry) -> Result<BTreeMap<String, Scalar>, CheckpointError> {
     let mut scalars = BTreeMap::new();
     for field in &entry.scalars {
@@ -202,6 +205,10 @@ fn read_scalars(file: &mut TensorFile, entry: &ParameterEntry) -> Result<BTreeMa
         let scalar = tensor_scalar(&file.read(&name)?);
         let damaged = || CheckpointError::damaged(&file.path, format!("tensor `{name}` is no scalar"));
         let scalar = scalar.ok_or_else(damaged)?;
+        if field == RANK && u64::try_from(scalar) != Ok(entry.shape.len() as u64) {
+            let reason = format!("`{name}` is not the number of dimensions of {:?}", entry.shape);
+            return Err(CheckpointError::damaged(&file.path, reason));
+        }
         // Burn takes memory for as many tensors as this says.
         if let Some(list) = field.strip_suffix(".len") {
             let prefix = format!("{list}.");
@@ -222,7 +229,7 @@ mod tests {
     use crate::checkpoint::{manifest::StateEntry, output::Disk, records::scalar_tensor, tensors::write_tensors};
 
     #[test]
-    fn lists_of_state_are_as_long_as_they_say() {
+    fn scalars_that_burn_would_trust_are_checked() {
         let folder = tempfile::tempdir().unwrap();
         let state = StateEntry { dtype: Dtype::F32, shape: vec![1] };
         let entry = ParameterEntry {
@@ -240,6 +247,14 @@ mod tests {
             write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", "history.len"), scalar)]).unwrap();
             let read = read_scalars(&mut TensorFile::open(folder.path().join(name)).unwrap(), &entry);
             assert_eq!(read.is_ok(), len == 2, "{len}");
+        }
+        let entry = ParameterEntry { scalars: vec![RANK.into()], ..entry };
+        for rank in [1, 0, 9] {
+            let name = format!("rank-{rank}.safetensors");
+            let scalar = scalar_tensor(Scalar::UInt(rank));
+            write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", RANK), scalar)]).unwrap();
+            let read = read_scalars(&mut TensorFile::open(folder.path().join(name)).unwrap(), &entry);
+            assert_eq!(read.is_ok(), rank == 1, "{rank}");
         }
     }
 

@@ -1,7 +1,10 @@
 //! Burn's records: what they hold, and new ones of the same. Optimizer state is only to be had in them, keyed by the
 //! parameters' ids, which every process draws anew; so it is matched by the parameters' paths.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use burn::{
     module::Module,
@@ -135,7 +138,10 @@ pub(super) fn load_optimizer(
 ) -> Result<ModuleOptimizer, OptimizerError> {
     // Burn leaves out states that it cannot make sense of, so first the same with tensors of one element, to see.
     let probes: Vec<_> = states.iter().map(probe).collect();
-    let loaded = optimizer.clone().load_record(optimizer_record(params, probes.clone())?);
+    let record = optimizer_record(params, probes.clone())?;
+    // It panics on tensors whose number of dimensions is not the one that the optimizer's state has.
+    let loaded = catch_unwind(AssertUnwindSafe(|| optimizer.clone().load_record(record)))
+        .map_err(|_| unsupported("optimizer", "Burn cannot load its state; see the message above"))?;
     let mut found = self::states(loaded.to_record())?;
     for (place, (param, probe)) in params.iter().zip(&probes).enumerate() {
         if probe.tensors.is_empty() && probe.scalars.is_empty() {
@@ -151,7 +157,8 @@ pub(super) fn load_optimizer(
                 Some(other) if other.dtype != tensor.dtype => {
                     return Err(refuse(format!(
                         "is of type {}, but Burn loads it in the default type of `Device::default()`, {}: configure \
-                         that device before it is used (`Device::configure`)",
+                         that device before it is used (`Device::configure`), or use an optimizer that keeps the type \
+                         (`FusedAdamW`)",
                         tensor.dtype, other.dtype
                     )));
                 }

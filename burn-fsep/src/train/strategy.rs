@@ -158,7 +158,9 @@ impl FsepStrategy {
         let (mut iteration, mut accumulated) = (checkpoints.progress.iteration as usize, 0);
         for _ in 0..iteration {
             // Done before the checkpoint that training goes on from.
-            self.next_batch(batches.next(), interrupter);
+            if self.next_batch(batches.next(), interrupter).is_none() {
+                break;
+            }
         }
         loop {
             let batch = self.next_batch(batches.next(), interrupter);
