@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use burn::{
     data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
-    lr_scheduler::{cosine::CosineAnnealingLrSchedulerConfig, module_lr_scheduler::ModuleLrScheduler},
+    lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     optim::AdamWConfig,
     train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
 };
@@ -58,8 +58,8 @@ impl Job<'_> {
         };
         let mut model = SmallMoe::fsep(runtime, small_slots(self.ranks), &device())?;
         let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
-        let scheduler = CosineAnnealingLrSchedulerConfig::new(1e-2, 2 * BATCHES).init().map_err(FsepError::Config)?;
-        let mut scheduler: ModuleLrScheduler = scheduler.into();
+        let scheduler = CosineAnnealingLrSchedulerConfig::new(1e-2, 2 * BATCHES).init();
+        let mut scheduler = scheduler.map_err(FsepError::Config)?;
         let interrupter = Interrupter::new();
         let mut strategy = FsepStrategy::new(runtime.clone(), plain_device())
             .with_max_grad_norm(0.5)

@@ -64,17 +64,8 @@ pub fn save<M: Module>(
     progress: &TrainingProgress,
 ) -> Result<PathBuf, CheckpointError> {
     let mut checkpoints = CheckpointConfig::new(folder).with_keep(usize::MAX).init(runtime)?;
-    checkpoints.start(snapshot(runtime, model, optimizer), progress)?;
-    let path = checkpoints.finish()?;
-    Ok(path.unwrap_or_else(|| unreachable!("a checkpoint was started")))
-}
-
-fn snapshot<M: Module>(
-    runtime: &FsepRuntime,
-    model: &M,
-    optimizer: &ModuleOptimizer,
-) -> Result<Snapshot, CheckpointError> {
-    Snapshot::new(model_params(runtime, model)?, model.clone().into_record(), optimizer.to_record())
+    let path = checkpoints.save_records(model, model.clone().into_record(), optimizer.to_record(), progress)?;
+    Ok(path.unwrap_or_else(|| unreachable!("it is not written in the background")))
 }
 
 impl Checkpoints {
@@ -107,29 +98,21 @@ impl Checkpoints {
         optimizer: &ModuleOptimizer,
         progress: &TrainingProgress,
     ) -> Result<(), CheckpointError> {
-        self.finish()?;
-        self.start(snapshot(&self.runtime, model, optimizer), progress)?;
-        if self.config.background {
-            return Ok(());
-        }
-        self.finish().map(drop)
+        self.save_records(model, model.clone().into_record(), optimizer.to_record(), progress).map(drop)
     }
 
-    /// As [`Checkpoints::save`], of records.
-    #[cfg(feature = "train")]
+    /// As [`Checkpoints::save`], of records. Returns the checkpoint's folder if it is complete.
     pub(crate) fn save_records<M: Module>(
         &mut self,
         model: &M,
-        records: (ModuleRecord, OptimizerRecord),
+        values: ModuleRecord,
+        optimizer: OptimizerRecord,
         progress: &TrainingProgress,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<Option<PathBuf>, CheckpointError> {
         self.finish()?;
         let params = model_params(&self.runtime, model);
-        self.start(params.and_then(|params| Snapshot::new(params, records.0, records.1)), progress)?;
-        if self.config.background {
-            return Ok(());
-        }
-        self.finish().map(drop)
+        self.start(params.and_then(|params| Snapshot::new(params, values, optimizer)), progress)?;
+        if self.config.background { Ok(None) } else { self.finish() }
     }
 
     /// Completes a pending checkpoint if all ranks have written their files. Collective. Returns its folder if this

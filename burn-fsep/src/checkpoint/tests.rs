@@ -216,6 +216,8 @@ fn hostile_tensor_files_are_refused() {
     }
 }
 
+type Change = dyn Fn(&mut serde_json::Value);
+
 /// What a manifest says of the experts.
 fn experts(manifest: &mut serde_json::Value) -> &mut serde_json::Value {
     let parameters = manifest["parameters"].as_array_mut().unwrap();
@@ -227,7 +229,7 @@ fn hostile_manifests_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = checkpoint_in(folder.path());
     let whole = [MANIFEST, MANIFEST_SUM].map(|name| fs::read(path.join(name)).unwrap());
-    let forge = |change: &dyn Fn(&mut serde_json::Value)| {
+    let forge = |change: &Change| {
         forge_manifest(&path, change);
         let errors = load_errors(&path);
         for (name, whole) in [MANIFEST, MANIFEST_SUM].iter().zip(&whole) {
@@ -235,7 +237,7 @@ fn hostile_manifests_are_refused() {
         }
         errors
     };
-    let damages: [(&str, &dyn Fn(&mut serde_json::Value)); 12] = [
+    let damages: [(&str, &Change); 12] = [
         ("another format", &|m| m["format"] = "a recipe".into()),
         ("more ranks than files", &|m| m["world_size"] = 3.into()),
         ("endless ranks", &|m| m["world_size"] = u64::MAX.into()),

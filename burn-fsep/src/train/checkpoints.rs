@@ -65,7 +65,7 @@ impl LearnerCheckpoints {
         }
         let (model, optimizer, scheduler) = records(learner, &self.event_store)?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
-        checkpoints.save_records(&learner.model(), (model, optimizer), &progress)?;
+        checkpoints.save_records(&learner.model(), model, optimizer, &progress)?;
         self.saved = Some(self.progress.step);
         Ok(())
     }

@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::{
     data::dataloader::DataLoaderBuilder,
-    lr_scheduler::{cosine::CosineAnnealingLrSchedulerConfig, module_lr_scheduler::ModuleLrScheduler},
+    lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     module::Module,
     optim::AdamWConfig,
     tensor::Device,
@@ -58,11 +58,10 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     let losses = StepRecorder::default();
     let mut model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
     let mut optimizer = AdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
-    let lr = CosineAnnealingLrSchedulerConfig::new(args.lr, args.steps)
+    let mut lr = CosineAnnealingLrSchedulerConfig::new(args.lr, args.steps)
         .with_min_lr(args.lr / 10.0)
         .init()
         .map_err(MoeLmError::Option)?;
-    let mut lr = ModuleLrScheduler::from(lr);
     let mut progress = resume::beginning(args, data);
     if let Some(loaded) = resume::resume(args, data, &runtime, &model, &optimizer)? {
         (model, optimizer, progress) = (loaded.model, loaded.optimizer, loaded.progress);
