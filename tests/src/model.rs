@@ -52,9 +52,17 @@ impl SmallMoe {
     ///
     /// As `broadcast_parameters`.
     pub fn fsep(runtime: &FsepRuntime, slots: usize, device: &Device) -> Result<Self, FsepError> {
-        let layers = (0..LAYERS)
-            .map(|_| moe_config().with_slots_per_rank(Some(slots)).try_init(runtime, device).map(FeedForward::Fsep));
-        let model = Self::new(layers.collect::<Result<_, _>>()?, runtime, device);
+        Self::fsep_of(&moe_config().with_slots_per_rank(Some(slots)), runtime, device)
+    }
+
+    /// As [`SmallMoe::fsep`], with layers of another configuration.
+    ///
+    /// # Errors
+    ///
+    /// As `FSEPMoEConfig::try_init` and `broadcast_parameters`.
+    pub fn fsep_of(config: &FSEPMoEConfig, runtime: &FsepRuntime, device: &Device) -> Result<Self, FsepError> {
+        let layers = (0..LAYERS).map(|_| config.try_init(runtime, device).map(FeedForward::Fsep));
+        let model = Self::new(config.hidden_size, layers.collect::<Result<_, _>>()?, runtime, device);
         broadcast_parameters(runtime, model)
     }
 
@@ -64,15 +72,24 @@ impl SmallMoe {
     ///
     /// As `FSEPMoEConfig::init_dense`.
     pub fn dense(seed: u64, device: &Device) -> Result<Self, FsepError> {
-        let layers = (0..LAYERS).map(|layer| moe_config().init_dense(seed, layer, device).map(FeedForward::Dense));
-        Ok(Self::new(layers.collect::<Result<_, _>>()?, &FsepRuntime::single(), device))
+        Self::dense_of(&moe_config(), seed, device)
     }
 
-    fn new(layers: Vec<FeedForward>, runtime: &FsepRuntime, device: &Device) -> Self {
+    /// As [`SmallMoe::dense`], with layers of another configuration.
+    ///
+    /// # Errors
+    ///
+    /// As `FSEPMoEConfig::init_dense`.
+    pub fn dense_of(config: &FSEPMoEConfig, seed: u64, device: &Device) -> Result<Self, FsepError> {
+        let layers = (0..LAYERS).map(|layer| config.init_dense(seed, layer, device).map(FeedForward::Dense));
+        Ok(Self::new(config.hidden_size, layers.collect::<Result<_, _>>()?, &FsepRuntime::single(), device))
+    }
+
+    fn new(hidden: usize, layers: Vec<FeedForward>, runtime: &FsepRuntime, device: &Device) -> Self {
         Self {
-            input: fixed_linear(FEATURES, HIDDEN, 1, device),
+            input: fixed_linear(FEATURES, hidden, 1, device),
             layers,
-            output: fixed_linear(HIDDEN, FEATURES, 2, device),
+            output: fixed_linear(hidden, FEATURES, 2, device),
             runtime: runtime.clone(),
             buckets: None,
         }
@@ -103,6 +120,16 @@ impl SmallMoe {
             Some(buckets) => buckets.prepare(module, input),
             None => module.clone(),
         }
+    }
+
+    /// The loss on a batch of all of the items. Collective.
+    pub fn loss_of(&self, items: &[TaskItem]) -> f32 {
+        self.loss(&TaskBatcher.batch(items.to_vec(), &self.input.weight.device())).into_scalar::<f32>()
+    }
+
+    /// Multiplies the input layer's weights: ranks that do so differently have different replicated parameters.
+    pub fn scale_input(&mut self, factor: f64) {
+        self.input.weight = self.input.weight.clone().map(|weight| (weight * factor).detach().require_grad());
     }
 
     /// Values of all replicated parameters.

@@ -5,6 +5,7 @@ use std::{
 
 use burn::tensor::{DType, FloatDType};
 use burn_fsep_planner::{Layout, dispatch::DispatchPlan};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     FsepRuntime,
@@ -16,7 +17,7 @@ use crate::{
 };
 
 /// How a rank keeps its experts' parameters between steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WeightStorage {
     /// One shard of every expert, `[E, S]`: fully sharded expert parallel.
     Sharded,

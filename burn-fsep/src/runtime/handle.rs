@@ -350,8 +350,7 @@ impl FsepRuntime {
         Ok(layers.len() - 1)
     }
 
-    #[cfg(feature = "train")]
-    pub(super) fn has_fixed_layout(&self, layer: usize) -> bool {
+    pub(crate) fn has_fixed_layout(&self, layer: usize) -> bool {
         self.layer(layer).is_fixed()
     }
 

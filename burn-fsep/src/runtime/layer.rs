@@ -124,7 +124,6 @@ impl LayerState {
         Restore::new(operation, layout, unshard, weights, self.config.compute_dtype)
     }
 
-    #[cfg(feature = "train")]
     pub fn is_fixed(&self) -> bool {
         self.config.fixed_layout
     }

@@ -1,11 +1,11 @@
 use burn::{
     config::Config,
-    optim::{AdamW, AdamWConfig, AdamWState, LearningRate, ModuleOptimizer, Optimizer},
+    optim::{
+        AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, LearningRate, ModuleOptimizer, Optimizer, RecordState,
+        StateSink, StateSource, join_path,
+    },
     tensor::{DType, Device, Tensor},
 };
-
-#[cfg(feature = "libtorch")]
-use burn::optim::AdaptiveMomentumState;
 
 #[cfg(feature = "libtorch")]
 use crate::ops::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
@@ -65,8 +65,32 @@ pub struct FusedAdamW {
     plain: AdamW,
 }
 
+/// Burn's state of AdamW, except that the type of the moments survives a record: Burn loads them in the default type of
+/// the default device, which need not be the one that trains.
+#[derive(Clone)]
+pub struct FusedAdamWState<const D: usize>(AdamWState<D>);
+
+impl<const D: usize> RecordState for FusedAdamWState<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        self.0.state_flatten(prefix, out);
+    }
+
+    fn state_unflatten(prefix: &str, source: &mut StateSource, device: &Device) -> Option<Self> {
+        let prefix = join_path(prefix, "momentum");
+        let time = source.take_scalar(&prefix, "time")?.try_into().ok()?;
+        let mut moment = |name| {
+            let data = source.take_tensor(&prefix, name)?;
+            let dtype = data.dtype();
+            Some(Tensor::from_data(data, (device, dtype)))
+        };
+        let mut momentum = AdaptiveMomentumState::new(time, moment("moment_1")?, moment("moment_2")?);
+        momentum.max_moment_2 = moment("max_moment_2");
+        Some(Self(AdamWState::new(momentum)))
+    }
+}
+
 impl Optimizer for FusedAdamW {
-    type State<const D: usize> = AdamWState<D>;
+    type State<const D: usize> = FusedAdamWState<D>;
 
     fn step<const D: usize>(
         &self,
@@ -80,20 +104,18 @@ impl Optimizer for FusedAdamW {
         let moments = if is_half && self.config.single_precision_moments { DType::F32 } else { dtype };
         let grad = cast(grad, dtype);
         // Of a record that was made with another choice.
-        let state = state.map(|state| in_dtype(state, moments));
+        let state = state.map(|state| in_dtype(state.0, moments));
         #[cfg(feature = "libtorch")]
         if fuses_adamw(&tensor, moments) {
-            return self.fused_step(lr, tensor, grad, state, moments);
-        }
-        if moments == dtype {
-            return self.plain.step(lr, tensor, grad, state);
+            let (tensor, state) = self.fused_step(lr, tensor, grad, state, moments);
+            return (tensor, state.map(FusedAdamWState));
         }
         let (tensor, state) = self.plain.step(lr, cast(tensor, moments), cast(grad, moments), state);
-        (cast(tensor, dtype), state)
+        (cast(tensor, dtype), state.map(FusedAdamWState))
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
-        AdamW::to_device(state, device)
+        FusedAdamWState(AdamW::to_device(state.0, device))
     }
 }
 

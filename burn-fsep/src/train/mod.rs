@@ -3,6 +3,7 @@
 mod adamw;
 mod broadcast;
 mod buckets;
+mod checkpoints;
 mod clip;
 mod collector;
 mod data;
@@ -13,7 +14,7 @@ mod renderer;
 mod strategy;
 mod sync;
 
-pub use adamw::{FusedAdamW, FusedAdamWConfig};
+pub use adamw::{FusedAdamW, FusedAdamWConfig, FusedAdamWState};
 pub use broadcast::broadcast_parameters;
 pub use buckets::{GradientBuckets, GradientBucketsConfig};
 pub use clip::clip_grad_norm;
