@@ -24,8 +24,6 @@ pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOu
 #[cfg(all(feature = "libtorch", feature = "train"))]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
-#[cfg(feature = "train")]
-pub(crate) use reduce::{is_same, start_device_all_reduce};
 pub(crate) use step::token_exchange;
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub use weights::ExpertWeights;
