@@ -379,7 +379,33 @@ fn models_that_differ_between_ranks_are_a_clear_error() {
     });
     for result in results {
         let error = result.unwrap_err().to_string();
-        assert!(error.contains("models differ"), "{error}");
+        assert!(error.contains("models or gradient buckets differ"), "{error}");
+    }
+}
+
+#[test]
+fn buckets_that_differ_between_ranks_are_a_clear_error() {
+    // In size, or made anew on one rank.
+    for is_size in [true, false] {
+        let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(5)), |comm| {
+            let runtime = FsepRuntime::new(comm)?;
+            let (model, rank) = (model(), runtime.rank());
+            let bytes = if is_size { 200 + 200 * rank } else { 200 };
+            let config = GradientBucketsConfig::new().with_bucket_bytes(bytes);
+            let mut buckets = config.init(&runtime);
+            for step in 0..3 {
+                if !is_size && step == 2 && rank == 1 {
+                    buckets = config.init(&runtime);
+                }
+                let loss = loss(&model, Some(&buckets), PLAIN, 1, 3);
+                buckets.sync(&model, &mut GradientsParams::from_grads(loss.backward(), &model))?;
+            }
+            Ok::<_, FsepError>(())
+        });
+        for result in results {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("models or gradient buckets differ"), "{error}");
+        }
     }
 }
 

@@ -26,9 +26,6 @@ pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOu
 #[cfg(all(feature = "libtorch", feature = "train"))]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
-pub(crate) use reduce::is_same;
-#[cfg(feature = "train")]
-pub(crate) use reduce::start_device_all_reduce;
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub(crate) use step::{Restores, token_exchange};
 pub use weights::ExpertWeights;

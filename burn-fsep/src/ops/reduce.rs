@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::{
-    backend::{Backend, Dispatch, DispatchTensor, backend_extension, tensor::FloatTensor},
-    tensor::Tensor,
-};
+use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 
 use crate::{
     FsepError,
@@ -43,23 +40,4 @@ impl ReduceOps for burn::backend::Flex {
     fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
         a.dtype() == b.dtype() && a.layout() == b.layout() && Arc::ptr_eq(&a.data_arc(), &b.data_arc())
     }
-}
-
-/// [`ReduceOps::fsep_start_device_all_reduce`] for a tensor of any supported device.
-///
-/// # Errors
-///
-/// As there.
-pub(crate) fn start_device_all_reduce(
-    tensor: Tensor<1>,
-    comm: Arc<dyn Communicator>,
-    operation: Operation,
-    op: ReduceOp,
-) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
-    <Dispatch as ReduceOps>::fsep_start_device_all_reduce(tensor.into_dispatch(), comm, operation, op)
-}
-
-/// [`ReduceOps::fsep_is_same`] for tensors of any supported device.
-pub(crate) fn is_same(a: &DispatchTensor, b: &DispatchTensor) -> bool {
-    <Dispatch as ReduceOps>::fsep_is_same(a.clone(), b.clone())
 }

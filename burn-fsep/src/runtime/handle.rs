@@ -6,6 +6,7 @@ use std::{
 };
 
 use burn::{
+    backend::Dispatch,
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{FloatDType, Tensor},
 };
@@ -22,7 +23,7 @@ use crate::{
         Communicator, Operation,
         local::{LocalCommunicator, panic_message},
     },
-    ops::{self, Restores, Tracked},
+    ops::{self, ReduceOps, Restores, Tracked},
     schedule::{Entry, Restore, Schedule},
     shard::{RestoredGauge, UnshardPlan},
 };
@@ -257,7 +258,10 @@ impl FsepRuntime {
             Arc::new(Restore::new(operation, layout.clone(), unshard.clone(), weights.clone(), *dtype))
         };
         let ahead = entry.ahead.filter(|ahead| {
-            let is_current = ops::is_same(&ahead.weights.clone().into_dispatch(), &weights.clone().into_dispatch());
+            let is_current = <Dispatch as ReduceOps>::fsep_is_same(
+                ahead.weights.clone().into_dispatch(),
+                weights.clone().into_dispatch(),
+            );
             if !is_current {
                 schedule.miss();
             }

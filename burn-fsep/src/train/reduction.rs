@@ -8,7 +8,7 @@ use burn::{
 use crate::{
     FsepError,
     comm::{Communicator, Operation, PendingDeviceExchange, ReduceBuffer, ReduceOp},
-    ops::start_device_all_reduce,
+    ops::ReduceOps,
 };
 
 const OPERATION: Operation = Operation::new("replicated gradients");
@@ -39,7 +39,12 @@ impl Reduction {
     /// The communicator's.
     pub fn start(comm: &Arc<dyn Communicator>, parts: Vec<Part>) -> Result<Self, FsepError> {
         let flat = flatten(parts);
-        let pending = start_device_all_reduce(flat.clone(), comm.clone(), OPERATION, ReduceOp::Mean)?;
+        let pending = <Dispatch as ReduceOps>::fsep_start_device_all_reduce(
+            flat.clone().into_dispatch(),
+            comm.clone(),
+            OPERATION,
+            ReduceOp::Mean,
+        )?;
         Ok(Self { flat, comm: comm.clone(), pending })
     }
 

@@ -4,7 +4,7 @@ use std::{
 };
 
 use burn::{
-    backend::DispatchTensor,
+    backend::{Dispatch, DispatchTensor},
     module::{Module, Param, ParamId},
     optim::GradientsParams,
     tensor::{Device, Shape, Tensor},
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    ops::is_same,
+    ops::ReduceOps,
 };
 
 /// Averages the gradients of all replicated parameters over ranks; expert shards are left alone, since their
@@ -78,7 +78,7 @@ fn average<M: Module>(
     };
     let arrivals = buckets.is_none().then_some(arrivals);
     let buckets = gradients.indices(&buckets.unwrap_or_default())?;
-    let agreed = Agreed::on(runtime, &gradients, &started)?;
+    let agreed = Agreed::on(runtime, &gradients, &started, gradients.fingerprint(bucket_bytes, &buckets))?;
 
     // Some rank has started these already.
     let mut reductions: Vec<(Vec<usize>, Reduction)> = Vec::new();
@@ -126,18 +126,24 @@ struct Agreed {
 }
 
 impl Agreed {
-    fn on(runtime: &FsepRuntime, gradients: &Gradients, started: &[StartedBucket]) -> Result<Self, FsepError> {
+    /// `fingerprint`: what has to be equal on all ranks, in 24 bits. Collective.
+    fn on(
+        runtime: &FsepRuntime,
+        gradients: &Gradients,
+        started: &[StartedBucket],
+        fingerprint: u32,
+    ) -> Result<Self, FsepError> {
         let count = gradients.len();
         let mut flags: Vec<f32> = (0..count).map(|i| f32::from(u8::from(gradients.get(i).is_some()))).collect();
         flags.resize(2 * count, 0.0);
         for (id, used) in started.iter().flat_map(|bucket| &bucket.gradients) {
             let i = gradients.index[id];
-            let is_current = gradients.get(i).is_some_and(|gradient| is_same(used, gradient));
+            let is_same = |now: &DispatchTensor| <Dispatch as ReduceOps>::fsep_is_same(used.clone(), now.clone());
+            let is_current = gradients.get(i).is_some_and(is_same);
             flags[count + i] = f32::from(u8::from(!is_current));
         }
         // Whole numbers of 24 bits are exact. The largest of the negative tells the smallest.
-        let shapes = gradients.fingerprint() as f32;
-        flags.extend([started.len() as f32, shapes, -shapes]);
+        flags.extend([started.len() as f32, fingerprint as f32, -(fingerprint as f32)]);
         runtime.comm().all_reduce(
             Operation::new("presence of gradients"),
             ReduceBuffer::F32(&mut flags),
@@ -145,7 +151,8 @@ impl Agreed {
         )?;
         if flags[2 * count + 1] != -flags[2 * count + 2] {
             return Err(FsepError::Config(
-                "the ranks' models differ: their replicated parameters have to be of the same shapes in the same order"
+                "the ranks' models or gradient buckets differ: replicated parameters have to be of the same shapes in \
+                 the same order, and buckets of the same configuration and used from the same step on"
                     .into(),
             ));
         }
@@ -224,9 +231,10 @@ impl Gradients {
         self.entries[index].shape.num_elements()
     }
 
-    /// 24 bits that depend on all shapes.
-    fn fingerprint(&self) -> u32 {
+    /// 24 bits that depend on all shapes and buckets.
+    fn fingerprint(&self, bucket_bytes: usize, buckets: &[Vec<usize>]) -> u32 {
         let mut hasher = DefaultHasher::new();
+        (bucket_bytes, buckets).hash(&mut hasher);
         for entry in &self.entries {
             entry.shape.as_slice().hash(&mut hasher);
         }
