@@ -29,11 +29,14 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), weight.into_dispatch()))
 }
 
+/// Both operations, with autodiff.
 #[backend_extension(LibTorch, Autodiff)]
 pub trait FusedOps: Backend {
+    /// [`attention`]
     fn fused_attention(query: FloatTensor<Self>, key: FloatTensor<Self>, value: FloatTensor<Self>)
     -> FloatTensor<Self>;
 
+    /// [`rms_norm`]
     fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
@@ -45,9 +48,14 @@ pub trait TorchOps: Backend {
         function: fn(&[tch::Tensor]) -> tch::Tensor,
     ) -> Recorded<Self, N>;
 
+    /// The output, out of LibTorch's graph.
+    fn detached<const N: usize>(recorded: &Recorded<Self, N>) -> FloatTensor<Self>;
+
+    /// Gradients of the inputs.
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; N];
 }
 
+/// Inputs and output of an operation, with LibTorch's graph between them.
 #[derive(Debug, Clone)]
 pub struct Recorded<B: Backend, const N: usize> {
     inputs: [FloatTensor<B>; N],
@@ -59,6 +67,10 @@ impl TorchOps for LibTorch {
         let leaves = inputs.map(|input| input.tensor.detach().set_requires_grad(true));
         let output = tch::with_grad(|| function(&leaves));
         Recorded { inputs: leaves.map(TchTensor::new), output: TchTensor::new(output) }
+    }
+
+    fn detached<const N: usize>(recorded: &Recorded<Self, N>) -> TchTensor {
+        TchTensor::new(recorded.output.tensor.detach())
     }
 
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: TchTensor) -> [TchTensor; N] {
@@ -82,17 +94,13 @@ fn torch_rms_norm(inputs: &[tch::Tensor]) -> tch::Tensor {
     x.internal_fused_rms_norm(x.size().last().copied().unwrap_or(1), Some(weight), 1e-6).0
 }
 
-fn plain(recorded: Recorded<LibTorch, 3>) -> TchTensor {
-    TchTensor::new(recorded.output.tensor.detach())
-}
-
 impl FusedOps for LibTorch {
     fn fused_attention(query: TchTensor, key: TchTensor, value: TchTensor) -> TchTensor {
-        plain(Self::run([query, key, value], torch_attention))
+        Self::detached(&Self::run([query, key, value], torch_attention))
     }
 
     fn fused_rms_norm(x: TchTensor, weight: TchTensor) -> TchTensor {
-        TchTensor::new(Self::run([x, weight], torch_rms_norm).output.tensor.detach())
+        Self::detached(&Self::run([x, weight], torch_rms_norm))
     }
 }
 
@@ -118,7 +126,7 @@ macro_rules! differentiable {
         let inputs = $inputs;
         let nodes = inputs.each_ref().map(|input| input.node());
         let recorded = B::run(inputs.map(|input| input.into_primitive()), $function);
-        let output = recorded.output.clone();
+        let output = B::detached(&recorded);
         match TorchBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(recorded, output),
             OpsKind::UnTracked(prep) => prep.finish(output),

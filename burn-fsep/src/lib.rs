@@ -23,6 +23,8 @@
 pub mod checkpoint;
 pub mod comm;
 mod error;
+#[cfg(all(feature = "cli", unix))]
+pub mod launcher;
 pub mod moe;
 pub mod ops;
 mod runtime;

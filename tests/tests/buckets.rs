@@ -1,6 +1,9 @@
 //! Gradients reduced in buckets during backward are those that are reduced after it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use burn::{
     module::Module,
@@ -13,7 +16,7 @@ use burn_fsep::{
     comm::{Communicator, local::LaunchConfig},
     train::{GradientBuckets, GradientBucketsConfig, sync_gradients},
 };
-use burn_fsep_tests::{assert_close, device, fixed_linear, launch};
+use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, assert_close, device, fixed_linear, launch, plain_device};
 
 const WIDTH: usize = 6;
 
@@ -257,6 +260,59 @@ fn gradients_that_were_thrown_away_or_scaled() {
 }
 
 #[test]
+fn nothing_is_reduced_twice() {
+    let never = Fault { rank: 0, at: usize::MAX, mode: FaultMode::Error };
+    ranks(2, |comm| {
+        let (comm, calls) = FaultyCommunicator::new(comm, never);
+        let runtime = FsepRuntime::new(comm)?;
+        let (model, buckets) = (model(), GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime));
+        for step in 0..3 {
+            let what = Use { tied: step == 2, ..PLAIN };
+            let loss = loss(&model, Some(&buckets), what, runtime.rank(), 3);
+            let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+            let before = calls.load(Ordering::Relaxed);
+            buckets.sync(&model, &mut grads)?;
+            // What ranks have, and a reduction for each of five parameters; the first step agrees on their order, too.
+            let expected = if step == 0 { 7 } else { 6 };
+            assert_eq!(calls.load(Ordering::Relaxed) - before, expected, "step {step}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn recomputed_activations() {
+    let device = plain_device().autodiff().gradient_checkpointing();
+    ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let buckets = GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime);
+        let blocks = [1, 2, 3].map(|seed| fixed_linear(WIDTH, WIDTH, seed, &device));
+        let blocks = blocks.to_vec();
+        for step in 0..2 {
+            let gradients = |buckets: Option<&GradientBuckets>| {
+                let factor = (1 + runtime.rank() + step) as f32 * 0.1;
+                let mut x = Tensor::<2>::full([3, WIDTH], factor, &device);
+                for block in &blocks {
+                    let block = buckets.map_or_else(|| block.clone(), |buckets| buckets.prepare(block, &x));
+                    x = x.clone() + tanh(block.forward(x).exp());
+                }
+                GradientsParams::from_grads(x.square().sum().backward(), &blocks)
+            };
+            let mut expected = gradients(None);
+            sync_gradients(&runtime, &blocks, &mut expected)?;
+            let mut actual = gradients(Some(&buckets));
+            assert_eq!(buckets.num_started(), 3 * step);
+            buckets.sync(&blocks, &mut actual)?;
+            for block in &blocks {
+                let data = |grads: &GradientsParams| grads.get::<2>(block.weight.id).unwrap().into_data();
+                assert_eq!(data(&actual), data(&expected));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn compute_in_half_precision_with_gradients_in_single() {
     for n in [1, 2] {
         ranks(n, |comm| {
@@ -289,7 +345,7 @@ fn compute_in_half_precision_with_gradients_in_single() {
 fn without_autodiff_parameters_are_cast() {
     let buckets = GradientBucketsConfig::new().with_compute_dtype(FloatDType::BF16).init(&FsepRuntime::single());
     let model = model().valid();
-    let input = Tensor::<2>::ones([1, WIDTH], &burn_fsep_tests::plain_device());
+    let input = Tensor::<2>::ones([1, WIDTH], &plain_device());
     assert_eq!(buckets.prepare(&model.head, &input).weight.dtype(), DType::BF16);
 }
 

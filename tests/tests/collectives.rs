@@ -153,3 +153,27 @@ fn wrong_arguments_are_refused() {
         Ok(())
     });
 }
+
+/// One rank with a GPU of its own: ranks that share one, as the suite's do, have to go through host memory.
+#[cfg(all(feature = "libtorch", feature = "nccl"))]
+#[test]
+fn an_all_reduce_between_the_backends_operations() {
+    use burn_fsep::comm::{local::LocalCommunicator, nccl::NcclConfig};
+    use tch::{Device, Kind, Tensor};
+
+    let comm = NcclConfig::new(0).init(Arc::new(LocalCommunicator::single())).unwrap();
+    let device = comm.device().expect("a GPU of its own");
+    for op in [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Max] {
+        let len = 10_000_019;
+        let mut tensor = Tensor::zeros([len], (Kind::Float, Device::Cuda(0)));
+        for _ in 0..20 {
+            tensor += 1.0;
+        }
+        let address = tensor.data_ptr() as u64;
+        // SAFETY: the address of a contiguous tensor of `len` numbers, which lives to the end.
+        let pending = unsafe { device.start_device_all_reduce(OP, address, len as usize, op) }.unwrap();
+        pending.wait().unwrap();
+        tensor *= 2.0;
+        assert_eq!(tensor.sum(Kind::Double).double_value(&[]), 40.0 * len as f64, "{op:?}");
+    }
+}

@@ -258,7 +258,7 @@ fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) ->
     let folder = tempfile::tempdir().unwrap();
     let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
         let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
-        let model = SmallMoe::fsep(&runtime, 4, &device())?;
+        let mut model = SmallMoe::fsep(&runtime, 4, &device())?;
         let items = task_items(items[runtime.rank()] * BATCH, 1);
         let part = || RankDataset::new(InMemDataset::new(items.clone()), BATCH, &runtime);
         let loader = |part: RankDataset<_>| {
@@ -268,6 +268,11 @@ fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) ->
         let mut strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_callback(CountSteps(steps.clone()));
         if stop {
             strategy = strategy.with_callback(StopOne(runtime.rank(), interrupter.clone()));
+        }
+        if accumulation.is_some() {
+            let buckets = GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime);
+            model = model.with_buckets(buckets.clone());
+            strategy = strategy.with_gradient_buckets(buckets);
         }
         let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
         let mut training = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))

@@ -43,6 +43,19 @@ impl Reduction {
         Ok(Self { flat, comm: comm.clone(), pending })
     }
 
+    /// Reduces `len` zeros if that happens on a device. Collective: NCCL connects ranks when it first reduces that many, and
+    /// waits for all of them, which [`Reduction::start`] must not.
+    ///
+    /// # Errors
+    ///
+    /// The communicator's.
+    pub fn warm_up(comm: &Arc<dyn Communicator>, len: usize, device: Device) -> Result<(), FsepError> {
+        match Self::start(comm, vec![Part::Zeros(len, device)])?.pending {
+            Some(pending) => Ok(pending.wait()?),
+            None => Ok(()),
+        }
+    }
+
     /// Waits for the mean: one row of all parts.
     ///
     /// # Errors

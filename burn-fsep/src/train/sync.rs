@@ -1,5 +1,5 @@
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
 };
 
@@ -178,10 +178,17 @@ fn plan_buckets<M: Module>(
     runtime.comm().broadcast(Operation::new("order of gradients"), bytemuck::cast_slice_mut(&mut places), 0)?;
     let mut order: Vec<usize> = (0..places.len()).filter(|&i| places[i] > 0).collect();
     order.sort_by_key(|&i| places[i]);
-    if !order.is_empty() {
-        let parameters = order.into_iter().map(|i| (gradients.entries[i].id, gradients.num_elements(i)));
-        collector.set_buckets(split(parameters, bucket_bytes));
+    if order.is_empty() {
+        return Ok(());
     }
+    let buckets = split(order.into_iter().map(|i| (i, gradients.num_elements(i))), bucket_bytes);
+    let lens: BTreeSet<usize> =
+        buckets.iter().map(|bucket| bucket.iter().map(|&i| gradients.num_elements(i)).sum()).collect();
+    for len in lens {
+        Reduction::warm_up(runtime.dense_comm(), len, gradients.entries[buckets[0][0]].device.clone())?;
+    }
+    let ids = |bucket: Vec<usize>| bucket.into_iter().map(|i| gradients.entries[i].id).collect();
+    collector.set_buckets(buckets.into_iter().map(ids).collect());
     Ok(())
 }
 

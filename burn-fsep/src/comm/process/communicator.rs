@@ -96,8 +96,8 @@ impl ProcessCommunicator {
         send: &'a [u8],
     ) -> Result<Vec<Cow<'a, [u8]>>, CommError> {
         let data = Data::Copied(Arc::new(send.to_vec()));
-        #[allow(clippy::single_range_in_vec_init)]
-        let frames = self.meet(operation, signature, &data, |_| vec![0..send.len()])?;
+        let whole = 0..send.len();
+        let frames = self.meet(operation, signature, &data, |_| vec![whole.clone()])?;
         let payloads = frames.into_iter().map(|frame| frame.map_or(Cow::Borrowed(send), |f| Cow::Owned(f.payload)));
         let payloads: Vec<_> = payloads.collect();
         self.check_lengths(operation, payloads.iter().map(|payload| payload.len()), send.len())?;

@@ -334,7 +334,8 @@ mod tests {
 
     #[test]
     fn a_message_that_breaks_off_is_an_error_and_costs_no_memory() {
-        let whole = written(&Outgoing::frame((0, 0), "sum", Data::Copied(Arc::new(vec![1, 2])), vec![0..2], true));
+        let data = Data::Copied(Arc::new(vec![1, 2]));
+        let whole = written(&Outgoing::frame((0, 0), "sum", data, vec![0..1, 1..2], true));
         for len in 1..whole.len() {
             let error = Message::read(&mut &whole[..len]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{len}");
