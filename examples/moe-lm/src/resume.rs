@@ -62,9 +62,10 @@ pub(crate) fn resume(
             theirs.map_or("no options", String::as_str)
         )));
     }
-    if loaded.progress.step >= args.steps as u64 {
+    // The one epoch is over, with its validation.
+    if loaded.progress.epoch > 1 {
         return Err(MoeLmError::Option(format!(
-            "--resume {}: all {} steps are done; nothing is left to train",
+            "--resume {}: that training is done: all {} steps and the validation",
             loaded.path.display(),
             args.steps
         )));

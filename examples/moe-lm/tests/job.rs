@@ -138,6 +138,12 @@ fn a_job_that_was_stopped_goes_on_also_with_other_ranks() {
         }
         assert_eq!(rows(), 12, "rows before the checkpoint are kept, later ones written anew");
     }
+    // Killed in validation: nothing but that is left. Its metrics may be lost.
+    let second = summary(folder.path(), &["--ranks", "2", "--checkpoint-every", "12"]);
+    std::fs::remove_file(folder.path().join("out/metrics.jsonl")).unwrap();
+    let resumed = summary(folder.path(), &["--ranks", "4", "--resume", "auto"]);
+    let [ours, expected] = [&resumed, &second].map(|summary| summary["valid_loss"].as_f64().unwrap());
+    assert!((ours - expected).abs() <= 1e-4 * expected, "{ours}, not {expected}");
     for (options, named) in [
         (["--batch", "8", "--resume", "auto"], "that training was another one"),
         (["--hidden", "32", "--resume", "auto"], "does not fit the model"),
