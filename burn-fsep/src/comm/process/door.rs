@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use socket2::SockRef;
+
 use super::{
     JobToken, RendezvousError,
     error::system,
@@ -15,6 +17,8 @@ use super::{
 /// How many connections may be waiting to say who they are. A rank says it at once, so whoever is pushed out is a stranger
 /// or, in a flood, tries again.
 const MAX_WAITING: usize = 256;
+/// How many connections the operating system keeps until they are taken; beyond, peers have to try again.
+const BACKLOG: i32 = 1024;
 /// How many connections are taken before those waiting are looked at again.
 const BATCH: usize = 64;
 /// How long a connection may take to say who it is.
@@ -66,6 +70,8 @@ impl Waiting {
 impl<'a> Door<'a> {
     pub fn new(listener: TcpListener, token: &'a JobToken, world_size: usize) -> Result<Self, RendezvousError> {
         listener.set_nonblocking(true).map_err(system("listening for other ranks"))?;
+        // All ranks may come at once, and strangers with them.
+        SockRef::from(&listener).listen(BACKLOG).map_err(system("listening for other ranks"))?;
         Ok(Self { listener, token, world_size, waiting: VecDeque::new(), refused: None })
     }
 

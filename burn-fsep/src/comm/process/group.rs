@@ -92,9 +92,12 @@ impl Group {
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let group = Arc::new(Self { rank, size: queues.len(), timeout, state, changed });
         for (peer, queue) in queues.into_iter().enumerate() {
-            if let Some((stream, receiver)) = queue {
-                // Threads that did start end when the others' connections close.
-                link::start(&group, peer, stream, receiver).map_err(system("threads for the connections"))?;
+            let Some((stream, receiver)) = queue else { continue };
+            if let Err(error) = link::start(&group, peer, stream, receiver) {
+                let reason = format!("no threads for its connections: {error}");
+                group.fail(CommError::PeerFailed { rank, operation: "start".into(), reason });
+                group.leave();
+                return Err(system("threads for the connections")(error));
             }
         }
         Ok(group)
@@ -130,6 +133,7 @@ impl Group {
         signature: String,
         part: impl Fn(usize) -> Outgoing,
     ) -> Result<(), CommError> {
+        let parts: Vec<_> = (0..self.size).map(|peer| (peer != self.rank).then(|| part(peer))).collect();
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.error.seen_from(operation));
@@ -138,9 +142,10 @@ impl Group {
             let reason = "this rank has left the group".into();
             return Err(CommError::InvalidArgument { operation: operation.into(), reason });
         }
-        for (rank, peer) in state.peers.iter().enumerate() {
-            if let Some(queue) = &peer.queue {
-                let _ = queue.send(part(rank));
+        for (peer, part) in state.peers.iter().zip(parts) {
+            if let (Some(queue), Some(part)) = (&peer.queue, part) {
+                // Without its writer, the peer is gone, which shows.
+                let _ = queue.send(part);
             }
         }
         self.round(&mut state, key).ours = Some(signature);
@@ -213,6 +218,9 @@ impl Group {
     /// A peer's part has come.
     pub fn deliver(&self, key: RoundKey, peer: usize, frame: Frame) {
         let mut state = self.state.lock();
+        if state.has_left {
+            return;
+        }
         let unclaimed = state.peers[peer].unclaimed + 1;
         let round = self.round(&mut state, key);
         if round.frames[peer].is_some() || unclaimed > MAX_UNCLAIMED {

@@ -70,7 +70,7 @@ fn reach_rank_0(config: &ProcessConfig) -> Result<(TcpStream, TcpListener), Rend
 /// One attempt to be welcomed by rank 0; also opens the socket on which this rank listens for its peers, at the address from
 /// which it reaches rank 0 and at no other.
 fn attempt(config: &ProcessConfig, address: SocketAddr) -> Result<(TcpStream, TcpListener), Attempt> {
-    let mut stream = TcpStream::connect_timeout(&address, config.rendezvous_timeout.min(ATTEMPT))?;
+    let mut stream = TcpStream::connect_timeout(&address, ATTEMPT)?;
     let own = stream.local_addr()?;
     if own == address {
         // Where nobody listens yet, TCP may connect a socket with itself.

@@ -18,6 +18,9 @@ use super::{
 /// How long a rank may take to receive a notice.
 const DELIVERY: Duration = Duration::from_secs(5);
 
+/// How long rank 0 still tells ranks that come later that a rank was lost. Ranks that are started together come within it.
+const LINGER: Duration = Duration::from_secs(2);
+
 /// A rank that has come.
 struct Seat {
     stream: TcpStream,
@@ -36,17 +39,35 @@ pub(super) fn gather(config: &ProcessConfig) -> Result<Links, RendezvousError> {
     let result =
         wait_for_ranks(config, &mut door, &mut seats).and_then(|()| introduce(config, own, &mut door, &mut seats));
     if let Err(error) = &result {
-        let notice = match error {
-            RendezvousError::Missing { missing, .. } => Notice::Missing(missing.clone()),
-            RendezvousError::Lost { rank, .. } => Notice::Lost(*rank),
-            _ => Notice::Lost(0),
-        };
-        for seat in seats.iter_mut().flatten() {
-            let _ = tell(seat, &notice);
-        }
+        call_off(error, &mut door, &mut seats);
     }
     result?;
     Ok(seats.into_iter().map(|seat| seat.map(|seat| seat.stream)).collect())
+}
+
+/// Tells all ranks, also those that come a little later, why the rendezvous is off.
+fn call_off(error: &RendezvousError, door: &mut Door<'_>, seats: &mut [Option<Seat>]) {
+    let (notice, linger) = match error {
+        RendezvousError::Missing { missing, .. } => (Notice::Missing(missing.clone()), Duration::ZERO),
+        RendezvousError::Lost { rank, .. } => (Notice::Lost(*rank), LINGER),
+        _ => (Notice::Lost(0), Duration::ZERO),
+    };
+    let start = Instant::now();
+    let mut told = vec![false; seats.len()];
+    loop {
+        for (seat, told) in seats.iter_mut().zip(&mut told) {
+            if let Some(seat) = seat.as_mut().filter(|_| !*told) {
+                let _ = tell(seat, &notice);
+                *told = true;
+            }
+        }
+        if seats[1..].iter().all(Option::is_some) || start.elapsed() >= linger {
+            return;
+        }
+        if !door.turn(|hello, stream| seat(hello, stream, seats)) {
+            std::thread::sleep(POLL);
+        }
+    }
 }
 
 fn wait_for_ranks(
