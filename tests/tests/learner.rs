@@ -19,7 +19,7 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
-    comm::local::{LaunchConfig, launch},
+    comm::local::LaunchConfig,
     train::{
         FsepStrategy, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset, SilentRenderer,
         StaticImbalanceMetric,
@@ -30,8 +30,8 @@ use burn_fsep_planner::{
     callback::{CallbackError, StepContext, TrainingCallback},
 };
 use burn_fsep_tests::{
-    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, plain_device, task_items,
-    train_by_hand,
+    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch_control as launch,
+    plain_device, task_items, train_by_hand,
 };
 
 const SEED: u64 = 3;
