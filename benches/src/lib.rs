@@ -3,6 +3,11 @@
 //! The competitors take turns in one run, so that a machine that slows down slows all of them; results are ratios of
 //! medians.
 
+#![cfg_attr(feature = "libtorch", allow(deprecated))] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
+
+#[cfg(feature = "libtorch")]
+pub mod fused;
+
 use std::time::Duration;
 
 /// Times of one competitor.

@@ -87,6 +87,9 @@ def main():
             download(wheels, [TORCH] + CPU_NEEDS, with_needs=False)
         for wheel in sorted(pathlib.Path(wheels).glob("*.whl")):
             unpack(wheel, folder, args.cuda)
+    if args.cuda and not (folder / "lib" / "libnccl.so").exists():
+        # The name under which cudarc looks for it.
+        (folder / "lib" / "libnccl.so").symlink_to("libnccl.so.2")
     (folder / "env").write_text(ENV.format(folder=folder))
     complete.write_text(TORCH)
     print(f"LibTorch is in {folder}: . {os.path.relpath(folder)}/env")

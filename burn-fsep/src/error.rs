@@ -1,7 +1,7 @@
 use burn_fsep_planner::PlannerError;
 use thiserror::Error;
 
-use crate::comm::CommError;
+use crate::{checkpoint::CheckpointError, comm::CommError};
 
 /// What can go wrong in `burn-fsep`.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -13,6 +13,9 @@ pub enum FsepError {
     /// The planner refused its input.
     #[error(transparent)]
     Planner(#[from] PlannerError),
+    /// A checkpoint could not be saved or loaded.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A configuration that cannot work.
     #[error("invalid configuration: {0}")]
     Config(String),

@@ -8,6 +8,7 @@
 //! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
 //! - [`comm`]: communicators, and the launcher of local ranks;
+//! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
 //! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
 //! - [`ops`]: the backend extension that does the work.
 //!
@@ -19,6 +20,7 @@
 // Burn deprecates its LibTorch backend in favour of CubeCL; until that is as fast, the feature `libtorch` uses it.
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+pub mod checkpoint;
 pub mod comm;
 mod error;
 #[cfg(all(feature = "cli", unix))]
@@ -26,9 +28,13 @@ pub mod launcher;
 pub mod moe;
 pub mod ops;
 mod runtime;
+mod schedule;
 pub mod shard;
+mod timeline;
 #[cfg(feature = "train")]
 pub mod train;
 pub use error::FsepError;
 pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
 pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats, percentile};
+pub use schedule::{Restore, ScheduleConfig};
+pub use timeline::{Timeline, TimelineRecord, TimelineSpan};

@@ -5,20 +5,10 @@ use burn_fsep::comm::{
     local::{self, LaunchConfig, RankError},
 };
 
-/// Runs `program` as `N` ranks over the engine that the suite was built for: local threads; with the feature `nccl` the same
-/// threads over NCCL, sharing the first GPU; with `process-comm` the same threads, connected by TCP as processes are.
-pub fn launch<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
-where
-    T: Send,
-    E: Send + fmt::Display + From<CommError>,
-    F: Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync,
-{
-    launch_control(config, |comm| program(engine(comm, config)?))
-}
-
-/// As [`launch`], but over the control group where there is one: whose errors say which rank failed.
+/// Runs `program` as `N` ranks that are threads of this process, over the engine of local threads; with the feature
+/// `process-comm` connected by TCP as processes are. For processes, also over NCCL, see [`RankProcesses`](crate::RankProcesses).
 #[cfg(not(feature = "process-comm"))]
-pub fn launch_control<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
+pub fn launch<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
 where
     T: Send,
     E: Send + fmt::Display + From<CommError>,
@@ -27,13 +17,13 @@ where
     local::launch(config, program)
 }
 
-/// As [`launch`], but over the control group where there is one: whose errors say which rank failed.
+/// Runs `program` as `N` ranks that are threads of this process, connected by TCP as processes are.
 ///
 /// # Panics
 ///
 /// If the operating system refuses a socket or random numbers.
 #[cfg(feature = "process-comm")]
-pub fn launch_control<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
+pub fn launch<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
 where
     T: Send,
     E: Send + fmt::Display + From<CommError>,
@@ -51,15 +41,4 @@ where
         }
         process.run(&program)
     })
-}
-
-#[cfg(not(feature = "nccl"))]
-fn engine(comm: Arc<dyn Communicator>, _config: &LaunchConfig) -> Result<Arc<dyn Communicator>, CommError> {
-    Ok(comm)
-}
-
-#[cfg(feature = "nccl")]
-fn engine(comm: Arc<dyn Communicator>, config: &LaunchConfig) -> Result<Arc<dyn Communicator>, CommError> {
-    use burn_fsep::comm::nccl::NcclConfig;
-    Ok(Arc::new(NcclConfig::new(0).with_timeout(config.timeout).init(comm)?))
 }

@@ -120,8 +120,8 @@ impl Communicator for FaultyCommunicator {
         self.inner.failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
-        let inner = self.inner.duplicate()?;
+    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        let inner = self.inner.duplicate(name)?;
         Ok(Arc::new(Self { inner, fault: self.fault, calls: self.calls.clone() }))
     }
 }
@@ -194,7 +194,7 @@ impl Communicator for CorruptingCommunicator {
         self.inner.failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self { inner: self.inner.duplicate()?, operation: self.operation }))
+    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self { inner: self.inner.duplicate(name)?, operation: self.operation }))
     }
 }

@@ -12,16 +12,20 @@ mod faults;
 mod layouts;
 mod model;
 mod parity;
+mod processes;
+mod trainer;
 mod training;
 
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
-pub use engine::{launch, launch_control};
+pub use engine::launch;
 pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
-pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, task_items};
-pub use parity::{ParityCase, check_parity, check_parity_with};
-pub use training::{HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
+pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
+pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
+pub use processes::{RankOutput, RankProcesses, rank_of_process};
+pub use trainer::Trainer;
+pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 
 use burn::tensor::Device;
 

@@ -12,7 +12,7 @@ use burn::{
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     moe::DenseMoE,
-    train::{FsepStats, broadcast_parameters, clip_grad_norm},
+    train::{FsepStats, GradientBuckets, broadcast_parameters, clip_grad_norm},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -37,6 +37,8 @@ pub struct SmallMoe {
     output: Linear,
     #[module(skip)]
     runtime: FsepRuntime,
+    #[module(skip)]
+    buckets: Option<GradientBuckets>,
 }
 
 fn moe_config() -> FSEPMoEConfig {
@@ -50,9 +52,17 @@ impl SmallMoe {
     ///
     /// As `broadcast_parameters`.
     pub fn fsep(runtime: &FsepRuntime, slots: usize, device: &Device) -> Result<Self, FsepError> {
-        let layers = (0..LAYERS)
-            .map(|_| moe_config().with_slots_per_rank(Some(slots)).try_init(runtime, device).map(FeedForward::Fsep));
-        let model = Self::new(layers.collect::<Result<_, _>>()?, runtime, device);
+        Self::fsep_of(&moe_config().with_slots_per_rank(Some(slots)), runtime, device)
+    }
+
+    /// As [`SmallMoe::fsep`], with layers of another configuration.
+    ///
+    /// # Errors
+    ///
+    /// As `FSEPMoEConfig::try_init` and `broadcast_parameters`.
+    pub fn fsep_of(config: &FSEPMoEConfig, runtime: &FsepRuntime, device: &Device) -> Result<Self, FsepError> {
+        let layers = (0..LAYERS).map(|_| config.try_init(runtime, device).map(FeedForward::Fsep));
+        let model = Self::new(config.hidden_size, layers.collect::<Result<_, _>>()?, runtime, device);
         broadcast_parameters(runtime, model)
     }
 
@@ -62,30 +72,64 @@ impl SmallMoe {
     ///
     /// As `FSEPMoEConfig::init_dense`.
     pub fn dense(seed: u64, device: &Device) -> Result<Self, FsepError> {
-        let layers = (0..LAYERS).map(|layer| moe_config().init_dense(seed, layer, device).map(FeedForward::Dense));
-        Ok(Self::new(layers.collect::<Result<_, _>>()?, &FsepRuntime::single(), device))
+        Self::dense_of(&moe_config(), seed, device)
     }
 
-    fn new(layers: Vec<FeedForward>, runtime: &FsepRuntime, device: &Device) -> Self {
+    /// As [`SmallMoe::dense`], with layers of another configuration.
+    ///
+    /// # Errors
+    ///
+    /// As `FSEPMoEConfig::init_dense`.
+    pub fn dense_of(config: &FSEPMoEConfig, seed: u64, device: &Device) -> Result<Self, FsepError> {
+        let layers = (0..LAYERS).map(|layer| config.init_dense(seed, layer, device).map(FeedForward::Dense));
+        Ok(Self::new(config.hidden_size, layers.collect::<Result<_, _>>()?, &FsepRuntime::single(), device))
+    }
+
+    fn new(hidden: usize, layers: Vec<FeedForward>, runtime: &FsepRuntime, device: &Device) -> Self {
         Self {
-            input: fixed_linear(FEATURES, HIDDEN, 1, device),
+            input: fixed_linear(FEATURES, hidden, 1, device),
             layers,
-            output: fixed_linear(HIDDEN, FEATURES, 2, device),
+            output: fixed_linear(hidden, FEATURES, 2, device),
             runtime: runtime.clone(),
+            buckets: None,
         }
+    }
+
+    /// Prepares every block for `buckets`.
+    pub fn with_buckets(mut self, buckets: GradientBuckets) -> Self {
+        self.buckets = Some(buckets);
+        self
     }
 
     /// Mean squared error. `[B, 6] -> [1]`
     pub fn loss(&self, batch: &TaskBatch) -> Tensor<1> {
-        let mut hidden = self.input.forward(batch.inputs.clone());
+        let mut hidden = self.prepare(&self.input, &batch.inputs).forward(batch.inputs.clone());
         for layer in &self.layers {
-            let output = match layer {
+            let output = match self.prepare(layer, &hidden) {
                 FeedForward::Fsep(moe) => moe.forward(hidden.clone()),
                 FeedForward::Dense(moe) => moe.forward(hidden.clone()),
             };
             hidden = hidden + output;
         }
-        (self.output.forward(hidden) - batch.targets.clone()).square().mean()
+        let output = self.prepare(&self.output, &hidden).forward(hidden);
+        (output - batch.targets.clone()).square().mean()
+    }
+
+    fn prepare<M: Module>(&self, module: &M, input: &Tensor<2>) -> M {
+        match &self.buckets {
+            Some(buckets) => buckets.prepare(module, input),
+            None => module.clone(),
+        }
+    }
+
+    /// The loss on a batch of all of the items. Collective.
+    pub fn loss_of(&self, items: &[TaskItem]) -> f32 {
+        self.loss(&TaskBatcher.batch(items.to_vec(), &self.input.weight.device())).into_scalar::<f32>()
+    }
+
+    /// Multiplies the input layer's weights: ranks that do so differently have different replicated parameters.
+    pub fn scale_input(&mut self, factor: f64) {
+        self.input.weight = self.input.weight.clone().map(|weight| (weight * factor).detach().require_grad());
     }
 
     /// Values of all replicated parameters.
@@ -104,8 +148,8 @@ impl SmallMoe {
     }
 }
 
-/// A linear layer with values that depend on `seed` alone: Burn's generator is shared by all threads.
-fn fixed_linear(inputs: usize, outputs: usize, seed: u64, device: &Device) -> Linear {
+/// A linear layer without bias, with values that depend on `seed` alone: Burn's generator is shared by all threads.
+pub fn fixed_linear(inputs: usize, outputs: usize, seed: u64, device: &Device) -> Linear {
     let mut rng = StdRng::seed_from_u64(seed);
     let values: Vec<f32> = (0..inputs * outputs).map(|_| rng.random_range(-0.5..0.5)).collect();
     let mut linear = LinearConfig::new(inputs, outputs).with_bias(false).init(device);

@@ -7,6 +7,7 @@ use burn_fsep::{
     moe::DenseMoE,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde::{Deserialize, Serialize};
 
 use crate::{SplitAny, assert_close, device, launch, random_layout};
 
@@ -27,7 +28,9 @@ pub struct ParityCase {
     pub seed: u64,
 }
 
-struct Step {
+/// What one step leaves on a rank.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ParityStep {
     output: Vec<f32>,
     d_input: Vec<f32>,
     d_router: Vec<f32>,
@@ -57,19 +60,33 @@ pub fn check_parity_with(
     tolerance: f64,
     wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
 ) -> f64 {
-    let (ranks, hidden) = (case.tokens.len(), case.config.hidden_size);
-    let total: usize = case.tokens.iter().sum();
-    let mut rng = StdRng::seed_from_u64(case.seed);
-    let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
-    let inputs: Vec<_> = (0..case.steps).map(|_| (values(total * hidden), values(total * hidden))).collect();
+    let results = launch(&LaunchConfig::new(case.tokens.len()), |comm| case.run_rank(wrap(comm)));
+    let results = results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
+    case.compare(results, tolerance)
+}
 
-    let dense = case.config.init_dense(case.seed, 0, &device()).unwrap();
-    let expected: Vec<Step> = inputs.iter().map(|(x, target)| dense_step(&dense, x, target, case)).collect();
+impl ParityCase {
+    /// Inputs and targets of all ranks, by step. `[T * D]` each
+    fn inputs(&self) -> Vec<(Vec<f32>, Vec<f32>)> {
+        let len = self.tokens.iter().sum::<usize>() * self.config.hidden_size;
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let mut values = || -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+        (0..self.steps).map(|_| (values(), values())).collect()
+    }
 
-    let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<Vec<Step>, FsepError> {
-        let rank = comm.rank();
+    /// One rank's part.
+    ///
+    /// # Errors
+    ///
+    /// Any [`FsepError`].
+    ///
+    /// # Panics
+    ///
+    /// If a gradient is missing.
+    pub fn run_rank(&self, comm: Arc<dyn Communicator>) -> Result<Vec<ParityStep>, FsepError> {
+        let (case, rank, ranks, hidden) = (self, comm.rank(), comm.size(), self.config.hidden_size);
         let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(case.split.factory());
-        let runtime = runtime.init(wrap(comm))?;
+        let runtime = runtime.init(comm)?;
         let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
         let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;
         let mine = start..start + case.tokens[rank] * hidden;
@@ -84,12 +101,13 @@ pub fn check_parity_with(
                 Tensor::<2>::from_data(data, &device())
             };
             let x = matrix(x).require_grad();
+            runtime.begin_step(&layer)?;
             runtime.run(|| {
                 let output = layer.forward_with_losses(x.clone());
                 let loss = (output.hidden.clone() * matrix(target)).sum();
                 let loss = output.aux_loss.into_iter().fold(loss, |loss, aux| loss + aux);
                 let grads = loss.backward();
-                Step {
+                ParityStep {
                     output: floats(output.hidden.inner()),
                     d_input: floats(x.grad(&grads).expect("input gradient")),
                     d_router: floats(layer.router.weight.val().grad(&grads).expect("router gradient")),
@@ -97,44 +115,55 @@ pub fn check_parity_with(
                 }
             })
         };
-        inputs.iter().enumerate().map(step).collect()
-    });
-    let results: Vec<Vec<Step>> =
-        results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
-
-    let mut worst = 0.0f64;
-    for (i, expected) in expected.iter().enumerate() {
-        let parts: Vec<&Step> = results.iter().map(|steps| &steps[i]).collect();
-        let all = |part: fn(&Step) -> &Vec<f32>| parts.iter().flat_map(|s| part(s).iter().copied()).collect::<Vec<_>>();
-        // A rank's gradients are those of its own loss; the dense ones of the mean over ranks.
-        let share = |values: Vec<f32>| values.into_iter().map(|v| v / ranks as f32).collect::<Vec<_>>();
-        let mut router = vec![0.0; expected.d_router.len()];
-        for part in &parts {
-            router.iter_mut().zip(&part.d_router).for_each(|(sum, d)| *sum += d);
-        }
-        let experts = whole_experts(&parts, case, expected.d_experts.len());
-        let per_expert = expected.d_experts.len() / case.config.num_moe_experts;
-        let mut compare = |what: &str, actual: &[f32], expected: &[f32]| {
-            let data = |values: &[f32]| TensorData::new(values.to_vec(), [values.len()]);
-            let what = format!("{what}, step {i}, {case:?}");
-            worst = worst.max(assert_close(&what, &data(actual), &data(expected), tolerance));
-        };
-        compare("output", &all(|s| &s.output), &expected.output);
-        compare("input gradient", &share(all(|s| &s.d_input)), &expected.d_input);
-        let router = share(router);
-        if case.config.moe_router_topk == 1 && !has_auxiliary_losses(&case.config) {
-            // The probability of an only choice is 1 whatever the router says: its gradient is rounding alone.
-            let largest = router.iter().chain(&expected.d_router).fold(0.0f32, |a, d| a.max(d.abs()));
-            assert!(largest <= 1e-7, "router gradient of top-1, step {i}, {case:?}: {largest:e}");
-        } else {
-            compare("router gradient", &router, &expected.d_router);
-        }
-        let by_expert = experts.chunks(per_expert).zip(expected.d_experts.chunks(per_expert));
-        for (expert, (actual, expected)) in by_expert.enumerate() {
-            compare(&format!("gradient of expert {expert}"), actual, expected);
-        }
+        self.inputs().iter().enumerate().map(step).collect()
     }
-    worst
+
+    /// Compares what the ranks have with the dense layer; see [`check_parity`]. `[N][steps]`
+    ///
+    /// # Panics
+    ///
+    /// If they differ.
+    pub fn compare(&self, results: Vec<Vec<ParityStep>>, tolerance: f64) -> f64 {
+        let (case, ranks) = (self, self.tokens.len());
+        let dense = case.config.init_dense(case.seed, 0, &device()).unwrap();
+        let expected: Vec<ParityStep> =
+            self.inputs().iter().map(|(x, target)| dense_step(&dense, x, target, case)).collect();
+        let mut worst = 0.0f64;
+        for (i, expected) in expected.iter().enumerate() {
+            let parts: Vec<&ParityStep> = results.iter().map(|steps| &steps[i]).collect();
+            let all = |part: fn(&ParityStep) -> &Vec<f32>| {
+                parts.iter().flat_map(|s| part(s).iter().copied()).collect::<Vec<_>>()
+            };
+            // A rank's gradients are those of its own loss; the dense ones of the mean over ranks.
+            let share = |values: Vec<f32>| values.into_iter().map(|v| v / ranks as f32).collect::<Vec<_>>();
+            let mut router = vec![0.0; expected.d_router.len()];
+            for part in &parts {
+                router.iter_mut().zip(&part.d_router).for_each(|(sum, d)| *sum += d);
+            }
+            let experts = whole_experts(&parts, case, expected.d_experts.len());
+            let per_expert = expected.d_experts.len() / case.config.num_moe_experts;
+            let mut compare = |what: &str, actual: &[f32], expected: &[f32]| {
+                let data = |values: &[f32]| TensorData::new(values.to_vec(), [values.len()]);
+                let what = format!("{what}, step {i}, {case:?}");
+                worst = worst.max(assert_close(&what, &data(actual), &data(expected), tolerance));
+            };
+            compare("output", &all(|s| &s.output), &expected.output);
+            compare("input gradient", &share(all(|s| &s.d_input)), &expected.d_input);
+            let router = share(router);
+            if case.config.moe_router_topk == 1 && !has_auxiliary_losses(&case.config) {
+                // The probability of an only choice is 1 whatever the router says: its gradient is rounding alone.
+                let largest = router.iter().chain(&expected.d_router).fold(0.0f32, |a, d| a.max(d.abs()));
+                assert!(largest <= 1e-7, "router gradient of top-1, step {i}, {case:?}: {largest:e}");
+            } else {
+                compare("router gradient", &router, &expected.d_router);
+            }
+            let by_expert = experts.chunks(per_expert).zip(expected.d_experts.chunks(per_expert));
+            for (expert, (actual, expected)) in by_expert.enumerate() {
+                compare(&format!("gradient of expert {expert}"), actual, expected);
+            }
+        }
+        worst
+    }
 }
 
 fn has_auxiliary_losses(config: &FSEPMoEConfig) -> bool {
@@ -145,7 +174,7 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) -> Step {
+fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) -> ParityStep {
     let hidden = case.config.hidden_size;
     let matrix = |values: &[f32]| {
         Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len() / hidden, hidden]), &device())
@@ -156,7 +185,7 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
     let loss = loss + auxiliary_losses(dense, x.clone(), case);
     let grads = loss.backward();
     let or_zeros = |grad: Option<Tensor<2>>, like: Tensor<2>| floats(grad.unwrap_or_else(|| like.inner().zeros_like()));
-    Step {
+    ParityStep {
         output: floats(output.hidden.inner()),
         d_input: or_zeros(x.grad(&grads), x),
         d_router: or_zeros(dense.router.weight.val().grad(&grads), dense.router.weight.val()),
@@ -192,7 +221,7 @@ fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, case: &ParityCase) -> Tensor
 }
 
 /// Puts the experts' gradients together from the ranks' parts. `len` is `E * P`.
-fn whole_experts(parts: &[&Step], case: &ParityCase, len: usize) -> Vec<f32> {
+fn whole_experts(parts: &[&ParityStep], case: &ParityCase, len: usize) -> Vec<f32> {
     let experts = case.config.num_moe_experts;
     if case.config.expert_parallelism == ExpertParallelism::Static {
         return parts.iter().flat_map(|part| part.d_experts.iter().copied()).collect();

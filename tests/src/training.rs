@@ -5,11 +5,11 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    train::{clip_grad_norm, sync_gradients},
+    train::{GradientBucketsConfig, clip_grad_norm, sync_gradients},
 };
 use burn_fsep_planner::{
     PlannerConfig, Strategy,
-    callback::{StepContext, TrainingCallback},
+    callback::{CallbackError, StepContext, TrainingCallback},
 };
 
 use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
@@ -23,6 +23,17 @@ pub enum LayoutSource {
     Random,
 }
 
+/// How the replicated parameters' gradients are averaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GradientSync {
+    /// Not at all: a negative control.
+    Off,
+    /// After backward.
+    AfterBackward,
+    /// During backward, in buckets of so many bytes.
+    Buckets(usize),
+}
+
 /// Training of the small model in a loop of the user's own.
 #[derive(Debug, Clone, Copy)]
 pub struct HandTraining {
@@ -34,8 +45,8 @@ pub struct HandTraining {
     pub clip: f64,
     /// Where layouts come from.
     pub layouts: LayoutSource,
-    /// Whether the replicated parameters' gradients are averaged: off is a negative control.
-    pub sync: bool,
+    /// How the replicated parameters' gradients are averaged.
+    pub sync: GradientSync,
 }
 
 /// A rank's losses and what it ended with.
@@ -49,6 +60,8 @@ pub struct Trained {
     pub layouts: usize,
     /// Largest norm of a gradient before clipping.
     pub largest_norm: f64,
+    /// Reductions of gradients that backward has started.
+    pub overlapped: usize,
 }
 
 /// Training without a strategy: the loop that the README shows. Items are used again when there are no more.
@@ -56,41 +69,50 @@ pub struct Trained {
 /// # Errors
 ///
 /// Any [`FsepError`].
-///
-/// # Panics
-///
-/// If the planner fails.
 pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandTraining) -> Result<Trained, FsepError> {
     let HandTraining { steps, batch, clip, layouts, sync } = *training;
     let device = device();
     let slots = small_slots(runtime.world_size());
     let mut model = SmallMoe::fsep(runtime, slots, &device)?;
+    let buckets = match sync {
+        GradientSync::Buckets(bytes) => Some(GradientBucketsConfig::new().with_bucket_bytes(bytes).init(runtime)),
+        _ => None,
+    };
+    if let Some(buckets) = &buckets {
+        model = model.with_buckets(buckets.clone());
+    }
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
     let mut planner = match layouts {
         LayoutSource::Planner(strategy) => Some(PlannerConfig::new(strategy).with_synchronous(true).init()),
         LayoutSource::Random => None,
     };
     let share = batch / runtime.world_size();
-    let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0 };
+    let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
     let mut layout = runtime.layout(0);
     if let Some(planner) = &mut planner {
-        planner.on_train_start(runtime).unwrap();
+        planner.on_train_start(runtime).map_err(callback_failed)?;
     }
     for step in 0..steps {
         let start = step * batch % items.len() + runtime.rank() * share;
         let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device);
+        runtime.begin_step(&model)?;
         let (loss, mut grads) = runtime.run(|| {
             let loss = model.loss(&batch);
             let value = loss.clone().into_scalar::<f32>();
             (value, GradientsParams::from_grads(loss.backward(), &model))
         })?;
-        if sync {
-            sync_gradients(runtime, &model, &mut grads)?;
+        match &buckets {
+            Some(buckets) => {
+                trained.overlapped += buckets.num_started();
+                buckets.sync(&model, &mut grads)?;
+            }
+            None if sync == GradientSync::Off => {}
+            None => sync_gradients(runtime, &model, &mut grads)?,
         }
         let norm = clip_grad_norm(runtime, &model, &mut grads, clip)?;
         model = optimizer.step(1e-2, model, grads);
         match &mut planner {
-            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).unwrap(),
+            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).map_err(callback_failed)?,
             None => {
                 for layer in 0..runtime.num_layers() {
                     let seed = (step * runtime.num_layers() + layer) as u64;
@@ -108,7 +130,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         layout = runtime.layout(0);
     }
     if let Some(planner) = &mut planner {
-        planner.on_train_end(runtime).unwrap();
+        planner.on_train_end(runtime).map_err(callback_failed)?;
     }
     trained.replicated = model.replicated();
     Ok(trained)
@@ -117,4 +139,8 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
 /// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
 pub fn small_slots(world_size: usize) -> usize {
     8 / world_size + 1
+}
+
+fn callback_failed(error: CallbackError) -> FsepError {
+    FsepError::Callback(error.to_string())
 }

@@ -100,7 +100,7 @@ fn blocks_of_any_size_and_order_arrive() {
 #[test]
 fn duplicates_have_an_order_of_their_own() {
     on_ranks(2, |comm| {
-        let other = comm.duplicate()?;
+        let other = comm.duplicate("other")?;
         let exchange = |comm: &dyn Communicator, value: u8| {
             let peer = 1 - comm.rank();
             let block = |offset| vec![Block { peer, offset, len: 1 }];
@@ -152,4 +152,28 @@ fn wrong_arguments_are_refused() {
         assert!(matches!(comm.start_all_to_all_v(OP, send, plan), Err(CommError::InvalidArgument { .. })));
         Ok(())
     });
+}
+
+/// One rank with a GPU of its own: ranks that share one, as the suite's do, have to go through host memory.
+#[cfg(all(feature = "libtorch", feature = "nccl"))]
+#[test]
+fn an_all_reduce_between_the_backends_operations() {
+    use burn_fsep::comm::{local::LocalCommunicator, nccl::NcclConfig};
+    use tch::{Device, Kind, Tensor};
+
+    let comm = NcclConfig::new(0).init(Arc::new(LocalCommunicator::single())).unwrap();
+    let device = comm.device().expect("a GPU of its own");
+    for op in [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Max] {
+        let len = 10_000_019;
+        let mut tensor = Tensor::zeros([len], (Kind::Float, Device::Cuda(0)));
+        for _ in 0..20 {
+            tensor += 1.0;
+        }
+        let address = tensor.data_ptr() as u64;
+        // SAFETY: the address of a contiguous tensor of `len` numbers, which lives to the end.
+        let pending = unsafe { device.start_device_all_reduce(OP, address, len as usize, op) }.unwrap();
+        pending.wait().unwrap();
+        tensor *= 2.0;
+        assert_eq!(tensor.sum(Kind::Double).double_value(&[]), 40.0 * len as f64, "{op:?}");
+    }
 }

@@ -13,7 +13,7 @@ use burn_fsep::{
         local::{LaunchConfig, LocalCommunicator, RankError},
     },
 };
-use burn_fsep_tests::{device, launch_control as launch};
+use burn_fsep_tests::{device, launch};
 
 const HIDDEN: usize = 4;
 

@@ -18,7 +18,7 @@ use burn_fsep::{
     train::{clip_grad_norm, sync_gradients},
 };
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch_control as launch};
+use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch};
 
 const RANKS: usize = 3;
 const LIMIT: Duration = Duration::from_secs(5);

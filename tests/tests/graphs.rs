@@ -15,7 +15,7 @@ use burn_fsep::{
     },
     train::sync_gradients,
 };
-use burn_fsep_tests::{assert_close, device, launch_control as launch, plain_device};
+use burn_fsep_tests::{assert_close, device, launch, plain_device};
 
 const HIDDEN: usize = 4;
 

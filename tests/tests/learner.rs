@@ -21,8 +21,8 @@ use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
     train::{
-        FsepStrategy, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset, SilentRenderer,
-        StaticImbalanceMetric,
+        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset,
+        SilentRenderer, StaticImbalanceMetric,
     },
 };
 use burn_fsep_planner::{
@@ -30,8 +30,8 @@ use burn_fsep_planner::{
     callback::{CallbackError, StepContext, TrainingCallback},
 };
 use burn_fsep_tests::{
-    HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch_control as launch,
-    plain_device, task_items, train_by_hand,
+    GradientSync, HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device,
+    task_items, train_by_hand,
 };
 
 const SEED: u64 = 3;
@@ -61,7 +61,8 @@ fn the_learner_trains_on_four_ranks() {
     let items = task_items(40 * BATCH, 1);
     let results = launch(&LaunchConfig::new(4).with_timeout(Duration::from_secs(20)), |comm| {
         let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
-        let model = SmallMoe::fsep(&runtime, 3, &device())?;
+        let buckets = GradientBucketsConfig::new().with_bucket_bytes(300).init(&runtime);
+        let model = SmallMoe::fsep(&runtime, 3, &device())?.with_buckets(buckets.clone());
         let loader = |items: &[TaskItem]| -> Result<_, FsepError> {
             let part = RankDataset::new(InMemDataset::new(items.to_vec()), BATCH, &runtime)?;
             let size = part.batch_size();
@@ -73,6 +74,7 @@ fn the_learner_trains_on_four_ranks() {
         let strategy = Arc::new(
             FsepStrategy::new(runtime.clone(), plain_device())
                 .with_max_grad_norm(CLIP)
+                .with_gradient_buckets(buckets)
                 .with_callback(planner)
                 .with_callback(CountLayouts { last: None, changes: changes.clone() }),
         );
@@ -99,7 +101,7 @@ fn the_learner_trains_on_four_ranks() {
     let results: Vec<_> = results.into_iter().map(Result::unwrap).collect();
     // A loop of one's own over the same batches, twice: the same bits.
     let layouts = LayoutSource::Planner(Strategy::MinMax);
-    let training = HandTraining { steps: 80, batch: BATCH, clip: CLIP, layouts, sync: true };
+    let training = HandTraining { steps: 80, batch: BATCH, clip: CLIP, layouts, sync: GradientSync::AfterBackward };
     let by_hand = launch(&LaunchConfig::new(4), |comm| {
         train_by_hand(&FsepRuntimeConfig::new().with_seed(SEED).init(comm)?, &items, &training)
     });
@@ -256,7 +258,7 @@ fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) ->
     let folder = tempfile::tempdir().unwrap();
     let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
         let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
-        let model = SmallMoe::fsep(&runtime, 4, &device())?;
+        let mut model = SmallMoe::fsep(&runtime, 4, &device())?;
         let items = task_items(items[runtime.rank()] * BATCH, 1);
         let part = || RankDataset::new(InMemDataset::new(items.clone()), BATCH, &runtime);
         let loader = |part: RankDataset<_>| {
@@ -266,6 +268,11 @@ fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) ->
         let mut strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_callback(CountSteps(steps.clone()));
         if stop {
             strategy = strategy.with_callback(StopOne(runtime.rank(), interrupter.clone()));
+        }
+        if accumulation.is_some() {
+            let buckets = GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime);
+            model = model.with_buckets(buckets.clone());
+            strategy = strategy.with_gradient_buckets(buckets);
         }
         let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
         let mut training = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))

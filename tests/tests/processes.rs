@@ -17,7 +17,7 @@ use burn_fsep::{
     launcher::LauncherConfig,
 };
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{HandTraining, LayoutSource, launch_control, task_items, train_by_hand};
+use burn_fsep_tests::{GradientSync, HandTraining, LayoutSource, launch, task_items, train_by_hand};
 
 /// Within this time a survivor has to have ended. Much shorter than any timeout, so that it was no timeout.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -308,9 +308,9 @@ fn processes_train_as_threads_do() {
         batch: 8 * 3,
         clip: 1.0,
         layouts: LayoutSource::Planner(Strategy::MinMax),
-        sync: true,
+        sync: GradientSync::AfterBackward,
     };
-    let threads = launch_control(&LaunchConfig::new(3), |comm| -> Result<String, FsepError> {
+    let threads = launch(&LaunchConfig::new(3), |comm| -> Result<String, FsepError> {
         let trained = train_by_hand(&FsepRuntime::new(comm)?, &task_items(8 * 3 * 8, 3), &training)?;
         Ok(format!("losses {:?}", trained.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>()))
     });

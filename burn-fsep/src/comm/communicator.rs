@@ -212,12 +212,12 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     fn failure(&self) -> Option<CommError>;
 
     /// A second communicator over the same ranks with an order of its own, so that (for example) weights and tokens
-    /// need not wait for each other. Collective: all ranks call it in the same order.
+    /// need not wait for each other. `name` tells what it carries. Collective: all ranks call it in the same order.
     ///
     /// # Errors
     ///
     /// Any [`CommError`].
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError>;
+    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError>;
 
     /// Exchanges between buffers on this rank's GPU, if the engine has them.
     fn device(&self) -> Option<&dyn DeviceCommunicator> {

@@ -1,8 +1,8 @@
-use super::{CommError, ExchangePlan, Operation};
+use super::{CommError, ExchangePlan, Operation, ReduceOp};
 
-/// Exchanges between buffers in the memory of a GPU, without a detour through host memory.
+/// Exchanges and reductions of buffers in the memory of a GPU, without a detour through host memory.
 ///
-/// They are ordered against the backend's own work by events: the exchange starts when what was queued before it is done,
+/// They are ordered against the backend's own work by events: an exchange starts when what was queued before it is done,
 /// and what is queued after [`PendingDeviceExchange::wait`] starts when the exchange is done. The host waits for nothing.
 pub trait DeviceCommunicator {
     /// Index of this rank's GPU.
@@ -26,11 +26,36 @@ pub trait DeviceCommunicator {
         recv: u64,
         plan: &ExchangePlan,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError>;
+
+    /// Starts to replace `len` numbers in single precision on the GPU by their combination over ranks.
+    ///
+    /// All ranks get the same bits, but unlike those of
+    /// [`Communicator::all_reduce`](super::Communicator::all_reduce) they are not those of a sum in rank order: the library
+    /// chooses the order, by sizes and topology, and takes the same one in every run on the same machines.
+    ///
+    /// Ranks may start it at different points between collectives of other communicators; what they are about to do is
+    /// therefore never compared, so callers have to know that `len` is equal on all ranks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Communicator::all_reduce`](super::Communicator::all_reduce).
+    ///
+    /// # Safety
+    ///
+    /// `address` is that of `len` numbers on the GPU, aligned for them. They stay allocated and untouched until the returned
+    /// reduction was waited for or dropped, and are then reused only by work queued on the legacy default stream.
+    unsafe fn start_device_all_reduce(
+        &self,
+        operation: Operation,
+        address: u64,
+        len: usize,
+        op: ReduceOp,
+    ) -> Result<Box<dyn PendingDeviceExchange>, CommError>;
 }
 
-/// An All-to-All-v on the GPU that was started and not waited for yet. Dropping it waits, too.
+/// An exchange or reduction on the GPU that was started and not waited for yet. Dropping it waits, too.
 pub trait PendingDeviceExchange: Send {
-    /// Lets all later work of the default stream wait for the exchange.
+    /// Lets all later work of the default stream wait for it.
     ///
     /// # Errors
     ///

@@ -1,4 +1,7 @@
-use burn::{config::Config, tensor::Device};
+use burn::{
+    config::Config,
+    tensor::{Device, FloatDType},
+};
 
 use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, layer::LayerSettings};
 use crate::{FsepError, FsepRuntime, ops::WeightStorage, runtime::LayerConfig, shard::ExpertShape};
@@ -52,6 +55,11 @@ pub struct FSEPMoEConfig {
     /// Recompute the experts' activations in backward instead of keeping them.
     #[config(default = false)]
     pub moe_layer_recompute: bool,
+    /// Mixed precision: the type that experts travel and compute in, while parameters, their gradients and the optimizer's
+    /// state keep the parameters' own (`f32` master weights). The layer's input and output are of this type. `None` is the
+    /// type of the parameters.
+    #[config(default = "None")]
+    pub compute_dtype: Option<FloatDType>,
 }
 
 /// Parameters of a layer's experts in `f64` still have an address each.
@@ -104,6 +112,7 @@ impl FSEPMoEConfig {
             topk: self.moe_router_topk,
             shape,
             fixed_layout: is_static,
+            compute_dtype: self.compute_dtype,
         })?;
         Ok(FSEPMoE {
             router: self.router(runtime.seed(), layer, device),
@@ -115,6 +124,7 @@ impl FSEPMoEConfig {
                 storage,
                 recompute: self.moe_layer_recompute,
                 aux_loss_coeff: self.moe_aux_loss_coeff,
+                compute_dtype: self.compute_dtype,
             },
         })
     }

@@ -1,11 +1,15 @@
 use std::sync::Arc;
 
-use burn::{module::Module, tensor::Tensor};
+use burn::{
+    module::Module,
+    tensor::{FloatDType, Tensor},
+};
 
 use super::{FsepExperts, TopKRouter, assignments::Assignments, losses::load_balancing_loss};
 use crate::{
     FsepError, FsepRuntime,
     ops::{self, MoeStep, Tracked, WeightStorage},
+    runtime::RestorePass,
     shard::ExpertShape,
 };
 
@@ -41,6 +45,7 @@ pub(super) struct LayerSettings {
     pub storage: WeightStorage,
     pub recompute: bool,
     pub aux_loss_coeff: f64,
+    pub compute_dtype: Option<FloatDType>,
 }
 
 /// Output of an MoE layer.
@@ -93,7 +98,7 @@ impl FSEPMoE {
     }
 
     fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
-        let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff } = &self.settings;
+        let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff, compute_dtype } = &self.settings;
         let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
         let dims = hidden.dims();
         let width = dims[R - 1];
@@ -108,8 +113,23 @@ impl FSEPMoE {
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
         let step = runtime.route(*layer, &assignments.counts, tracked)?;
         let (counts, pass) = (step.counts.clone(), step.step_number);
+        let restores = (*storage == WeightStorage::Sharded).then(|| {
+            // Ids may be new after a record was loaded.
+            runtime.register_shards(*layer, self.experts.weight.id);
+            runtime.restores(
+                *layer,
+                &RestorePass {
+                    weights: weights.clone().inner(),
+                    layout: step.layout.clone(),
+                    unshard: step.unshard.clone(),
+                    number: pass,
+                    tracked,
+                    dtype: *compute_dtype,
+                },
+            )
+        });
         let (graph_runtime, outputs) = runtime.for_graph();
-        let step = MoeStep {
+        let step = Arc::new(MoeStep {
             runtime: graph_runtime,
             outputs,
             layer: *layer,
@@ -118,13 +138,20 @@ impl FSEPMoE {
             storage: *storage,
             layout: step.layout,
             unshard: step.unshard,
+            restores,
+            tracked,
+            param_dtype: weights.dtype(),
+            compute_dtype: *compute_dtype,
             tokens: step.tokens,
             slot_rows: step.slot_rows,
             topk,
             recompute: *recompute,
-        };
+        });
+        if tracked.any() {
+            runtime.schedule().forwarded(&step);
+        }
         let [row_of, assignment_of, token_of] = assignments.to_device(&device);
-        let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, Arc::new(step));
+        let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, step);
         if tracked.any() {
             runtime.remember_output(*layer, pass, &output);
         }

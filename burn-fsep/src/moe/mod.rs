@@ -10,6 +10,7 @@ mod router;
 
 pub use config::{ExpertParallelism, FSEPMoEConfig};
 pub use dense::DenseMoE;
+pub(crate) use experts::ExpertsInfo;
 pub use experts::FsepExperts;
 pub use layer::{FSEPMoE, MoeOutput};
 pub use router::{RouterForcing, RouterOutput, TopKRouter};

@@ -1,6 +1,6 @@
 use burn::{
     module::{Module, Param},
-    tensor::{Device, FloatDType, Int, Tensor, TensorData, activation::softmax},
+    tensor::{DType, Device, FloatDType, Int, Tensor, TensorData, activation::softmax},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{StandardNormal, Uniform};
@@ -37,6 +37,8 @@ pub struct TopKRouter {
     z_loss_coeff: f64,
     #[module(skip)]
     forcing: RouterForcing,
+    #[module(skip)]
+    compute_dtype: Option<FloatDType>,
 }
 
 /// What a router says of `T` tokens.
@@ -70,6 +72,7 @@ impl TopKRouter {
             topk: config.moe_router_topk,
             z_loss_coeff: config.moe_z_loss_coeff,
             forcing,
+            compute_dtype: config.compute_dtype,
         }
     }
 
@@ -95,15 +98,16 @@ impl TopKRouter {
                 actual: width.to_string(),
             });
         }
-        if hidden.dtype() != self.weight.dtype() {
+        let dtype = hidden.dtype();
+        let weight_dtype = self.compute_dtype.map_or(self.weight.dtype(), DType::from);
+        if dtype != weight_dtype {
             return Err(FsepError::Shape {
                 what: "element type of the MoE layer's input".into(),
-                expected: format!("{:?}, the router's", self.weight.dtype()),
+                expected: format!("{weight_dtype:?}, the layer's"),
                 actual: format!("{:?}", hidden.dtype()),
             });
         }
-        let dtype = hidden.dtype();
-        let mut logits = hidden.matmul(self.weight.val());
+        let mut logits = hidden.matmul(self.weight.val().cast(dtype));
         if let RouterForcing::Bias(bias) = &self.forcing {
             let bias = TensorData::new(bias.clone(), [1, num_experts]);
             logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());

@@ -12,26 +12,50 @@ use burn::backend::{
 
 use super::{
     FsepKernels, FsepOps, MoeStep, RowIndices, Tracked,
+    gradients::GradientSlot,
     moe::{Saved, moe_backward, moe_forward},
+    run_start_restore,
 };
+use crate::{FsepError, FsepRuntime, schedule::Restore};
 
 #[derive(Debug)]
 struct MoeBackward;
 
 impl<B: FsepKernels> Backward<B, 3> for MoeBackward {
-    type State = (Saved<B>, Arc<MoeStep>);
+    type State = (Saved<B>, Arc<GradientSlot<B>>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [hidden, probs, weights] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
-        let (saved, step) = ops.state;
+        let (saved, slot) = ops.state;
+        let step = &slot.step;
         let tracked = Tracked { hidden: hidden.is_some(), probs: probs.is_some(), weights: weights.is_some() };
-        let gradients = moe_backward::<B>(grad, saved, &step, tracked);
+        let gradients = moe_backward::<B>(grad, saved, step, tracked);
         step.finished();
-        for (node, gradient) in [(hidden, gradients.hidden), (probs, gradients.probs), (weights, gradients.weights)] {
+        for (node, gradient) in [(hidden, gradients.hidden), (probs, gradients.probs)] {
             if let (Some(node), Some(gradient)) = (node, gradient) {
                 grads.register::<B>(node.id, gradient);
             }
+        }
+        if let Some(pending) = gradients.weights {
+            slot.put(pending).unwrap_or_else(|error| step.runtime.fail(error));
+        }
+    }
+}
+
+/// Passes the shards through. Burn runs what depends on nothing but a parameter at the very end of backward: there the
+/// gradients that travelled meanwhile are collected.
+#[derive(Debug)]
+struct CollectGradient;
+
+impl<B: FsepKernels> Backward<B, 1> for CollectGradient {
+    type State = Arc<GradientSlot<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let ([weights], slot) = (ops.parents, ops.state);
+        let gradient = slot.take().unwrap_or_else(|error| slot.step.runtime.fail(error));
+        if let (Some(node), Some(gradient)) = (weights, gradient) {
+            grads.register::<B>(node.id, gradient);
         }
     }
 }
@@ -47,20 +71,34 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         step: Arc<MoeStep>,
     ) -> FloatTensor<Self> {
         let rows = RowIndices::<B> { row_of, assignment_of, token_of };
+        let slot = GradientSlot::<B>::new(step.clone());
+        let leaf = weights.node();
+        let weights = match CollectGradient.prepare::<C>([leaf]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(slot.clone(), weights.into_primitive()),
+            OpsKind::UnTracked(prep) => prep.finish(weights.into_primitive()),
+        };
         let nodes = [hidden.node(), probs.node(), weights.node()];
         let tracked = Tracked { hidden: hidden.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
         let (hidden, probs, weights) = (hidden.into_primitive(), probs.into_primitive(), weights.into_primitive());
         // Always `compute_bound`: backward restores the weights itself, at a time of its own choosing.
         match MoeBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let forward = moe_forward::<B>(hidden, probs, weights, rows, step.clone(), tracked);
+                let forward = moe_forward::<B>(hidden, probs, weights, rows, step, tracked);
                 let saved = forward.saved.expect("a tracked operation saves what its backward needs");
-                prep.finish((saved, step), forward.output)
+                prep.finish((saved, slot), forward.output)
             }
             OpsKind::UnTracked(prep) => {
                 let forward = moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default());
                 prep.finish(forward.output)
             }
         }
+    }
+
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError> {
+        run_start_restore::<B>(weights.into_primitive(), restore, runtime)
     }
 }

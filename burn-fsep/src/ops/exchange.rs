@@ -71,14 +71,6 @@ pub fn start_host_exchange<B: Backend>(
 }
 
 impl<B: Backend> PendingTensor<B> {
-    /// Bytes of one element.
-    pub(super) fn element_size(&self) -> usize {
-        match self {
-            PendingTensor::Host(host) => host.dtype.size(),
-            PendingTensor::Device(device) => device.received.dtype().size(),
-        }
-    }
-
     /// Waits for the exchange; the received elements as a tensor of `shape`.
     pub(super) fn wait(self, shape: impl Into<Shape>) -> Result<FloatTensor<B>, FsepError> {
         match self {

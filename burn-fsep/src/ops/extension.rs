@@ -8,7 +8,8 @@ use burn::{
     tensor::{Int, Tensor},
 };
 
-use super::{FsepKernels, MoeStep, RowIndices, Tracked, moe::moe_forward};
+use super::{FsepKernels, MoeStep, RowIndices, Tracked, moe::moe_forward, weights};
+use crate::{FsepError, FsepRuntime, schedule::Restore};
 
 /// The MoE layer as an operation of a backend.
 ///
@@ -46,6 +47,17 @@ pub trait FsepOps: Backend {
         token_of: IntTensor<Self>,
         step: Arc<MoeStep>,
     ) -> FloatTensor<Self>;
+
+    /// Starts to restore a layer's experts from this rank's shards, `[E, S]`, unless that was done already.
+    ///
+    /// # Errors
+    ///
+    /// As [`FsepKernels::fsep_start_exchange`](super::FsepKernels::fsep_start_exchange).
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError>;
 }
 
 /// [`FsepOps::fsep_moe`] of a backend without autodiff.
@@ -64,6 +76,25 @@ pub fn run_moe<B: FsepKernels>(
 ) -> FloatTensor<B> {
     let rows = RowIndices { row_of, assignment_of, token_of };
     moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default()).output
+}
+
+/// [`FsepOps::fsep_start_restore`] of a backend without autodiff.
+///
+/// # Errors
+///
+/// As [`FsepOps::fsep_start_restore`].
+pub fn run_start_restore<B: FsepKernels>(
+    weights: FloatTensor<B>,
+    restore: Arc<Restore>,
+    runtime: FsepRuntime,
+) -> Result<(), FsepError> {
+    weights::start::<B>(weights, &restore, &runtime)
+}
+
+/// [`FsepOps::fsep_start_restore`] on the device of the shards.
+pub(crate) fn start_restore(restore: &Arc<Restore>, runtime: &FsepRuntime) -> Result<(), FsepError> {
+    let weights = restore.weights.clone().into_dispatch();
+    <Dispatch as FsepOps>::fsep_start_restore(weights, restore.clone(), runtime.clone())
 }
 
 /// [`FsepOps::fsep_moe`] for tensors of any supported device.

@@ -7,7 +7,8 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 
-use super::{FsepKernels, FsepOps, MoeStep, run_moe};
+use super::{FsepKernels, FsepOps, MoeStep, run_moe, run_start_restore};
+use crate::{FsepError, FsepRuntime, schedule::Restore};
 
 impl FsepKernels for Flex {}
 
@@ -22,5 +23,13 @@ impl FsepOps for Flex {
         step: Arc<MoeStep>,
     ) -> FloatTensor<Self> {
         run_moe::<Self>(hidden, probs, weights, row_of, assignment_of, token_of, step)
+    }
+
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError> {
+        run_start_restore::<Self>(weights, restore, runtime)
     }
 }

@@ -5,13 +5,14 @@ use burn::{
         Backend, TensorMetadata,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::Slice,
+    tensor::{FloatDType, Slice},
 };
+use burn_fsep_planner::Layout;
 
 use super::{
     combine,
     exchange::{PendingTensor, start_host_exchange},
-    experts,
+    experts, gradients,
     weights::ExpertWeights,
 };
 use crate::{
@@ -88,6 +89,22 @@ pub trait FsepKernels: Backend {
         topk: usize,
     ) -> Result<FloatTensor<Self>, FsepError> {
         Ok(combine::sum_rows::<Self>(rows, row_of, topk))
+    }
+
+    /// Sums slot gradients on the device over the replicas of each expert, in rank order and at least in single precision,
+    /// and multiplies by `scale`: `[N * C * S] -> [E, S]`, of type `to`. Experts that stand nowhere get zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_sum_replicas(
+        received: FloatTensor<Self>,
+        layout: &Layout,
+        shard_len: usize,
+        scale: f64,
+        to: FloatDType,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(gradients::sum_on_device::<Self>(received, layout, shard_len, scale, to))
     }
 
     /// Starts an All-to-All-v of a tensor's elements; `plan` counts elements. The default body goes through host memory.

@@ -8,16 +8,24 @@ mod experts;
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
+mod gradients;
+mod hook;
 mod kernels;
 #[cfg(feature = "libtorch")]
 mod libtorch;
 mod moe;
+mod reduce;
 mod step;
 mod weights;
 
 pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
-pub use extension::{FsepOps, moe, run_moe};
+pub(crate) use extension::start_restore;
+pub use extension::{FsepOps, moe, run_moe, run_start_restore};
+pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
-pub(crate) use step::token_exchange;
+#[cfg(all(feature = "libtorch", feature = "train"))]
+pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub use reduce::ReduceOps;
 pub use step::{MoeStep, Tracked, WeightStorage};
+pub(crate) use step::{Restores, token_exchange};
 pub use weights::ExpertWeights;

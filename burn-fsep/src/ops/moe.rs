@@ -4,8 +4,10 @@ use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
 use super::{
     FsepKernels, MoeStep, Tracked,
+    extension::start_restore,
+    gradients::{PendingGradient, start_reshard},
     kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
-    weights::{start_reshard, start_unshard},
+    weights::{finish_forward, start_unshard},
 };
 use crate::{FsepError, comm::ExchangePlan};
 
@@ -28,7 +30,7 @@ pub(super) struct Saved<B: Backend> {
     outputs: Option<FloatTensor<B>>,
     /// `[T, K]`
     probs: FloatTensor<B>,
-    /// This rank's parameters: shards or resident experts.
+    /// This rank's parameters, where experts are resident.
     weights: FloatTensor<B>,
     rows: RowIndices<B>,
 }
@@ -39,8 +41,8 @@ pub(super) struct MoeGradients<B: Backend> {
     pub hidden: Option<FloatTensor<B>>,
     /// `[T, K]`
     pub probs: Option<FloatTensor<B>>,
-    /// As the parameters.
-    pub weights: Option<FloatTensor<B>>,
+    /// As the parameters, on its way.
+    pub weights: Option<PendingGradient<B>>,
 }
 
 pub(super) fn moe_forward<B: FsepKernels>(
@@ -63,13 +65,19 @@ fn try_forward<B: FsepKernels>(
     step: &MoeStep,
     tracked: Tracked,
 ) -> Result<MoeForward<B>, FsepError> {
-    // Weights do not depend on tokens: they start first and travel while tokens are permuted and sent.
-    let restoring = start_unshard::<B>(weights.clone(), step, "restore for forward")?;
+    // Experts do not depend on tokens: their restore starts first, if it was not started behind the layer before.
+    let restoring = start_unshard::<B>(&weights, step, step.restores.as_ref().map(|restores| &restores.forward))?;
     let permuted = B::float_select(hidden, 0, rows.token_of.clone());
     let tokens = exchange_rows::<B>(permuted, step, &step.tokens, "tokens to experts in forward")?;
+    // Behind the tokens, so that the two do not compete; it travels while the experts compute.
+    if let Some(next) = step.restores.as_ref().and_then(|restores| restores.next.as_ref()) {
+        start_restore(next, &step.runtime)?;
+    }
     let restored = restoring.wait(step)?;
+    let span = step.span("experts in forward");
     let experts = B::fsep_experts(&tokens, &restored, &step.slot_rows)?;
-    drop(restored);
+    drop(span);
+    finish_forward(restored, step);
 
     let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
     let output = B::fsep_combine(&returned, &rows.row_of, &probs)?;
@@ -107,21 +115,26 @@ fn try_backward<B: FsepKernels>(
         return Ok(MoeGradients { hidden: None, probs: combined(&grad)?.probs, weights: None });
     }
 
-    // The weights were freed after forward, so they are restored again, while gradients travel to the experts.
-    let restoring = start_unshard::<B>(weights, step, "restore for backward")?;
+    // The experts were freed after forward, so they are restored again, while gradients travel to them.
+    let before = step.runtime.schedule().turn(step);
+    let restoring = start_unshard::<B>(&weights, step, step.restores.as_ref().map(|restores| &restores.backward))?;
     let CombineGradients { rows: d_rows, probs: d_probs } = combined(&grad)?;
     drop((grad, outputs));
     let d_rows = d_rows.ok_or_else(|| FsepError::Device("the backend returned no gradient of the rows".into()))?;
     let d_slots = exchange_rows::<B>(d_rows, step, &step.tokens, "gradients to experts in backward")?;
+    if let Some(backward) = before.as_ref().and_then(|before| before.backward_restore()) {
+        start_restore(backward, &step.runtime)?;
+    }
     let restored = restoring.wait(step)?;
     let args =
         ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
+    let span = step.span("experts in backward");
     let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
         B::fsep_experts_backward(args, &restored, &step.slot_rows)?;
+    drop(span);
     drop(restored);
 
-    // Tokens are waited for first: the layers before need them, the shards' gradients only the optimizer.
-    let resharding = d_weights.map(|gradients| start_reshard::<B>(gradients, step)).transpose()?;
+    // Tokens go first: the layers before need them, the shards' gradients only the optimizer.
     let d_hidden = match d_tokens {
         None => None,
         Some(d_tokens) => {
@@ -130,7 +143,9 @@ fn try_backward<B: FsepKernels>(
             Some(B::fsep_sum_rows(&returned, &rows.row_of, step.topk)?)
         }
     };
-    let d_weights = resharding.map(|pending| pending.wait(step)).transpose()?;
+    // What the layer after has put off had this layer's whole backward pass to travel.
+    step.runtime.schedule().catch_up()?;
+    let d_weights = d_weights.map(|gradients| start_reshard::<B>(gradients, step)).transpose()?;
     Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
 }
 

@@ -3,17 +3,21 @@ use std::{
     sync::{Arc, Weak},
 };
 
+use burn::tensor::{DType, FloatDType};
 use burn_fsep_planner::{Layout, dispatch::DispatchPlan};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     FsepRuntime,
     comm::{Block, ExchangePlan, Operation},
     runtime::Outputs,
+    schedule::Restore,
     shard::{ExpertShape, UnshardPlan},
+    timeline::TimelineSpan,
 };
 
 /// How a rank keeps its experts' parameters between steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WeightStorage {
     /// One shard of every expert, `[E, S]`: fully sharded expert parallel.
     Sharded,
@@ -36,6 +40,11 @@ impl Tracked {
     /// Whether any gradient is wanted: whether this is a training step.
     pub fn any(&self) -> bool {
         self.hidden || self.probs || self.weights
+    }
+
+    /// Whether backward computes with the experts.
+    pub(crate) fn needs_experts_in_backward(&self) -> bool {
+        self.hidden || self.weights
     }
 
     pub(crate) fn bits(&self) -> u32 {
@@ -67,6 +76,14 @@ pub struct MoeStep {
     pub(crate) storage: WeightStorage,
     pub(crate) layout: Arc<Layout>,
     pub(crate) unshard: Arc<UnshardPlan>,
+    /// Restores of this layer and of the one after; `None` where experts are resident.
+    pub(crate) restores: Option<Restores>,
+    /// Which gradients are wanted.
+    pub(crate) tracked: Tracked,
+    /// Type of the parameters and their gradients.
+    pub(crate) param_dtype: DType,
+    /// Type that the experts compute in; that of the parameters if `None`.
+    pub(crate) compute_dtype: Option<FloatDType>,
     /// Assignments sorted by expert -> tokens sorted by slot; in rows.
     pub(crate) tokens: ExchangePlan,
     /// Rows of each slot after the All-to-All. Shape `[C]`.
@@ -75,6 +92,19 @@ pub struct MoeStep {
     pub(crate) topk: usize,
     /// Recompute activations in backward instead of keeping them.
     pub(crate) recompute: bool,
+}
+
+/// Restores that belong to one pass of a layer with sharded experts.
+#[derive(Debug)]
+pub(crate) struct Restores {
+    /// For this forward pass; maybe started ahead, then maybe under a layout that was repaired since.
+    pub forward: Arc<Restore>,
+    /// For the backward pass.
+    pub backward: Arc<Restore>,
+    /// Of the layer after, to be started when this layer's tokens have come.
+    pub next: Option<Arc<Restore>>,
+    /// Backward comes next: the experts of the forward pass are kept for it.
+    pub keep: bool,
 }
 
 impl MoeStep {
@@ -93,6 +123,16 @@ impl MoeStep {
         if let Some(outputs) = self.outputs.upgrade() {
             outputs.forget(self.layer, self.pass);
         }
+    }
+
+    /// The restore for backward, if backward will need one.
+    pub(crate) fn backward_restore(&self) -> Option<&Arc<Restore>> {
+        self.restores.as_ref().filter(|_| self.tracked.needs_experts_in_backward()).map(|restores| &restores.backward)
+    }
+
+    /// Marks compute of this layer in the timeline, until it is dropped.
+    pub(crate) fn span(&self, name: &'static str) -> Option<TimelineSpan> {
+        self.runtime.timeline().and_then(|timeline| timeline.compute(format!("{name}, layer {}", self.layer)))
     }
 
     /// World size `N`.

@@ -1,16 +1,16 @@
+use std::sync::Arc;
+
 use burn::{
     backend::{Backend, TensorMetadata, tensor::FloatTensor},
     tensor::{FloatDType, Shape, Slice},
 };
-use burn_fsep_planner::Layout;
 
-use super::{
-    FsepKernels, MoeStep, WeightStorage,
-    exchange::{PendingTensor, Received},
-};
+use super::{FsepKernels, MoeStep, exchange::PendingTensor, extension::start_restore};
 use crate::{
-    FsepError,
-    shard::{ExpertShape, RestoredGuard, sum_replicas},
+    FsepError, FsepRuntime,
+    comm::Operation,
+    schedule::Restore,
+    shard::{ExpertShape, RepairPlan, RestoredGuard},
 };
 
 /// Whole experts, one a slot, for as long as a layer computes.
@@ -44,124 +44,121 @@ impl<B: Backend> ExpertWeights<B> {
     }
 }
 
+/// What a [`Restore`] that was started holds.
+enum Started<B: Backend> {
+    Travelling(PendingTensor<B>, RestoredGuard),
+    /// Kept from the forward pass.
+    Here(ExpertWeights<B>),
+}
+
+/// Starts a restore, unless that was done already.
+pub(super) fn start<B: FsepKernels>(
+    weights: FloatTensor<B>,
+    restore: &Restore,
+    runtime: &FsepRuntime,
+) -> Result<(), FsepError> {
+    if restore.is_started() {
+        return Ok(());
+    }
+    let weights = cast::<B>(weights, restore.dtype);
+    let plan = &restore.plan.unshard;
+    let bytes = plan.recv_len * weights.dtype().size();
+    let pending = B::fsep_start_exchange(weights, runtime.weights_comm(), restore.operation, plan)?;
+    restore.put(Started::<B>::Travelling(pending, runtime.restored_gauge().hold(bytes)));
+    Ok(())
+}
+
 /// Experts on their way to their slots.
 pub(super) enum PendingWeights<B: Backend> {
     Resident(FloatTensor<B>),
-    Restoring(PendingTensor<B>),
+    Restoring(Arc<Restore>, Option<Repair<B>>),
 }
 
-/// Starts to restore the experts that the layout gives this rank.
+/// Slots whose expert changed since the restore was started.
+pub(super) struct Repair<B: Backend> {
+    pending: PendingTensor<B>,
+    slots: Vec<usize>,
+}
+
+/// The experts that the layout gives this rank: starts to restore them, if nobody did so ahead. `weights` are this
+/// rank's parameters, `[E, S]` or `[E / N, P]`.
 pub(super) fn start_unshard<B: FsepKernels>(
-    weights: FloatTensor<B>,
+    weights: &FloatTensor<B>,
     step: &MoeStep,
-    name: &'static str,
+    restore: Option<&Arc<Restore>>,
 ) -> Result<PendingWeights<B>, FsepError> {
-    match step.storage {
-        WeightStorage::Resident => Ok(PendingWeights::Resident(weights)),
-        WeightStorage::Sharded => {
-            let operation = step.operation(name);
-            let comm = step.runtime.weights_comm();
-            B::fsep_start_exchange(weights, comm, operation, &step.unshard.unshard).map(PendingWeights::Restoring)
+    let Some(restore) = restore else {
+        return Ok(PendingWeights::Resident(cast::<B>(weights.clone(), step.compute_dtype)));
+    };
+    start_restore(restore, &step.runtime)?;
+    let (rank, shard_len) = (step.runtime.rank(), step.shape.shard_len(step.world_size()));
+    let repair = match RepairPlan::new(&restore.layout, &step.layout, rank, shard_len) {
+        None => None,
+        Some(RepairPlan { exchange, slots }) => {
+            let operation = step.operation("restore of changed slots");
+            let weights = cast::<B>(weights.clone(), step.compute_dtype);
+            let pending = B::fsep_start_exchange(weights, step.runtime.weights_comm(), operation, &exchange)?;
+            Some(Repair { pending, slots })
         }
-    }
+    };
+    Ok(PendingWeights::Restoring(restore.clone(), repair))
 }
 
-impl<B: Backend> PendingWeights<B> {
+impl<B: FsepKernels> PendingWeights<B> {
     /// Waits until the experts are there.
     pub fn wait(self, step: &MoeStep) -> Result<ExpertWeights<B>, FsepError> {
         let experts = step.experts();
-        match self {
+        let (restore, repair) = match self {
             PendingWeights::Resident(flat) => {
                 let rows = experts.iter().map(|&expert| step.resident_row(expert as usize)).collect();
-                Ok(ExpertWeights { flat, rows, shape: step.shape, _guard: None })
+                return Ok(ExpertWeights { flat, rows, shape: step.shape, _guard: None });
             }
-            PendingWeights::Restoring(pending) => {
+            PendingWeights::Restoring(restore, repair) => (restore, repair),
+        };
+        let mut weights = match restore.take::<Started<B>>() {
+            Some(Started::Here(weights)) => weights,
+            Some(Started::Travelling(pending, guard)) => {
                 let padded = step.world_size() * step.shape.shard_len(step.world_size());
-                let guard = step.runtime.restored_gauge().hold(experts.len() * padded * pending.element_size());
                 let flat = pending.wait([experts.len(), padded])?;
-                Ok(ExpertWeights { flat, rows: (0..experts.len()).collect(), shape: step.shape, _guard: Some(guard) })
+                let rows = (0..experts.len()).collect();
+                ExpertWeights { flat, rows, shape: step.shape, _guard: Some(guard) }
             }
+            None => return Err(lost(restore.operation)),
+        };
+        if let Some(repair) = repair {
+            weights.flat = repair.apply(weights.flat)?;
         }
+        Ok(weights)
     }
 }
 
-/// Gradients of whole experts on their way back to the shards.
-pub(super) enum PendingGradient<B: Backend> {
-    Resident(FloatTensor<B>),
-    Resharding(PendingTensor<B>, burn::backend::tensor::Device<B>),
-}
-
-/// Starts to return the slots' gradients, shaped as [`ExpertWeights::flat`], to the shards.
-///
-/// The result is the gradient of the mean over ranks of their losses, hence the division by `N`.
-pub(super) fn start_reshard<B: FsepKernels>(
-    gradients: FloatTensor<B>,
-    step: &MoeStep,
-) -> Result<PendingGradient<B>, FsepError> {
-    let ranks = step.world_size();
-    match step.storage {
-        WeightStorage::Resident if ranks == 1 => Ok(PendingGradient::Resident(gradients)),
-        WeightStorage::Resident => {
-            Ok(PendingGradient::Resident(B::float_mul_scalar(gradients, (1.0 / ranks as f64).into())))
-        }
-        WeightStorage::Sharded => {
-            let device = gradients.device();
-            let operation = step.operation("gradient reshard");
-            let comm = step.runtime.weights_comm();
-            let pending = B::fsep_start_exchange(gradients, comm, operation, &step.unshard.reshard)?;
-            Ok(PendingGradient::Resharding(pending, device))
-        }
+impl<B: Backend> Repair<B> {
+    /// Waits for the changed slots and puts them in their place. `[C, N * S] -> [C, N * S]`
+    fn apply(self, flat: FloatTensor<B>) -> Result<FloatTensor<B>, FsepError> {
+        let padded = flat.shape()[1];
+        let restored = self.pending.wait([self.slots.len(), padded])?;
+        let row = |i: usize| [Slice::from(i..i + 1), Slice::from(0..padded)];
+        let place = |flat, (i, slot): (usize, usize)| {
+            B::float_slice_assign(flat, &row(slot), B::float_slice(restored.clone(), &row(i)))
+        };
+        Ok(self.slots.into_iter().enumerate().fold(flat, place))
     }
 }
 
-impl<B: Backend> PendingGradient<B> {
-    /// Waits for the other ranks' parts and sums them over replicas. `[E, S]`, or `[E / N, P]` of resident experts.
-    pub fn wait(self, step: &MoeStep) -> Result<FloatTensor<B>, FsepError> {
-        match self {
-            PendingGradient::Resident(gradient) => Ok(gradient),
-            PendingGradient::Resharding(pending, device) => {
-                let ranks = step.world_size();
-                let (shard_len, scale) = (step.shape.shard_len(ranks), 1.0 / ranks as f64);
-                Ok(match pending.wait_raw()? {
-                    Received::Host(bytes, dtype) => {
-                        let sums = sum_replicas(&bytes, dtype, &step.layout, shard_len, scale);
-                        B::float_from_data(sums, &device)
-                    }
-                    Received::Device(received) => sum_replicas_on_device::<B>(received, &step.layout, shard_len, scale),
-                })
-            }
-        }
+/// Frees the experts of a forward pass, or keeps them where backward comes next.
+pub(super) fn finish_forward<B: FsepKernels>(weights: ExpertWeights<B>, step: &MoeStep) {
+    if let Some(restores) = step.restores.as_ref().filter(|restores| restores.keep) {
+        restores.backward.put(Started::<B>::Here(weights));
     }
 }
 
-/// [`sum_replicas`] without leaving the device: `[N * C * S] -> [E, S]`, in rank order, half precision summed in single.
-fn sum_replicas_on_device<B: Backend>(
-    received: FloatTensor<B>,
-    layout: &Layout,
-    shard_len: usize,
-    scale: f64,
-) -> FloatTensor<B> {
-    let dtype: FloatDType = received.dtype().into();
-    let is_half = matches!(dtype, FloatDType::BF16 | FloatDType::F16);
-    let device = received.device();
-    let experts = layout.num_experts();
-    let mut sums: Vec<Option<FloatTensor<B>>> = vec![None; experts];
-    for (slot, &expert) in layout.as_slice().iter().enumerate() {
-        let part = B::float_slice(received.clone(), &[Slice::from(slot * shard_len..(slot + 1) * shard_len)]);
-        let part = if is_half { B::float_cast(part, FloatDType::F32) } else { part };
-        let sum = &mut sums[expert as usize];
-        *sum = Some(match sum.take() {
-            Some(sum) => B::float_add(sum, part),
-            None => part,
-        });
+pub(super) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: Option<FloatDType>) -> FloatTensor<B> {
+    match dtype {
+        Some(dtype) if tensor.dtype() != dtype.into() => B::float_cast(tensor, dtype),
+        _ => tensor,
     }
-    let scaled = |sum: Option<FloatTensor<B>>| match sum {
-        Some(sum) => {
-            let sum = B::float_mul_scalar(sum, scale.into());
-            if is_half { B::float_cast(sum, dtype) } else { sum }
-        }
-        None => B::float_zeros(Shape::new([shard_len]), &device, dtype),
-    };
-    let sums = sums.into_iter().map(scaled).collect();
-    B::float_reshape(B::float_cat(sums, 0), Shape::new([experts, shard_len]))
+}
+
+fn lost(operation: Operation) -> FsepError {
+    FsepError::Device(format!("`{operation}` was started on another backend than the layer runs on"))
 }

@@ -12,7 +12,7 @@ use derive_new::new;
 
 use super::FsepRuntime;
 use crate::{
-    FsepError,
+    FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, all_gather_u64},
 };
 
@@ -29,9 +29,16 @@ pub struct FsepRuntimeConfig {
     #[new(value = "default_dispatcher")]
     pub dispatcher: fn() -> Box<dyn Dispatcher>,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
-    /// free, since weights are restored after the counts are known.
+    /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
+    /// only the changed slots are restored once more.
     #[new(value = "Some(CorrectionConfig::free())")]
     pub correction: Option<CorrectionConfig>,
+    /// Which communication is moved behind compute.
+    #[new(default)]
+    pub schedule: ScheduleConfig,
+    /// Records what runs when; this rank's own.
+    #[new(default)]
+    pub timeline: Option<Timeline>,
 }
 
 fn default_dispatcher() -> Box<dyn Dispatcher> {
@@ -70,6 +77,19 @@ impl FsepRuntimeConfig {
         self
     }
 
+    /// Sets which communication is moved behind compute (all that can be, by default).
+    pub fn with_schedule(mut self, schedule: ScheduleConfig) -> Self {
+        self.schedule = schedule;
+        self
+    }
+
+    /// Sets the timeline that records what this rank computes and when its host waits. Communication on a GPU is recorded by
+    /// the communicator; see [`NcclConfig`](crate::comm::nccl::NcclConfig).
+    pub fn with_timeline(mut self, timeline: Timeline) -> Self {
+        self.timeline = Some(timeline);
+        self
+    }
+
     /// The runtime of the rank that `comm` belongs to. Collective.
     ///
     /// # Errors
@@ -80,7 +100,7 @@ impl FsepRuntimeConfig {
         let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
         let correction = self.correction.map(Correction::new).transpose()?;
         self.check_equal(comm.as_ref())?;
-        FsepRuntime::from_parts(comm, topology, self.seed, self.dispatcher, correction)
+        FsepRuntime::from_parts(comm, topology, correction, self)
     }
 
     /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
@@ -95,6 +115,7 @@ impl FsepRuntimeConfig {
             ("ranks_per_node", self.ranks_per_node.unwrap_or(comm.size()) as u64),
             ("dispatcher", hash((self.dispatcher)().name())),
             ("correction", hash(&format!("{:?}", self.correction))),
+            ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
         let mine = fields.map(|(_, value)| value);
         let all = all_gather_u64(comm, Operation::new("configuration of the runtime"), &mine)?;

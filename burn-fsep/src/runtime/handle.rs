@@ -5,7 +5,11 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use burn::tensor::Tensor;
+use burn::{
+    backend::Dispatch,
+    module::{Module, ModuleVisitor, Param, ParamId},
+    tensor::{FloatDType, Tensor},
+};
 use burn_fsep_planner::{Layout, Topology, correction::Correction, dispatch::Dispatcher};
 use parking_lot::{Mutex, RwLock};
 
@@ -14,13 +18,14 @@ use super::{
     layer::{LayerConfig, LayerState, RoutedStep},
 };
 use crate::{
-    FsepError,
+    FsepError, ScheduleConfig, Timeline,
     comm::{
-        Communicator,
+        Communicator, Operation,
         local::{LocalCommunicator, panic_message},
     },
-    ops::Tracked,
-    shard::RestoredGauge,
+    ops::{self, ReduceOps, Restores, Tracked},
+    schedule::{Entry, Restore, Schedule},
+    shard::{RestoredGauge, UnshardPlan},
 };
 
 #[cfg(feature = "train")]
@@ -49,18 +54,23 @@ impl Outputs {
 }
 
 struct Inner {
-    /// Counts, flags, dense gradients.
+    /// Counts, flags.
     control: Arc<dyn Communicator>,
     /// Tokens and their gradients.
     tokens: Arc<dyn Communicator>,
     /// Shards and their gradients.
     weights: Arc<dyn Communicator>,
+    /// Gradients of replicated parameters.
+    #[cfg(feature = "train")]
+    dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
     dispatcher: fn() -> Box<dyn Dispatcher>,
     correction: Option<Correction>,
     layers: RwLock<Vec<Arc<LayerState>>>,
     restored: RestoredGauge,
+    schedule: Schedule,
+    timeline: Option<Timeline>,
     error: Mutex<Option<FsepError>>,
     #[cfg(feature = "train")]
     observer: RwLock<Option<Arc<dyn RoutingObserver>>>,
@@ -91,20 +101,23 @@ impl FsepRuntime {
     pub(super) fn from_parts(
         comm: Arc<dyn Communicator>,
         topology: Topology,
-        seed: u64,
-        dispatcher: fn() -> Box<dyn Dispatcher>,
         correction: Option<Correction>,
+        config: &FsepRuntimeConfig,
     ) -> Result<Self, FsepError> {
         let inner = Inner {
-            tokens: comm.duplicate()?,
-            weights: comm.duplicate()?,
+            tokens: comm.duplicate("tokens")?,
+            weights: comm.duplicate("weights")?,
+            #[cfg(feature = "train")]
+            dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
-            seed,
-            dispatcher,
+            seed: config.seed,
+            dispatcher: config.dispatcher,
             correction,
             layers: RwLock::default(),
             restored: RestoredGauge::default(),
+            schedule: Schedule::new(config.schedule),
+            timeline: config.timeline.clone(),
             error: Mutex::default(),
             #[cfg(feature = "train")]
             observer: RwLock::default(),
@@ -132,7 +145,7 @@ impl FsepRuntime {
         self.inner.seed
     }
 
-    /// The communicator for counts, flags and dense gradients; also for collectives of the user's own, as long as
+    /// The communicator for counts and flags; also for collectives of the user's own, as long as
     /// all ranks call them in the same order.
     pub fn comm(&self) -> &dyn Communicator {
         self.inner.control.as_ref()
@@ -144,6 +157,26 @@ impl FsepRuntime {
 
     pub(crate) fn weights_comm(&self) -> &dyn Communicator {
         self.inner.weights.as_ref()
+    }
+
+    pub(crate) fn schedule(&self) -> &Schedule {
+        &self.inner.schedule
+    }
+
+    /// Which communication is moved behind compute.
+    pub fn schedule_config(&self) -> ScheduleConfig {
+        self.inner.schedule.config()
+    }
+
+    /// The record of what ran when, if one is kept.
+    pub fn timeline(&self) -> Option<&Timeline> {
+        self.inner.timeline.as_ref()
+    }
+
+    /// For gradients of replicated parameters, which travel while backward runs.
+    #[cfg(feature = "train")]
+    pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
+        &self.inner.dense
     }
 
     /// Counts the bytes of restored expert weights alive on this rank.
@@ -185,6 +218,68 @@ impl FsepRuntime {
         StepStats { layers: self.inner.layers.read().iter().filter_map(|layer| layer.stats()).collect() }
     }
 
+    /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be restored
+    /// behind the compute of the layer before; the first layer's restore starts now. Collective, once before each training
+    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    ///
+    /// Without it, layers restore their experts when they come to them, and the result is the same. The order of layers is
+    /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,
+    /// restores these when it comes to them; [`FsepRuntime::missed_prefetches`] counts such cases.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Comm`] if the restore cannot be started.
+    pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
+        if !self.inner.schedule.config().prefetch_forward || self.world_size() == 1 {
+            return Ok(());
+        }
+        let mut shards = Shards(Vec::new());
+        model.visit(&mut shards);
+        if let Some((layer, weights)) = self.inner.schedule.begin_step(shards.0) {
+            let restore = Arc::new(self.layer(layer).restore_ahead(layer, weights));
+            ops::start_restore(&restore, self)?;
+            self.inner.schedule.restored_ahead(layer, restore);
+        }
+        Ok(())
+    }
+
+    /// Experts that were prefetched for nothing: the step ran other layers, or with other parameters, than was expected.
+    pub fn missed_prefetches(&self) -> u64 {
+        self.inner.schedule.missed()
+    }
+
+    /// The restores of a layer's training pass, and what it starts for the layer after.
+    pub(crate) fn restores(&self, layer: usize, pass: &RestorePass) -> Restores {
+        let RestorePass { weights, layout, unshard, number, tracked, dtype } = pass;
+        let schedule = &self.inner.schedule;
+        let entry = if tracked.any() { schedule.enter(layer) } else { Entry::default() };
+        let restore = |name| {
+            let operation = Operation::of_layer(name, layer).in_pass(*number);
+            Arc::new(Restore::new(operation, layout.clone(), unshard.clone(), weights.clone(), *dtype))
+        };
+        let ahead = entry.ahead.filter(|ahead| {
+            let is_current = <Dispatch as ReduceOps>::fsep_is_same(
+                ahead.weights.clone().into_dispatch(),
+                weights.clone().into_dispatch(),
+            );
+            if !is_current {
+                schedule.miss();
+            }
+            is_current
+        });
+        let next = entry.next.map(|(layer, weights)| {
+            let restore = Arc::new(self.layer(layer).restore_ahead(layer, weights));
+            schedule.restored_ahead(layer, restore.clone());
+            restore
+        });
+        Restores {
+            forward: ahead.unwrap_or_else(|| restore("restore for forward")),
+            backward: restore("restore for backward"),
+            next,
+            keep: entry.keep && tracked.needs_experts_in_backward(),
+        }
+    }
+
     /// Runs a part of a step (forward, backward, gradient synchronisation) and returns a typed error where it fails.
     ///
     /// Burn's modules and its backward pass return no errors, so FSEP's operations panic when a collective fails.
@@ -204,6 +299,7 @@ impl FsepRuntime {
     pub fn run<T>(&self, step: impl FnOnce() -> T) -> Result<T, FsepError> {
         catch_unwind(AssertUnwindSafe(step)).map_err(|payload| {
             self.outputs.0.lock().clear();
+            self.inner.schedule.reset();
             let error = self.inner.error.lock().take();
             error.unwrap_or_else(|| {
                 let message = panic_message(payload.as_ref());
@@ -258,9 +354,12 @@ impl FsepRuntime {
         Ok(layers.len() - 1)
     }
 
-    #[cfg(feature = "train")]
-    pub(super) fn has_fixed_layout(&self, layer: usize) -> bool {
+    pub(crate) fn has_fixed_layout(&self, layer: usize) -> bool {
         self.layer(layer).is_fixed()
+    }
+
+    pub(crate) fn register_shards(&self, layer: usize, param: ParamId) {
+        self.inner.schedule.register(param, layer);
     }
 
     fn layer(&self, layer: usize) -> Arc<LayerState> {
@@ -271,6 +370,7 @@ impl FsepRuntime {
 
     /// Exchanges the routing counts of a layer and plans its dispatch. `counts`: `[E]`
     pub(crate) fn route(&self, layer: usize, counts: &[u32], tracked: Tracked) -> Result<RoutedStep, FsepError> {
+        let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let routed = self.layer(layer).route(layer, self.comm(), &self.inner.topology, counts, tracked)?;
         #[cfg(feature = "train")]
         if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
@@ -290,5 +390,27 @@ impl FsepRuntime {
     #[cfg(feature = "train")]
     pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
         *self.inner.observer.write() = observer;
+    }
+}
+
+/// What the restores of one pass of a layer depend on.
+pub(crate) struct RestorePass {
+    /// This rank's shards, without autodiff. `[E, S]`
+    pub weights: Tensor<2>,
+    pub layout: Arc<Layout>,
+    pub unshard: Arc<UnshardPlan>,
+    pub number: u64,
+    pub tracked: Tracked,
+    pub dtype: Option<FloatDType>,
+}
+
+/// All matrices among a model's parameters; the schedule knows which are shards.
+struct Shards(Vec<(ParamId, Tensor<2>)>);
+
+impl ModuleVisitor for Shards {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let [rows, columns] = param.shape()[..] {
+            self.0.push((param.id, param.val().inner().reshape([rows, columns])));
+        }
     }
 }

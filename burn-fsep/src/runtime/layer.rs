@@ -1,5 +1,6 @@
 use std::{ops::Range, sync::Arc, time::Instant};
 
+use burn::tensor::{FloatDType, Tensor};
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
     correction::Correction,
@@ -12,6 +13,7 @@ use crate::{
     FsepError,
     comm::{Communicator, ExchangePlan, Operation},
     ops::{Tracked, token_exchange},
+    schedule::Restore,
     shard::{ExpertShape, UnshardPlan},
 };
 
@@ -24,6 +26,8 @@ pub(crate) struct LayerConfig {
     pub shape: ExpertShape,
     /// Experts have fixed owners: the layout cannot be changed.
     pub fixed_layout: bool,
+    /// Type that experts travel and compute in; that of the parameters if `None`.
+    pub compute_dtype: Option<FloatDType>,
 }
 
 /// One layer in one step, ready to run.
@@ -112,7 +116,14 @@ impl LayerState {
         self.active.read().layout.clone()
     }
 
-    #[cfg(feature = "train")]
+    /// The restore of this layer's experts for its next forward pass, before its tokens are known.
+    pub fn restore_ahead(&self, layer: usize, weights: Tensor<2>) -> Restore {
+        let Active { layout, unshard, .. } = self.active.read().clone();
+        // In place of a pass: ranks that restore under other layouts get to know it, where signatures are compared.
+        let operation = Operation::of_layer("restore ahead", layer).in_pass(layout.fingerprint());
+        Restore::new(operation, layout, unshard, weights, self.config.compute_dtype)
+    }
+
     pub fn is_fixed(&self) -> bool {
         self.config.fixed_layout
     }

@@ -9,6 +9,6 @@ mod stats;
 
 pub use config::FsepRuntimeConfig;
 pub use handle::FsepRuntime;
-pub(crate) use handle::Outputs;
+pub(crate) use handle::{Outputs, RestorePass};
 pub(crate) use layer::LayerConfig;
 pub use stats::{LayerStats, StepStats, percentile};

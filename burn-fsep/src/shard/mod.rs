@@ -8,4 +8,4 @@ mod plan;
 pub(crate) use expert::mix;
 pub use expert::{ExpertShape, expert_parameters, shard_of};
 pub use gauge::{RestoredGauge, RestoredGuard};
-pub(crate) use plan::{UnshardPlan, sum_replicas};
+pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

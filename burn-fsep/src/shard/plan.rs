@@ -1,4 +1,4 @@
-use burn::tensor::{Bytes, DType, TensorData, bf16, f16};
+use burn::tensor::{DType, TensorData, bf16, f16};
 use burn_fsep_planner::Layout;
 
 use crate::comm::{Block, ExchangePlan};
@@ -50,26 +50,62 @@ impl UnshardPlan {
     }
 }
 
+/// Restores single slots again, after a layout was changed under restored experts: `rank`'s part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RepairPlan {
+    /// Into `[changed slots, N * S]`.
+    pub exchange: ExchangePlan,
+    /// The slots of this rank that hold another expert now.
+    pub slots: Vec<usize>,
+}
+
+impl RepairPlan {
+    /// `None` if no slot of any rank changed: then no rank communicates.
+    pub fn new(before: &Layout, after: &Layout, rank: usize, shard_len: usize) -> Option<Self> {
+        let ranks = after.num_ranks();
+        let changed = |rank: usize| {
+            let pairs = before.experts_of(rank).iter().zip(after.experts_of(rank)).enumerate();
+            pairs.filter(|(_, (old, new))| old != new).map(|(slot, (_, new))| (slot, *new as usize))
+        };
+        let mut sends = Vec::new();
+        for peer in 0..ranks {
+            for (_, expert) in changed(peer) {
+                sends.push(Block { peer, offset: expert * shard_len, len: shard_len });
+            }
+        }
+        if sends.is_empty() {
+            return None;
+        }
+        let slots: Vec<usize> = changed(rank).map(|(slot, _)| slot).collect();
+        let place = |i: usize, s: usize| Block { peer: s, offset: (i * ranks + s) * shard_len, len: shard_len };
+        let recvs = (0..slots.len()).flat_map(|i| (0..ranks).map(move |s| place(i, s))).collect();
+        let recv_len = slots.len() * ranks * shard_len;
+        let send_len = after.num_experts() * shard_len;
+        Some(Self { exchange: ExchangePlan { sends, recvs, recv_len, send_len }, slots })
+    }
+}
+
 /// Sums slot gradients over the replicas of each expert, in rank order, and multiplies by `scale`:
 /// `[N, C, S] -> [E, S]`. Experts that stand nowhere in the gradient get zeros.
 ///
-/// Half-precision gradients are summed in single precision.
-pub(crate) fn sum_replicas(received: &[u8], dtype: DType, layout: &Layout, shard_len: usize, scale: f64) -> TensorData {
+/// Half-precision gradients are summed in single precision; the result, of type `to`, is rounded once.
+pub(crate) fn sum_replicas(
+    received: &[u8],
+    dtype: DType,
+    layout: &Layout,
+    shard_len: usize,
+    scale: f64,
+    to: DType,
+) -> TensorData {
     let shape = [layout.num_experts(), shard_len];
     let sum = ReplicaSum { experts: layout.as_slice(), shape };
-    let bytes = match dtype {
-        DType::F64 => Bytes::from_elems(sum.run::<f64, f64>(received, scale, |x| x)),
-        DType::BF16 => {
-            let sums = sum.run::<bf16, f32>(received, scale as f32, bf16::to_f32);
-            Bytes::from_elems(sums.into_iter().map(bf16::from_f32).collect::<Vec<_>>())
-        }
-        DType::F16 => {
-            let sums = sum.run::<f16, f32>(received, scale as f32, f16::to_f32);
-            Bytes::from_elems(sums.into_iter().map(f16::from_f32).collect::<Vec<_>>())
-        }
-        _ => Bytes::from_elems(sum.run::<f32, f32>(received, scale as f32, |x| x)),
+    let data = match dtype {
+        DType::F64 => TensorData::new(sum.run::<f64, f64>(received, scale, |x| x), shape),
+        DType::BF16 => TensorData::new(sum.run::<bf16, f32>(received, scale as f32, bf16::to_f32), shape),
+        DType::F16 => TensorData::new(sum.run::<f16, f32>(received, scale as f32, f16::to_f32), shape),
+        _ => TensorData::new(sum.run::<f32, f32>(received, scale as f32, |x| x), shape),
     };
-    TensorData::from_bytes(bytes, shape, dtype)
+    data.convert_dtype(to)
 }
 
 struct ReplicaSum<'a> {
@@ -121,7 +157,23 @@ mod tests {
     fn replicas_are_summed_in_rank_order_and_missing_tokens_give_zeros() {
         let layout = Layout::from_rows(3, &[vec![0, 1], vec![2, 0]]).unwrap();
         let received: [f32; 4] = [1.0, 2.0, 0.0, 4.0];
-        let sums = sum_replicas(bytemuck::cast_slice(&received), DType::F32, &layout, 1, 0.5);
+        let sums = sum_replicas(bytemuck::cast_slice(&received), DType::F32, &layout, 1, 0.5, DType::F32);
         assert_eq!(sums.as_slice::<f32>().unwrap(), [2.5, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn a_repair_restores_what_a_new_restore_would() {
+        let before = Layout::from_rows(3, &[vec![0, 1], vec![2, 1]]).unwrap();
+        let after = Layout::from_rows(3, &[vec![0, 1], vec![2, 0]]).unwrap();
+        let plans = [0, 1].map(|rank| RepairPlan::new(&before, &after, rank, 5).unwrap());
+        assert!(plans[0].slots.is_empty() && plans[0].exchange.recv_len == 0);
+        assert_eq!(plans[1].slots, [1]);
+        for plan in &plans {
+            plan.exchange.check(Operation::new("repair"), 2).unwrap();
+            assert_eq!(plan.exchange.sends, [Block { peer: 1, offset: 0, len: 5 }]);
+        }
+        let at = |peer| Block { peer, offset: peer * 5, len: 5 };
+        assert_eq!(plans[1].exchange.recvs, [at(0), at(1)]);
+        assert_eq!(RepairPlan::new(&after, &after, 0, 5), None);
     }
 }

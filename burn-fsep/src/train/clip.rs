@@ -30,13 +30,10 @@ pub fn clip_grad_norm<M: Module>(
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(FsepError::Config(format!("the maximum gradient norm must be positive, got {max_norm}")));
     }
-    let mut squares = Squares { grads, seen: HashSet::new(), replicated: 0.0, sharded: 0.0, error: None };
+    let mut squares = Squares { grads, seen: HashSet::new(), sums: Vec::new() };
     visit_params(model, &mut squares);
-    let Squares { replicated, sharded, error, .. } = squares;
-    if let Some(error) = error {
-        runtime.comm().abort(&error.to_string());
-        return Err(error);
-    }
+    let (replicated, sharded) =
+        read_sums(squares.sums).inspect_err(|error| runtime.comm().abort(&error.to_string()))?;
     let mut sharded = [sharded];
     runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut sharded), ReduceOp::Sum)?;
     let norm = (replicated + sharded[0]).sqrt();
@@ -50,46 +47,62 @@ struct Squares<'a> {
     grads: &'a GradientsParams,
     /// A parameter that stands in two places of a model has one gradient.
     seen: HashSet<ParamId>,
-    replicated: f64,
-    sharded: f64,
-    error: Option<FsepError>,
+    sums: Vec<(Placement, Tensor<1>)>,
 }
 
 impl ParamVisitor for Squares<'_> {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
-        if !self.seen.insert(param.id) {
-            return;
-        }
-        let Some(grad) = self.grads.get::<D>(param.id) else { return };
-        match sum_of_squares(grad) {
-            Ok(sum) if placement == Placement::Sharded => self.sharded += sum,
-            Ok(sum) => self.replicated += sum,
-            Err(error) => self.error = Some(error),
+        if self.seen.insert(param.id)
+            && let Some(grad) = self.grads.get::<D>(param.id)
+        {
+            self.sums.extend(sums_of_squares(grad).map(|sums| (placement, sums)));
         }
     }
 }
 
-/// Sums runs of a thousand on the device and the runs' sums in double precision: single precision alone would lose
-/// digits on large tensors. Half precision is widened first, since squares leave its range.
-fn sum_of_squares<const D: usize>(grad: Tensor<D>) -> Result<f64, FsepError> {
+/// Sums of squares of runs of a thousand elements, on the device: single precision alone would lose digits on large
+/// tensors. Half precision is widened first, since squares leave its range.
+fn sums_of_squares<const D: usize>(grad: Tensor<D>) -> impl Iterator<Item = Tensor<1>> {
     const RUN: usize = 1024;
     let len = grad.shape().num_elements();
     let wide = if grad.dtype() == DType::F64 { grad } else { grad.cast(DType::F32) };
     let flat = wide.reshape([len]).square();
     let whole = len / RUN * RUN;
-    let mut sums = Vec::new();
-    if whole > 0 {
-        sums.push(flat.clone().slice(0..whole).reshape([len / RUN, RUN]).sum_dim(1).reshape([len / RUN]));
+    let runs =
+        (whole > 0).then(|| flat.clone().slice(0..whole).reshape([len / RUN, RUN]).sum_dim(1).reshape([len / RUN]));
+    let rest = (whole < len).then(|| flat.slice(whole..len).sum());
+    runs.into_iter().chain(rest)
+}
+
+/// Totals of the replicated and of the sharded parameters, in double precision. A device is read once (once more for
+/// gradients in double precision): each read waits for all that it has to compute.
+fn read_sums(sums: Vec<(Placement, Tensor<1>)>) -> Result<(f64, f64), FsepError> {
+    let mut groups: Vec<Vec<(Placement, Tensor<1>)>> = Vec::new();
+    for (placement, sum) in sums {
+        let fits = |group: &&mut Vec<(Placement, Tensor<1>)>| {
+            let (_, first) = &group[0];
+            first.dtype() == sum.dtype() && first.device() == sum.device()
+        };
+        match groups.iter_mut().find(fits) {
+            Some(group) => group.push((placement, sum)),
+            None => groups.push(vec![(placement, sum)]),
+        }
     }
-    if whole < len {
-        sums.push(flat.slice(whole..len).sum());
+    let (mut replicated, mut sharded) = (0.0, 0.0);
+    for group in groups {
+        let parts: Vec<_> = group.iter().map(|(placement, sum)| (*placement, sum.dims()[0])).collect();
+        let all = Tensor::cat(group.into_iter().map(|(_, sum)| sum).collect(), 0);
+        let data = all.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
+        let mut values = data.iter::<f64>();
+        for (placement, len) in parts {
+            let total: f64 = values.by_ref().take(len).sum();
+            match placement {
+                Placement::Replicated => replicated += total,
+                Placement::Sharded => sharded += total,
+            }
+        }
     }
-    let mut total = 0.0;
-    for sum in sums {
-        let data = sum.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
-        total += data.iter::<f64>().sum::<f64>();
-    }
-    Ok(total)
+    Ok((replicated, sharded))
 }
 
 struct Scale<'a> {
@@ -136,8 +149,25 @@ mod tests {
             let grad = Tensor::<1>::from_data(TensorData::new(values.clone(), [1500]), &Device::flex()).cast(dtype);
             // Of bfloat16, the values themselves are rounded.
             let allowed = if dtype == DType::BF16 { 2e-3 } else { 1e-6 };
-            let sum = sum_of_squares(grad).unwrap();
+            let sums = sums_of_squares(grad).map(|sum| (Placement::Replicated, sum)).collect();
+            let (sum, none) = read_sums(sums).unwrap();
+            assert_eq!(none, 0.0);
             assert!((sum / expected - 1.0).abs() < allowed, "{dtype:?}: {sum} instead of {expected}");
         }
+    }
+    #[test]
+    fn totals_are_kept_apart_by_placement_whatever_the_element_types() {
+        let device = Device::flex();
+        let sums =
+            |value: f32, len: usize, dtype| sums_of_squares(Tensor::<1>::full([len], value, &device).cast(dtype));
+        let all = [
+            (Placement::Replicated, sums(1.0, 3000, DType::F32)),
+            (Placement::Sharded, sums(2.0, 1024, DType::BF16)),
+            (Placement::Replicated, sums(3.0, 5, DType::F64)),
+            (Placement::Sharded, sums(4.0, 0, DType::F32)),
+            (Placement::Sharded, sums(5.0, 1, DType::F32)),
+        ];
+        let all = all.into_iter().flat_map(|(placement, sums)| sums.map(move |sum| (placement, sum))).collect();
+        assert_eq!(read_sums(all).unwrap(), (3000.0 + 45.0, 4096.0 + 25.0));
     }
 }

@@ -1,16 +1,25 @@
 //! Training: what has to happen between backward and the optimizer, by hand or in burn-train's Learner.
 
+mod adamw;
+mod broadcast;
+mod buckets;
+mod checkpoints;
 mod clip;
+mod collector;
 mod data;
 mod metrics;
 mod params;
+mod reduction;
 mod renderer;
 mod strategy;
 mod sync;
 
+pub use adamw::{FusedAdamW, FusedAdamWConfig, FusedAdamWState};
+pub use broadcast::broadcast_parameters;
+pub use buckets::{GradientBuckets, GradientBucketsConfig};
 pub use clip::clip_grad_norm;
 pub use data::RankDataset;
 pub use metrics::{FsepStats, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, StaticImbalanceMetric};
 pub use renderer::SilentRenderer;
 pub use strategy::FsepStrategy;
-pub use sync::{broadcast_parameters, sync_gradients};
+pub use sync::sync_gradients;

@@ -10,9 +10,10 @@ use burn::{
 use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
 use parking_lot::Mutex;
 
-use super::{clip_grad_norm, sync_gradients};
+use super::{GradientBuckets, checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients};
 use crate::{
     FsepError, FsepRuntime,
+    checkpoint::{CheckpointConfig, TrainingProgress},
     comm::{Operation, ReduceBuffer, ReduceOp},
 };
 
@@ -28,6 +29,9 @@ pub struct FsepStrategy {
     runtime: FsepRuntime,
     device: Device,
     max_grad_norm: Option<f64>,
+    buckets: Option<GradientBuckets>,
+    checkpoints: Option<CheckpointConfig>,
+    start: TrainingProgress,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
     error: Mutex<Option<FsepError>>,
 }
@@ -39,6 +43,9 @@ impl FsepStrategy {
             runtime,
             device: device.autodiff(),
             max_grad_norm: None,
+            buckets: None,
+            checkpoints: None,
+            start: TrainingProgress::default(),
             callbacks: Mutex::default(),
             error: Mutex::default(),
         }
@@ -47,6 +54,29 @@ impl FsepStrategy {
     /// Clips gradients by their global norm; see [`clip_grad_norm`].
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
         self.max_grad_norm = Some(max_norm);
+        self
+    }
+
+    /// Averages dense gradients in these buckets, for which the model prepares its blocks; see [`GradientBuckets`].
+    pub fn with_gradient_buckets(mut self, buckets: GradientBuckets) -> Self {
+        self.buckets = Some(buckets);
+        self
+    }
+
+    /// Saves checkpoints of model, optimizer, scheduler and progress: after every so many optimizer steps if the
+    /// configuration says so, at the end of each epoch, and when training is stopped. Training ends with an error if one
+    /// cannot be saved.
+    ///
+    /// They are apart from burn-train's own checkpointers, of which each rank would have its own.
+    pub fn with_checkpoints(mut self, config: CheckpointConfig) -> Self {
+        self.checkpoints = Some(config);
+        self
+    }
+
+    /// Goes on from the progress of a checkpoint: batches of its epoch that are done are taken from the loader and left
+    /// out. Model, optimizer and scheduler of the Learner have to be the checkpoint's, too.
+    pub fn with_start(mut self, progress: TrainingProgress) -> Self {
+        self.start = progress;
         self
     }
 
@@ -100,7 +130,10 @@ impl FsepStrategy {
 
     fn optimize<M: LearnerModel>(&self, learner: &mut Learner<M>, mut grads: GradientsParams) -> Result<(), FsepError> {
         let model = learner.model();
-        sync_gradients(&self.runtime, &model, &mut grads)?;
+        match &self.buckets {
+            Some(buckets) => buckets.sync(&model, &mut grads)?,
+            None => sync_gradients(&self.runtime, &model, &mut grads)?,
+        }
         if let Some(max_norm) = self.max_grad_norm {
             clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
         }
@@ -111,7 +144,7 @@ impl FsepStrategy {
 
     fn train_epoch<M: LearnerModel>(
         &self,
-        epoch: usize,
+        checkpoints: &mut LearnerCheckpoints,
         learner: &mut Learner<M>,
         loader: &TrainLoader<M>,
         accumulation: Option<usize>,
@@ -121,7 +154,14 @@ impl FsepStrategy {
         let mut batches = loader.iter();
         let mut accumulator = GradientsAccumulator::new();
         let accumulation = accumulation.unwrap_or(1).max(1);
-        let (mut iteration, mut accumulated) = (0, 0);
+        let epoch = checkpoints.progress.epoch as usize;
+        let (mut iteration, mut accumulated) = (checkpoints.progress.iteration as usize, 0);
+        for _ in 0..iteration {
+            // Done before the checkpoint that training goes on from.
+            if self.next_batch(batches.next(), interrupter).is_none() {
+                break;
+            }
+        }
         loop {
             let batch = self.next_batch(batches.next(), interrupter);
             if !self.agree_to_go_on(interrupter, batch.is_some())? {
@@ -129,6 +169,10 @@ impl FsepStrategy {
             }
             let Some(batch) = batch else { break };
             iteration += 1;
+            self.runtime.begin_step(&learner.model())?;
+            if let (true, Some(buckets)) = (accumulation > 1, &self.buckets) {
+                buckets.pause();
+            }
             let output = self.runtime.run(|| learner.train_step(batch))?;
             let progress = batches.progress();
             if accumulation == 1 {
@@ -141,7 +185,10 @@ impl FsepStrategy {
                     accumulated = 0;
                 }
             }
+            checkpoints.progress.iteration = iteration as u64;
+            checkpoints.progress.step += u64::from(accumulated == 0);
             self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
+            checkpoints.after_batch(learner, accumulated == 0)?;
             let item = TrainingItem::new(output.item, progress, Some(iteration), Some(learner.lr_current()));
             interrupter.fail_on_error(events.process_train(LearnerEvent::ProcessedItem(item)));
         }
@@ -149,6 +196,7 @@ impl FsepStrategy {
         // the last that all ranks have.
         if accumulated > 0 {
             self.optimize(learner, accumulator.grads())?;
+            checkpoints.progress.step += 1;
         }
         Ok(())
     }
@@ -218,12 +266,18 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
 
         *self.error.lock() = None;
         let mut run = || -> Result<(), FsepError> {
+            let mut progress = self.start.clone();
+            if progress.epoch < starting_epoch as u64 {
+                progress = progress.with_epoch(starting_epoch as u64, 0);
+            }
+            let (config, event_store) = (self.checkpoints.as_ref(), components.event_store.clone());
+            let mut checkpoints = LearnerCheckpoints::new(config, &self.runtime, progress, event_store)?;
             self.each_callback(|callback| callback.on_train_start(&self.runtime))?;
-            for epoch in starting_epoch..=components.num_epochs {
+            for epoch in checkpoints.progress.epoch as usize..=components.num_epochs {
                 let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
                 interrupter.fail_on_error(events.process_train(split(train.num_items())));
                 let accumulation = components.grad_accumulation;
-                self.train_epoch(epoch, &mut learner, &train, accumulation, &mut events, &interrupter)?;
+                self.train_epoch(&mut checkpoints, &mut learner, &train, accumulation, &mut events, &interrupter)?;
                 interrupter.fail_on_error(events.process_train(LearnerEvent::EndSplit(epoch)));
                 // Agreed on: a rank that is interrupted only now must not leave the others alone in validation.
                 if !self.agree_to_go_on(&interrupter, true)? {
@@ -241,10 +295,15 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
                 let stops_early = early_stopping
                     .as_mut()
                     .is_some_and(|strategy| strategy.should_stop(epoch, &components.event_store));
+                checkpoints.progress = checkpoints.progress.clone().with_epoch(epoch as u64 + 1, 0);
+                checkpoints.save(&learner)?;
                 if !self.agree_to_go_on(&interrupter, !stops_early)? {
                     break;
                 }
             }
+            // Where training was stopped in an epoch; elsewhere it is there already.
+            checkpoints.save(&learner)?;
+            checkpoints.finish()?;
             self.each_callback(|callback| callback.on_train_end(&self.runtime))
         };
         let result = run();

@@ -85,6 +85,16 @@ pub struct Args {
     /// Also write the routing counts of all steps to this file, for `fsep-planner replay`.
     #[arg(long)]
     pub record_trace: Option<PathBuf>,
+    /// Save a checkpoint to OUT/checkpoints every so many steps, and when the job is told to stop (SIGTERM).
+    #[arg(long, value_name = "STEPS")]
+    pub checkpoint_every: Option<u64>,
+    /// Checkpoints to keep.
+    #[arg(long, default_value_t = 2)]
+    pub keep: usize,
+    /// Go on from a checkpoint, also with another number of ranks: `auto` for the newest whole one in OUT/checkpoints, or
+    /// from the start if there is none; or a checkpoint's folder.
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<PathBuf>,
     /// Bytes of text to generate at the end.
     #[arg(long, default_value_t = 240)]
     pub sample: usize,
@@ -137,6 +147,8 @@ impl Args {
             ("--steps", self.steps),
             ("--valid-batches", self.valid_batches),
             ("--ranks-per-node", self.ranks_per_node.unwrap_or(1)),
+            ("--checkpoint-every", self.checkpoint_every.unwrap_or(1) as usize),
+            ("--keep", self.keep),
         ] {
             if value == 0 {
                 return fail(format!("{name} must be at least 1"));
@@ -231,6 +243,8 @@ mod tests {
             ("--slots 3 --planner static", "--slots"),
             ("--summary no/such/folder/x.json", "--summary"),
             ("--dense --record-trace x.csv", "--record-trace"),
+            ("--checkpoint-every 0", "--checkpoint-every"),
+            ("--keep 0", "--keep"),
         ] {
             let words = std::iter::once("moe-lm").chain(options.split(' '));
             let message = match Args::try_parse_from(words) {

@@ -1,4 +1,7 @@
-use std::sync::Arc;
+use std::{
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
 
 use burn::{
     data::{
@@ -29,6 +32,11 @@ impl Windows {
         let places = text.len() - context;
         let starts = (0..count).map(|i| i * places / count).collect();
         Self { text, context, starts: Arc::new(starts) }
+    }
+
+    /// Feeds the text to a hasher.
+    pub fn hash_text(&self, hasher: &mut impl Hasher) {
+        self.text.hash(hasher);
     }
 
     /// The bytes to be predicted.

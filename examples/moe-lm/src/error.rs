@@ -24,6 +24,9 @@ pub enum MoeLmError {
     /// Training failed.
     #[error(transparent)]
     Fsep(#[from] FsepError),
+    /// Training was told to stop, and saved a checkpoint.
+    #[error("stopped after a checkpoint; --resume auto goes on from it")]
+    Stopped,
     /// Training failed on some ranks.
     #[error("{0}")]
     Ranks(String),

@@ -9,6 +9,7 @@ mod generate;
 mod model;
 mod page;
 mod record;
+mod resume;
 mod run;
 mod train;
 

@@ -16,7 +16,7 @@ use burn_fsep_planner::{
     callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
 };
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::MoeLmError;
 
@@ -54,7 +54,7 @@ impl StepRecorder {
 }
 
 /// One training step, as written to `metrics.jsonl`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct StepRow {
     pub step: usize,
     /// Mean over ranks, nat a byte.
@@ -129,6 +129,17 @@ impl Output {
         Ok(Self { path: path.to_path_buf(), file, bar: ProgressBar::new(steps as u64).with_style(style) })
     }
 
+    /// Writes what a file had that this one replaces.
+    fn write_again(&mut self, rows: &[StepRow]) -> std::io::Result<()> {
+        for row in rows {
+            serde_json::to_writer(&mut self.file, row)?;
+            writeln!(self.file)?;
+        }
+        self.bar.set_position(rows.last().map_or(0, |row| row.step as u64));
+        self.bar.reset_eta();
+        self.file.flush()
+    }
+
     fn write(&mut self, row: &StepRow) -> std::io::Result<()> {
         serde_json::to_writer(&mut self.file, row)?;
         writeln!(self.file)?;
@@ -147,6 +158,7 @@ impl Output {
 }
 
 impl Recorder {
+    /// `rows` are those of the steps before the checkpoint that training goes on from.
     pub fn new(
         runtime: FsepRuntime,
         losses: StepRecorder,
@@ -154,10 +166,14 @@ impl Recorder {
         tokens_per_step: usize,
         steps: usize,
         metrics: &Path,
+        rows: Vec<StepRow>,
     ) -> Result<Self, MoeLmError> {
-        let output = (runtime.rank() == 0).then(|| Output::new(metrics, steps)).transpose()?;
+        let mut output = (runtime.rank() == 0).then(|| Output::new(metrics, steps)).transpose()?;
+        if let Some(output) = &mut output {
+            output.write_again(&rows).map_err(MoeLmError::file(metrics))?;
+        }
         let now = Instant::now();
-        let rows = Arc::default();
+        let rows = Arc::new(Mutex::new(rows));
         Ok(Self { runtime, losses, planner, tokens_per_step, rows, trace: None, output, last: now })
     }
 

@@ -6,7 +6,7 @@ use burn::{
     module::Module,
     optim::AdamWConfig,
     tensor::Device,
-    train::{Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -21,6 +21,7 @@ use crate::{
     generate::generate,
     model::MoeLm,
     record::{Recorder, StepRecorder, StepRow, TraceCounts},
+    resume,
 };
 
 /// What all ranks train on.
@@ -55,33 +56,46 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     }
     let runtime = config.init(comm)?;
     let losses = StepRecorder::default();
-    let model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
+    let mut model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
+    let mut optimizer = AdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
+    let mut lr = CosineAnnealingLrSchedulerConfig::new(args.lr, args.steps)
+        .with_min_lr(args.lr / 10.0)
+        .init()
+        .map_err(MoeLmError::Option)?;
+    let mut progress = resume::beginning(args, data);
+    if let Some(loaded) = resume::resume(args, data, &runtime, &model, &optimizer)? {
+        (model, optimizer, progress) = (loaded.model, loaded.optimizer, loaded.progress);
+        if let Some(record) = progress.scheduler().map_err(FsepError::from)? {
+            lr = lr.load_record(record);
+        }
+    }
 
     let planner =
         PlannerConfig::new(args.planner.strategy()).with_synchronous(args.synchronous).with_seed(args.seed).init();
     let metrics = args.out.join("metrics.jsonl");
     let tokens_per_step = args.batch * args.context;
+    let rows = if runtime.rank() == 0 { resume::rows_before(&metrics, progress.step)? } else { Vec::new() };
     let mut recorder =
-        Recorder::new(runtime.clone(), losses.clone(), planner.report(), tokens_per_step, args.steps, &metrics)?;
+        Recorder::new(runtime.clone(), losses.clone(), planner.report(), tokens_per_step, args.steps, &metrics, rows)?;
     let rows = recorder.rows();
     let trace = (args.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
-    let strategy = Arc::new(
-        FsepStrategy::new(runtime.clone(), device.clone())
-            .with_max_grad_norm(args.clip)
-            .with_callback(planner)
-            .with_callback(recorder),
-    );
+    let mut strategy = FsepStrategy::new(runtime.clone(), device.clone())
+        .with_max_grad_norm(args.clip)
+        .with_callback(planner)
+        .with_callback(recorder)
+        .with_start(progress);
+    let interrupter = Interrupter::new();
+    if let Some(checkpoints) = resume::checkpoints(args) {
+        strategy =
+            strategy.with_checkpoints(checkpoints).with_callback(resume::StopOnSignal::new(interrupter.clone())?);
+    }
+    let strategy = Arc::new(strategy);
 
     let loader = |windows: &Windows| -> Result<_, FsepError> {
         let part = RankDataset::new(windows.clone(), args.batch, &runtime)?;
         let size = part.batch_size();
         Ok(DataLoaderBuilder::<Vec<u8>, LmBatch>::new(LmBatcher).batch_size(size).build(part))
     };
-    let lr = CosineAnnealingLrSchedulerConfig::new(args.lr, args.steps)
-        .with_min_lr(args.lr / 10.0)
-        .init()
-        .map_err(MoeLmError::Option)?;
-    let optimizer = AdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
     let result = SupervisedTraining::new(
         args.out.join(format!("rank-{}", runtime.rank())),
         loader(&data.train)?,
@@ -89,6 +103,7 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     )
     .metrics((LossMetric::new(), ImbalanceMetric::new(), StaticImbalanceMetric::new()))
     .num_epochs(1)
+    .with_interrupter(interrupter)
     .with_application_logger(None)
     .renderer(Box::new(SilentRenderer))
     .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
@@ -98,6 +113,9 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     }
     if let Some(error) = result.error {
         return Err(MoeLmError::Ranks(error.to_string()));
+    }
+    if result.interrupted.is_some() {
+        return Err(MoeLmError::Stopped);
     }
 
     let sample =

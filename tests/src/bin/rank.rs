@@ -10,7 +10,7 @@ use burn_fsep::{
     comm::{Block, CommError, Communicator, ExchangePlan, Operation, RankEnvironment, ReduceBuffer, ReduceOp},
 };
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{HandTraining, LayoutSource, task_items, train_by_hand};
+use burn_fsep_tests::{GradientSync, HandTraining, LayoutSource, task_items, train_by_hand};
 
 fn main() -> ExitCode {
     let task = std::env::args().nth(1).unwrap_or_default();
@@ -86,7 +86,8 @@ fn perform(task: &str, comm: Arc<dyn Communicator>) -> Result<(), FsepError> {
         "training" | "endless training" => {
             let steps = if task == "training" { 8 } else { usize::MAX };
             let layouts = LayoutSource::Planner(Strategy::MinMax);
-            let training = HandTraining { steps, batch: 8 * comm.size(), clip: 1.0, layouts, sync: true };
+            let training =
+                HandTraining { steps, batch: 8 * comm.size(), clip: 1.0, layouts, sync: GradientSync::AfterBackward };
             say(&format!("at {task}"));
             let trained = train_by_hand(&FsepRuntime::new(comm)?, &task_items(8 * 3 * 8, 3), &training)?;
             let bits: Vec<u32> = trained.losses.iter().map(|loss| loss.to_bits()).collect();

@@ -123,11 +123,21 @@ struct PendingLocal {
     member: Arc<Member>,
     key: RoundKey,
     operation: Operation,
+    is_collected: bool,
+}
+
+impl Drop for PendingLocal {
+    fn drop(&mut self) {
+        if !self.is_collected {
+            self.member.group.forgo(self.key);
+        }
+    }
 }
 
 impl PendingExchange for PendingLocal {
-    fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
-        let Self { member, key, operation } = *self;
+    fn wait(mut self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
+        let (member, key, operation) = (self.member.clone(), self.key, self.operation);
+        self.is_collected = true;
         let deposits = member.group.collect(key, member.rank, &operation.to_string())?;
         let ours = payload_of::<Exchange>(&deposits[member.rank]);
         if recv.len() != ours.plan.recv_len {
@@ -192,7 +202,7 @@ impl Communicator for LocalCommunicator {
         let deposit =
             Deposit { signature: format!("all-to-all `{operation}`"), payload: Box::new(Exchange { send, plan }) };
         self.member.group.deposit(key, self.rank(), &operation.to_string(), deposit)?;
-        Ok(Box::new(PendingLocal { member: self.member.clone(), key, operation }))
+        Ok(Box::new(PendingLocal { member: self.member.clone(), key, operation, is_collected: false }))
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
@@ -246,7 +256,7 @@ impl Communicator for LocalCommunicator {
         self.member.group.failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
+    fn duplicate(&self, _name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         let channel = self.member.channels.fetch_add(1, Ordering::Relaxed);
         Ok(Arc::new(Self { member: self.member.clone(), channel, sequence: AtomicU64::new(0) }))
     }

@@ -79,6 +79,17 @@ impl Group {
         Ok(())
     }
 
+    /// A rank that has deposited does without the others' deposits.
+    pub fn forgo(&self, key: RoundKey) {
+        let mut state = self.state.lock();
+        if let Some(round) = state.rounds.get_mut(&key) {
+            round.taken += 1;
+            if round.taken == self.size {
+                state.rounds.remove(&key);
+            }
+        }
+    }
+
     /// Waits for the deposits of all ranks. Shape `[N]`.
     pub fn collect(&self, key: RoundKey, rank: usize, operation: &str) -> Result<Vec<Arc<Deposit>>, CommError> {
         // None: a timeout that no clock can express is none.

@@ -12,7 +12,7 @@ use cudarc::{
     driver::{CudaSlice, CudaStream, DevicePtr, DriverError},
     nccl::{
         result::{self, NcclError},
-        sys::{cudaStream_t, ncclComm_t, ncclDataType_t},
+        sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t},
     },
 };
 
@@ -34,6 +34,8 @@ pub struct NcclCommunicator {
     group: Arc<Group>,
     handle: Arc<Handle>,
     stream: Arc<CudaStream>,
+    /// What it carries: its track in a timeline.
+    name: &'static str,
     /// For comparing what ranks are about to do; `None` if they do not.
     signatures: Option<Arc<dyn Communicator>>,
     sequence: AtomicU64,
@@ -52,12 +54,12 @@ struct Buffers {
 }
 
 impl NcclCommunicator {
-    pub(super) fn connect(group: Arc<Group>, check_signatures: bool) -> Result<Self, CommError> {
+    pub(super) fn connect(group: Arc<Group>, name: &'static str, check_signatures: bool) -> Result<Self, CommError> {
         let operation = Operation::new("connection of NCCL");
-        let signatures = check_signatures.then(|| group.control.duplicate()).transpose()?;
+        let signatures = check_signatures.then(|| group.control.duplicate("signatures")).transpose()?;
         let handle = group.connect()?;
         let stream = group.context.new_stream().map_err(|error| group.fail(group.cuda(operation, error)))?;
-        let comm = Self { group, handle, stream, signatures, sequence: AtomicU64::new(0) };
+        let comm = Self { group, handle, stream, name, signatures, sequence: AtomicU64::new(0) };
         comm.connect_pairs(operation)?;
         Ok(comm)
     }
@@ -229,6 +231,31 @@ impl NcclCommunicator {
         Ok(())
     }
 
+    /// Queues work on buffers of the compute stream, after what is queued there and before what will be after the wait.
+    fn start_on_device(
+        &self,
+        operation: Operation,
+        queue: impl FnOnce() -> Result<(), CommError>,
+    ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
+        let cuda = self.cuda(operation);
+        let ready = self.group.compute.record_event(None).map_err(&cuda)?;
+        self.stream.wait(&ready).map_err(&cuda)?;
+        let timeline = self.group.timeline.as_ref();
+        let began = timeline.and_then(|timeline| timeline.mark(&self.stream));
+        let queued = queue();
+        // Also of a failed start something may be queued that uses the buffers.
+        let done = Arc::new(self.stream.record_event(None).map_err(&cuda)?);
+        if let (Some(timeline), Some(began)) = (timeline, began)
+            && let Some(ended) = timeline.mark(&self.stream)
+        {
+            timeline.push(self.name, operation.to_string(), [began, ended]);
+        }
+        let pending = DeviceExchange { group: self.group.clone(), operation, done: Some(done.clone()) };
+        queued?;
+        self.group.watch_over(done, operation);
+        Ok(Box::new(pending))
+    }
+
     fn start_staged(&self, operation: Operation, send: &[u8], plan: ExchangePlan) -> Result<StagedExchange, CommError> {
         let (sent, received) = (self.upload(operation, send)?, self.buffer(operation, plan.recv_len)?);
         let buffers = Buffers { send: self.address(&sent), recv: self.address(&received) };
@@ -320,12 +347,12 @@ impl Communicator for NcclCommunicator {
         self.group.failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self::connect(self.group.clone(), self.signatures.is_some())?))
+    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self::connect(self.group.clone(), name, self.signatures.is_some())?))
     }
 
     fn device(&self) -> Option<&dyn DeviceCommunicator> {
-        (!self.group.shares_stream).then_some(self)
+        Some(self)
     }
 }
 
@@ -342,15 +369,27 @@ impl DeviceCommunicator for NcclCommunicator {
         plan: &ExchangePlan,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
         self.check_exchange(operation, plan)?;
-        let cuda = self.cuda(operation);
-        let ready = self.group.compute.record_event(None).map_err(&cuda)?;
-        self.stream.wait(&ready).map_err(&cuda)?;
-        let queued = self.enqueue_exchange(operation, Buffers { send, recv }, plan);
-        // Also of a failed start something may be queued that uses the buffers.
-        let done = Arc::new(self.stream.record_event(None).map_err(&cuda)?);
-        let pending = DeviceExchange { group: self.group.clone(), operation, done: Some(done.clone()) };
-        queued?;
-        self.group.watch_over(done, operation);
-        Ok(Box::new(pending))
+        self.start_on_device(operation, || self.enqueue_exchange(operation, Buffers { send, recv }, plan))
+    }
+
+    unsafe fn start_device_all_reduce(
+        &self,
+        operation: Operation,
+        address: u64,
+        len: usize,
+        op: ReduceOp,
+    ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
+        let op = match op {
+            ReduceOp::Sum => ncclRedOp_t::ncclSum,
+            ReduceOp::Mean => ncclRedOp_t::ncclAvg,
+            ReduceOp::Max => ncclRedOp_t::ncclMax,
+        };
+        self.start_on_device(operation, || {
+            self.enqueue(operation, |raw, stream| {
+                let (from, to, kind) = (address as *const c_void, address as *mut c_void, ncclDataType_t::ncclFloat32);
+                // SAFETY: the caller vouches for the numbers; NCCL reduces in place where both addresses are equal.
+                unsafe { result::all_reduce(from, to, len, kind, op, raw, stream) }.map(drop)
+            })
+        })
     }
 }

@@ -7,7 +7,10 @@ use super::{
     NcclCommunicator,
     group::{Group, engine},
 };
-use crate::comm::{CommError, Communicator, Operation};
+use crate::{
+    Timeline,
+    comm::{CommError, Communicator, Operation},
+};
 
 /// Configuration of a rank's [`NcclCommunicator`].
 #[derive(new, Debug, Clone)]
@@ -21,6 +24,9 @@ pub struct NcclConfig {
     /// each time.
     #[new(value = "cfg!(debug_assertions)")]
     pub check_signatures: bool,
+    /// Records the exchanges between buffers on the GPU, a track for each communicator.
+    #[new(default)]
+    pub timeline: Option<Timeline>,
 }
 
 impl NcclConfig {
@@ -34,6 +40,12 @@ impl NcclConfig {
     /// Equal on all ranks.
     pub fn with_check_signatures(mut self, check: bool) -> Self {
         self.check_signatures = check;
+        self
+    }
+
+    /// Sets the timeline that records exchanges between buffers on the GPU, which [`Timeline::of_gpu`] makes.
+    pub fn with_timeline(mut self, timeline: Timeline) -> Self {
+        self.timeline = Some(timeline);
         self
     }
 
@@ -66,7 +78,7 @@ impl NcclConfig {
         }
         let context =
             CudaContext::new(self.gpu).map_err(|error| fail(format!("GPU {} cannot be used: {error}", self.gpu)))?;
-        let group = Group::new(control, context, self.timeout)?;
-        NcclCommunicator::connect(group, self.check_signatures)
+        let group = Group::new(control, context, self.timeout, self.timeline.clone())?;
+        NcclCommunicator::connect(group, "control", self.check_signatures)
     }
 }

@@ -11,7 +11,10 @@ use cudarc::{
 use parking_lot::Mutex;
 
 use super::handle::{Fault, Handle, unique_id};
-use crate::comm::{CommError, Communicator, Operation};
+use crate::{
+    Timeline,
+    comm::{CommError, Communicator, Operation},
+};
 
 /// How often the watchdog looks.
 const WATCH: Duration = Duration::from_millis(20);
@@ -21,11 +24,9 @@ pub(super) struct Group {
     pub control: Arc<dyn Communicator>,
     pub timeout: Duration,
     pub context: Arc<CudaContext>,
+    pub timeline: Option<Timeline>,
     /// The legacy default stream, on which the backend computes.
     pub compute: Arc<CudaStream>,
-    /// Ranks of one process share a GPU, hence the default stream: a rank's work there would wait for work that another
-    /// rank can only queue behind it.
-    pub shares_stream: bool,
     handles: Mutex<Vec<Weak<Handle>>>,
     failure: Mutex<Option<CommError>>,
     /// Exchanges on the GPU that nobody has seen the end of.
@@ -50,16 +51,27 @@ impl Group {
         control: Arc<dyn Communicator>,
         context: Arc<CudaContext>,
         timeout: Duration,
+        timeline: Option<Timeline>,
     ) -> Result<Arc<Self>, CommError> {
         let operation = Operation::new("GPUs of the ranks");
         let place = [u64::from(std::process::id()), context.ordinal() as u64];
         let places = crate::comm::all_gather_u64(control.as_ref(), operation, &place)?;
+        if places.chunks_exact(2).filter(|theirs| **theirs == place).count() > 1 {
+            // They share the default stream, hence wait for work that another rank can only queue behind their own; and
+            // CUDA loads kernels only while none of the process is running.
+            let reason = format!(
+                "GPU {} is that of several ranks of this process: ranks that are threads need a GPU each; those that share \
+                 one, for tests, have to be processes",
+                context.ordinal()
+            );
+            return Err(engine(operation, reason));
+        }
         let group = Arc::new(Self {
             compute: context.default_stream(),
-            shares_stream: places.chunks_exact(2).filter(|theirs| **theirs == place).count() > 1,
             control,
             timeout,
             context,
+            timeline,
             handles: Mutex::default(),
             failure: Mutex::default(),
             outstanding: Mutex::default(),

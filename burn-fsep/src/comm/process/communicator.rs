@@ -281,7 +281,7 @@ impl Communicator for ProcessCommunicator {
         self.group().failure()
     }
 
-    fn duplicate(&self) -> Result<Arc<dyn Communicator>, CommError> {
+    fn duplicate(&self, _name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         let channel = self.member.channels.fetch_add(1, Ordering::Relaxed);
         Ok(Arc::new(Self { member: self.member.clone(), channel, sequence: AtomicU64::new(0) }))
     }

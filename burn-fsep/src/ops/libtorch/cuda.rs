@@ -1,7 +1,9 @@
 use std::{collections::BTreeMap, sync::Arc};
 
+use burn::tensor::FloatDType;
+use burn_fsep_planner::Layout;
 use cudarc::{
-    driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
+    driver::{CudaContext, CudaFunction, CudaModule, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
     nvrtc::{CompileOptions, compile_ptx_with_opts},
 };
 use parking_lot::Mutex;
@@ -16,6 +18,7 @@ pub(super) struct Fused {
     swiglu_backward: CudaFunction,
     combine: CudaFunction,
     combine_backward: CudaFunction,
+    sum_replicas: CudaFunction,
     /// Major number of the compute capability.
     generation: i32,
 }
@@ -37,6 +40,27 @@ pub(super) fn has_grouped_products(device: Device) -> bool {
     matches!(device, Device::Cuda(index) if on_gpu(index).is_some_and(|gpu| gpu.generation >= 9))
 }
 
+/// A module of kernels on one GPU.
+pub(super) struct Compiled {
+    pub context: Arc<CudaContext>,
+    pub module: Arc<CudaModule>,
+}
+
+/// Compiles kernels for a GPU.
+pub(super) fn compile(index: usize, source: &str) -> Result<Compiled, Box<dyn std::error::Error>> {
+    // cudarc panics where the driver or NVRTC is not installed.
+    // SAFETY: these only ask whether the libraries can be loaded.
+    if !unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() } {
+        return Err("the CUDA driver or NVRTC is not installed".into());
+    }
+    let context = CudaContext::new(index)?;
+    let (major, minor) = context.compute_capability()?;
+    let architecture = format!("--gpu-architecture=compute_{major}{minor}");
+    let options = CompileOptions { options: vec![architecture], ..Default::default() };
+    let module = context.load_module(compile_ptx_with_opts(source, options)?)?;
+    Ok(Compiled { context, module })
+}
+
 impl Fused {
     /// The kernels for a tensor with rows of `width` elements; `None` where they do not apply.
     pub fn of(tensor: &Tensor, width: i64) -> Option<Arc<Self>> {
@@ -46,22 +70,15 @@ impl Fused {
     }
 
     fn compile(index: usize) -> Result<Self, Box<dyn std::error::Error>> {
-        // cudarc panics where the driver or NVRTC is not installed.
-        // SAFETY: these only ask whether the libraries can be loaded.
-        if !unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() } {
-            return Err("the CUDA driver or NVRTC is not installed".into());
-        }
-        let context = CudaContext::new(index)?;
-        let (major, minor) = context.compute_capability()?;
-        let architecture = format!("--gpu-architecture=compute_{major}{minor}");
-        let options = CompileOptions { options: vec![architecture], ..Default::default() };
-        let module = context.load_module(compile_ptx_with_opts(include_str!("kernels.cu"), options)?)?;
+        let Compiled { context, module } = compile(index, include_str!("kernels.cu"))?;
+        let (major, _) = context.compute_capability()?;
         Ok(Self {
             stream: context.default_stream(),
             swiglu: module.load_function("swiglu")?,
             swiglu_backward: module.load_function("swiglu_backward")?,
             combine: module.load_function("combine")?,
             combine_backward: module.load_function("combine_backward")?,
+            sum_replicas: module.load_function("sum_replicas")?,
             generation: major,
         })
     }
@@ -142,6 +159,58 @@ impl Fused {
             args.arg(&topk).arg(&width);
         })?;
         Ok((d_rows, d_probs))
+    }
+
+    /// Slot gradients summed over replicas, `[N * C * S] -> [E, S]`; `None` where the kernel does not apply.
+    pub fn sum_replicas(
+        received: &Tensor,
+        layout: &Layout,
+        shard_len: usize,
+        scale: f64,
+        to: FloatDType,
+    ) -> Result<Option<Tensor>, TchError> {
+        let Device::Cuda(index) = received.device() else { return Ok(None) };
+        let half = |kind: Kind| match kind {
+            Kind::BFloat16 => Some(1i32),
+            Kind::Float => Some(0),
+            _ => None,
+        };
+        let to = match to {
+            FloatDType::BF16 => Kind::BFloat16,
+            FloatDType::F32 => Kind::Float,
+            _ => return Ok(None),
+        };
+        let (Some(is_half), Some(to_half), Some(gpu)) = (half(received.kind()), half(to), on_gpu(index)) else {
+            return Ok(None);
+        };
+        let experts = layout.num_experts();
+        let mut rows_of: Vec<Vec<i32>> = vec![Vec::new(); experts];
+        for (row, &expert) in layout.as_slice().iter().enumerate() {
+            rows_of[expert as usize].push(row as i32);
+        }
+        let mut plan = vec![0i32];
+        for rows in &rows_of {
+            plan.push(plan[plan.len() - 1] + rows.len() as i32);
+        }
+        plan.extend(rows_of.concat());
+        let plan = Tensor::f_from_slice(&plan)?.f_to(received.device())?;
+        let sums = Tensor::f_empty([experts as i64, shard_len as i64], (to, received.device()))?;
+        let starts = address(&plan);
+        let pointers = [address(received), address(&sums), starts, starts + 4 * (experts as u64 + 1)];
+        let (len, scale) = (shard_len as i64, scale as f32);
+        let config = LaunchConfig {
+            grid_dim: ((shard_len as u32).div_ceil(256), experts as u32, 1),
+            block_dim: (256, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let mut args = gpu.stream.launch_builder(&gpu.sum_replicas);
+        pointers.iter().for_each(|pointer| _ = args.arg(pointer));
+        args.arg(&len).arg(&scale).arg(&is_half).arg(&to_half);
+        // SAFETY: the pointers are to `N * C * S` received elements of the type that `is_half` says, to `E * S` of that of
+        // `to_half`, and to the experts' starts and rows, which are rows of the received ones. As to their lives, see
+        // `launch`.
+        unsafe { args.launch(config) }.map_err(|error| TchError::Torch(error.to_string()))?;
+        Ok(Some(sums))
     }
 
     /// Launches one block a row, if there is any.

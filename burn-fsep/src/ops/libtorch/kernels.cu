@@ -119,3 +119,23 @@ extern "C" __global__ void combine_backward(const uint4 *grad, const uint4 *rows
         }
     }
 }
+
+// Element i of the sums of all experts: of each expert's rows of the received gradients, in the order of `rows`.
+// `starts` says where an expert's rows begin in `rows`; `len` elements a row.
+extern "C" __global__ void sum_replicas(const void *received, void *sums, const int *starts, const int *rows,
+                                        long long len, float scale, int is_half, int to_half) {
+    int expert = blockIdx.y;
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    float sum = 0.0f;
+    for (int r = starts[expert]; r < starts[expert + 1]; r++) {
+        long long at = (long long)rows[r] * len + i;
+        sum += is_half ? low(((const bf16 *)received)[at]) : ((const float *)received)[at];
+    }
+    sum *= scale;
+    long long at = (long long)expert * len + i;
+    if (to_half)
+        ((bf16 *)sums)[at] = (bf16)round_bf16(sum);
+    else
+        ((float *)sums)[at] = sum;
+}

@@ -4,27 +4,40 @@
 //! once over all slots. On an NVIDIA GPU in bf16, SwiGLU and the combination of the experts' outputs are kernels of our
 //! own, since LibTorch has no fused ones: apart they take a sixth of a layer's time.
 
+#[cfg(feature = "train")]
+mod adamw;
 mod combine;
 mod cuda;
 mod exchange;
 mod experts;
+mod reduce;
+
+#[cfg(feature = "train")]
+pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 
 use std::{ops::Range, sync::Arc};
 
-use burn::backend::{
-    LibTorch,
-    tensor::{FloatTensor, IntTensor},
+use burn::{
+    backend::{
+        LibTorch,
+        tensor::{FloatTensor, IntTensor},
+    },
+    tensor::FloatDType,
 };
+use burn_fsep_planner::Layout;
 use burn_tch::TchTensor;
 use tch::TchError;
 
+use cuda::Fused;
+
 use super::{
     CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, FsepOps, MoeStep,
-    PendingTensor, RowIndices, run_moe,
+    PendingTensor, RowIndices, gradients::sum_on_device, run_moe, run_start_restore,
 };
 use crate::{
-    FsepError,
+    FsepError, FsepRuntime,
     comm::{Communicator, ExchangePlan, Operation},
+    schedule::Restore,
 };
 
 impl FsepOps for LibTorch {
@@ -38,6 +51,14 @@ impl FsepOps for LibTorch {
         step: Arc<MoeStep>,
     ) -> FloatTensor<Self> {
         run_moe::<Self>(hidden, probs, weights, row_of, assignment_of, token_of, step)
+    }
+
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError> {
+        run_start_restore::<Self>(weights, restore, runtime)
     }
 }
 
@@ -75,6 +96,19 @@ impl FsepKernels for LibTorch {
 
     fn fsep_sum_rows(rows: &TchTensor, row_of: &TchTensor, topk: usize) -> Result<TchTensor, FsepError> {
         combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64).map(TchTensor::new).map_err(device_error)
+    }
+
+    fn fsep_sum_replicas(
+        received: TchTensor,
+        layout: &Layout,
+        shard_len: usize,
+        scale: f64,
+        to: FloatDType,
+    ) -> Result<TchTensor, FsepError> {
+        match Fused::sum_replicas(&received.tensor, layout, shard_len, scale, to).map_err(device_error)? {
+            Some(sums) => Ok(TchTensor::new(sums)),
+            None => Ok(sum_on_device::<Self>(received, layout, shard_len, scale, to)),
+        }
     }
 
     fn fsep_start_exchange(

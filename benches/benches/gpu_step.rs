@@ -1,0 +1,329 @@
+//! Training steps of a transformer with FSEPMoE layers on NVIDIA GPUs, in bf16: forward, backward, gradient
+//! synchronisation and AdamW.
+//!
+//! Ranks are threads with a GPU each, over NCCL. Prints one line of JSON: median time of a step on the slowest rank, tokens
+//! a second over all ranks, mean imbalance. `--timeline FILE` writes what ran when for Perfetto.
+
+#![allow(deprecated)] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use burn::{
+    module::{Module, Param},
+    nn::{Initializer, Linear, LinearConfig},
+    optim::GradientsParams,
+    tensor::{Device, Distribution, FloatDType, IntDType, Tensor},
+};
+use burn_fsep::{
+    ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
+    TimelineRecord,
+    comm::{
+        Communicator, Operation, ReduceBuffer, ReduceOp,
+        local::{LaunchConfig, launch},
+        nccl::NcclConfig,
+    },
+    train::{FusedAdamWConfig, GradientBuckets},
+};
+use burn_fsep_benches::{
+    Times,
+    fused::{attention, rms_norm},
+};
+use burn_fsep_planner::{
+    PlannerConfig, Strategy,
+    callback::{StepContext, TrainingCallback},
+};
+use clap::{Parser, ValueEnum};
+
+#[derive(Parser, Clone)]
+struct Args {
+    /// Ranks, each with a GPU of its own.
+    #[arg(long, default_value_t = 1)]
+    ranks: usize,
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    #[arg(long, default_value_t = 4096)]
+    hidden: usize,
+    #[arg(long, default_value_t = 14336)]
+    ffn: usize,
+    #[arg(long, default_value_t = 8)]
+    experts: usize,
+    #[arg(long, default_value_t = 2)]
+    topk: usize,
+    #[arg(long)]
+    slots: Option<usize>,
+    /// Sequences of a rank in a step.
+    #[arg(long, default_value_t = 4)]
+    sequences: usize,
+    #[arg(long, default_value_t = 4096)]
+    length: usize,
+    #[arg(long, default_value_t = 5)]
+    warmup: usize,
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+    /// Where tokens go.
+    #[arg(long, value_enum, default_value_t = Routing::Natural)]
+    routing: Routing,
+    /// Standard deviation of the biases of `--routing biased`.
+    #[arg(long, default_value_t = 1.0)]
+    bias: f64,
+    /// Static expert parallelism instead of FSEP.
+    #[arg(long)]
+    static_ep: bool,
+    #[arg(long)]
+    no_prefetch_forward: bool,
+    #[arg(long)]
+    no_prefetch_backward: bool,
+    #[arg(long)]
+    no_delay_reshard: bool,
+    /// Replicated gradients are reduced after backward.
+    #[arg(long)]
+    no_buckets: bool,
+    #[arg(long)]
+    timeline: Option<PathBuf>,
+    /// What `cargo bench` adds.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq)]
+enum Routing {
+    /// By the router.
+    Natural,
+    /// To all experts alike.
+    Balanced,
+    /// By the router, with fixed random biases.
+    Biased,
+}
+
+#[derive(Module, Debug)]
+struct Block {
+    attention_norm: Param<Tensor<1>>,
+    qkv: Linear,
+    output: Linear,
+    moe_norm: Param<Tensor<1>>,
+    moe: FSEPMoE,
+}
+
+#[derive(Module, Debug)]
+struct Transformer {
+    blocks: Vec<Block>,
+}
+
+impl Transformer {
+    fn new(args: &Args, runtime: &FsepRuntime, device: &Device) -> Result<Self, FsepError> {
+        let mut moe = FSEPMoEConfig::new(args.hidden, args.ffn, args.experts)
+            .with_moe_router_topk(args.topk)
+            .with_slots_per_rank(args.slots);
+        match args.routing {
+            Routing::Natural => {}
+            Routing::Balanced => moe = moe.with_moe_router_force_load_balancing(true),
+            Routing::Biased => moe = moe.with_moe_router_force_biased(Some(args.bias)),
+        }
+        if args.static_ep {
+            moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
+        }
+        let linear = |width| {
+            let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+            LinearConfig::new(args.hidden, width).with_bias(false).with_initializer(initializer).init(device)
+        };
+        let norm = || Param::from_tensor(Tensor::ones([args.hidden], device));
+        let block = |_| -> Result<Block, FsepError> {
+            let (qkv, output) = (linear(3 * args.hidden), linear(args.hidden));
+            let moe = moe.try_init(runtime, device)?;
+            Ok(Block { attention_norm: norm(), qkv, output, moe_norm: norm(), moe })
+        };
+        Ok(Self { blocks: (0..args.layers).map(block).collect::<Result<_, _>>()? })
+    }
+
+    /// `[B * L, D] -> [B * L, D]`
+    fn forward(
+        &self,
+        x: Tensor<2>,
+        length: usize,
+        runtime: &FsepRuntime,
+        buckets: Option<&GradientBuckets>,
+    ) -> Tensor<2> {
+        const HEAD: usize = 128;
+        let [tokens, hidden] = x.dims();
+        let (sequences, heads) = (tokens / length, hidden / HEAD);
+        self.blocks.iter().fold(x, |x, block| {
+            let prepared = buckets.map(|buckets| buckets.prepare(block, &x));
+            let block = prepared.as_ref().unwrap_or(block);
+            let span = runtime.timeline().and_then(|timeline| timeline.compute("attention"));
+            let normed = rms_norm(x.clone(), block.attention_norm.val());
+            let qkv = block.qkv.forward(normed).reshape([sequences, length, 3, heads, HEAD]);
+            let part = |i: usize| {
+                let part = qkv.clone().slice([0..sequences, 0..length, i..i + 1, 0..heads, 0..HEAD]);
+                part.reshape([sequences, length, heads, HEAD]).swap_dims(1, 2)
+            };
+            let attended = attention(part(0), part(1), part(2)).swap_dims(1, 2).reshape([tokens, hidden]);
+            let x = x + block.output.forward(attended);
+            drop(span);
+            x.clone() + block.moe.forward(rms_norm(x, block.moe_norm.val()))
+        })
+    }
+}
+
+/// What a rank measured.
+struct Measured {
+    step: Duration,
+    imbalance: f64,
+    imbalance_static: f64,
+    moved: f64,
+    missed: u64,
+    began: f64,
+    ended: f64,
+}
+
+fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, FsepError> {
+    let rank = control.rank();
+    let mut device = Device::libtorch_cuda(rank);
+    device.configure((FloatDType::BF16, IntDType::I64)).map_err(|error| FsepError::Device(error.to_string()))?;
+    let device = device.autodiff();
+    let timeline = args.timeline.is_some().then(|| Timeline::of_gpu(rank)).transpose()?;
+    if let Some(timeline) = &timeline {
+        timeline.set_recording(false);
+    }
+    let mut config = FsepRuntimeConfig::new().with_schedule(
+        ScheduleConfig::new()
+            .with_prefetch_forward(!args.no_prefetch_forward)
+            .with_prefetch_backward(!args.no_prefetch_backward)
+            .with_delay_reshard(!args.no_delay_reshard),
+    );
+    config.timeline = timeline.clone();
+    let comm: Arc<dyn Communicator> = if args.ranks == 1 {
+        control
+    } else {
+        let mut nccl = NcclConfig::new(rank).with_check_signatures(false);
+        nccl.timeline = timeline.clone();
+        Arc::new(nccl.init(control)?)
+    };
+    let runtime = config.init(comm)?;
+    let mut model = Transformer::new(args, &runtime, &device)?;
+    let mut optimizer = FusedAdamWConfig::new().init();
+    let mut planner = PlannerConfig::new(Strategy::MinMax).init();
+    let plans = args.ranks > 1 && !args.static_ep;
+    if plans {
+        planner.on_train_start(&runtime).map_err(|error| FsepError::Callback(error.to_string()))?;
+    }
+    let buckets = (!args.no_buckets && args.ranks > 1).then(|| GradientBuckets::new(&runtime));
+    let tokens = args.sequences * args.length;
+    // Batches that differ, so that routing does.
+    let batches: Vec<Tensor<2>> = (0..3)
+        .map(|_| Tensor::random([tokens, args.hidden], Distribution::Normal(0.0, 1.0), &device).detach())
+        .collect();
+
+    let (mut times, mut sums) = (Times::default(), [0.0; 3]);
+    let mut began = 0.0;
+    for step in 0..args.warmup + args.steps {
+        if step == args.warmup {
+            tch::Cuda::synchronize(rank as i64);
+            runtime.comm().barrier(Operation::new("start"))?;
+            began = unix_seconds();
+            if let Some(timeline) = &timeline {
+                timeline.set_recording(true);
+            }
+        }
+        let start = Instant::now();
+        let batch = batches[step % batches.len()].clone();
+        runtime.begin_step(&model)?;
+        let mut grads = runtime.run(|| {
+            let output = model.forward(batch, args.length, &runtime, buckets.as_ref());
+            let loss = output.square().mean();
+            GradientsParams::from_grads(loss.backward(), &model)
+        })?;
+        match &buckets {
+            Some(buckets) => buckets.sync(&model, &mut grads)?,
+            None => burn_fsep::train::sync_gradients(&runtime, &model, &mut grads)?,
+        }
+        let span = timeline.as_ref().and_then(|timeline| timeline.compute("optimizer"));
+        model = optimizer.step(1e-5, model, grads);
+        drop(span);
+        if plans {
+            let context = StepContext::new(1, step + 1, &runtime);
+            planner.on_step_end(&context).map_err(|error| FsepError::Callback(error.to_string()))?;
+        }
+        tch::Cuda::synchronize(rank as i64);
+        if step >= args.warmup {
+            times.push(start.elapsed());
+            let stats = runtime.stats();
+            let values = [stats.imbalance(), stats.imbalance_static(), stats.moved_slots() as f64];
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value / args.steps as f64);
+        }
+    }
+    let ended = unix_seconds();
+    if let (Some(timeline), Some(path)) = (&timeline, &args.timeline) {
+        timeline.set_recording(false);
+        let path = path.with_extension(format!("rank{rank}.json"));
+        std::fs::write(&path, timeline.chrome_trace(rank)?)
+            .map_err(|error| FsepError::Config(format!("{}: {error}", path.display())))?;
+        if rank == 0 {
+            report_overlap(&timeline.records()?, args);
+        }
+    }
+    let mut slowest = [times.median().as_secs_f64()];
+    runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
+    let [imbalance, imbalance_static, moved] = sums;
+    let missed = runtime.missed_prefetches();
+    let step = Duration::from_secs_f64(slowest[0]);
+    Ok(Measured { step, imbalance, imbalance_static, moved, missed, began, ended })
+}
+
+fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// How much of each kind of communication runs while the experts or attention compute, and how often the host waits.
+fn report_overlap(records: &[TimelineRecord], args: &Args) {
+    let compute: Vec<_> = records.iter().filter(|record| record.track == "compute").collect();
+    let hidden = |record: &TimelineRecord| -> f64 {
+        compute.iter().map(|other| (record.end.min(other.end) - record.start.max(other.start)).max(0.0)).sum()
+    };
+    let mut kinds = std::collections::BTreeMap::<String, (usize, f64, f64)>::new();
+    for record in records.iter().filter(|record| record.track != "compute") {
+        let name = record.name.split([',', '(']).next().unwrap_or_default();
+        let name = name.split(" of layer").next().unwrap_or_default();
+        let kind = kinds.entry(format!("{}: {}", record.track, name.trim())).or_default();
+        kind.0 += 1;
+        kind.1 += record.end - record.start;
+        kind.2 += hidden(record);
+    }
+    for (kind, (count, total, hidden)) in kinds {
+        let line = serde_json::json!({
+            "timeline": kind, "per_step_and_layer": count as f64 / (args.steps * args.layers) as f64,
+            "ms_per_step": total / 1e3 / args.steps as f64, "behind_compute": if total > 0.0 { hidden / total } else { 0.0 }
+        });
+        println!("{line}");
+    }
+}
+
+fn main() {
+    let args = Args::parse();
+    if tch::Cuda::device_count() < args.ranks as i64 {
+        eprintln!("error: {} ranks need a GPU each, LibTorch sees {}", args.ranks, tch::Cuda::device_count());
+        std::process::exit(1);
+    }
+    let config = LaunchConfig::new(args.ranks).with_timeout(Duration::from_secs(120));
+    let mut results = Vec::new();
+    for result in launch(&config, |control| run_rank(&args, control)) {
+        match result {
+            Ok(measured) => results.push(measured),
+            Err(error) => {
+                eprintln!("error: {error}");
+                std::process::exit(1);
+            }
+        }
+    }
+    let Measured { step, imbalance, imbalance_static, moved, missed, began, ended } = &results[0];
+    let tokens = (args.ranks * args.sequences * args.length) as f64;
+    let line = serde_json::json!({
+        "step_ms": step.as_secs_f64() * 1e3, "tokens_per_s": tokens / step.as_secs_f64(), "imbalance": imbalance,
+        "imbalance_static": imbalance_static, "moved_slots": moved, "missed_prefetches": missed,
+        "began": began, "ended": ended, "steps": args.steps
+    });
+    println!("{line}");
+}

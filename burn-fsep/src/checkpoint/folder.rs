@@ -1,0 +1,145 @@
+use std::{
+    fs::{self, File},
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use super::CheckpointError;
+
+/// Folders that are being written, or were when their writer died.
+const PARTIAL: &str = ".partial-";
+/// Folders that are being deleted, or were when their deleter died.
+const DELETED: &str = ".deleted-";
+
+/// The name of a checkpoint: the order in which it was written, then its step.
+///
+/// Order alone decides what is newest, so that a run started anew in the same folder does not lose its checkpoints to
+/// the greater steps of an older run.
+pub(super) fn checkpoint_name(sequence: u64, step: u64) -> String {
+    format!("{sequence:06}-step-{step:08}")
+}
+
+fn sequence_of(name: &str) -> Option<u64> {
+    let (sequence, step) = name.split_once("-step-")?;
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if is_number(sequence) && is_number(step) { sequence.parse().ok() } else { None }
+}
+
+/// The checkpoints in a folder, oldest first, with their order; none if there is no such folder.
+pub(super) fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
+    let mut found: Vec<_> =
+        entries(folder)?.into_iter().filter_map(|(name, path)| sequence_of(&name).map(|s| (s, path))).collect();
+    found.sort();
+    Ok(found)
+}
+
+fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
+    let failed = CheckpointError::io("list", folder);
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(&failed)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(&failed)?;
+        if let Ok(name) = entry.file_name().into_string() {
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+/// Makes the folder in which a checkpoint is written, after removing what dead writers left; returns the checkpoint's
+/// order.
+pub(super) fn begin(folder: &Path, step: u64) -> Result<u64, CheckpointError> {
+    fs::create_dir_all(folder).map_err(CheckpointError::io("create", folder))?;
+    for (name, path) in entries(folder)? {
+        if name.starts_with(PARTIAL) || name.starts_with(DELETED) {
+            // Tried again before the next checkpoint.
+            let _ = fs::remove_dir_all(path);
+        }
+    }
+    let sequence = checkpoints(folder)?.last().map_or(1, |(newest, _)| newest.saturating_add(1));
+    let partial = partial(folder, sequence, step);
+    fs::create_dir(&partial).map_err(CheckpointError::io("create", &partial))?;
+    Ok(sequence)
+}
+
+/// Where a checkpoint is written.
+pub(super) fn partial(folder: &Path, sequence: u64, step: u64) -> PathBuf {
+    folder.join(format!("{PARTIAL}{}", checkpoint_name(sequence, step)))
+}
+
+/// Gives a checkpoint that is written completely its name.
+pub(super) fn commit(folder: &Path, sequence: u64, step: u64) -> Result<PathBuf, CheckpointError> {
+    let partial = partial(folder, sequence, step);
+    let path = folder.join(checkpoint_name(sequence, step));
+    sync_folder(&partial)?;
+    fs::rename(&partial, &path).map_err(CheckpointError::io("rename", &partial))?;
+    sync_folder(folder)?;
+    Ok(path)
+}
+
+/// Deletes all but the `keep` newest checkpoints. Each is renamed first: none is ever there in part.
+pub(super) fn retain(folder: &Path, keep: usize) -> Result<(), CheckpointError> {
+    let all = checkpoints(folder)?;
+    for (_, path) in &all[..all.len().saturating_sub(keep)] {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let deleted = folder.join(format!("{DELETED}{name}"));
+        fs::rename(path, &deleted).map_err(CheckpointError::io("delete", path))?;
+        // What cannot be deleted now (files that are open, on a network file system) goes before the next checkpoint.
+        let _ = fs::remove_dir_all(&deleted);
+    }
+    Ok(())
+}
+
+/// Waits until the disk has the folder's list of files.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+    // Elsewhere a folder cannot be opened, and needs no sync of its own.
+    if cfg!(unix) {
+        File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(CheckpointError::io("write the folder", folder))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let all = checkpoints(folder).unwrap();
+        all.iter().map(|(_, path)| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn the_newest_is_the_one_written_last() {
+        let temp = tempfile::tempdir().unwrap();
+        let folder = temp.path().join("runs/checkpoints");
+        assert!(names(&folder).is_empty());
+        for step in [900, 10, 20] {
+            let sequence = begin(&folder, step).unwrap();
+            assert!(!folder.join(checkpoint_name(sequence, step)).exists());
+            commit(&folder, sequence, step).unwrap();
+            retain(&folder, 2).unwrap();
+        }
+        assert_eq!(names(&folder), ["000002-step-00000010", "000003-step-00000020"]);
+        assert_eq!(entries(&folder).unwrap().len(), 2, "nothing is left of what was deleted");
+    }
+
+    #[test]
+    fn what_a_dead_writer_left_is_no_checkpoint_and_goes() {
+        let temp = tempfile::tempdir().unwrap();
+        let folder = temp.path();
+        begin(folder, 5).unwrap();
+        fs::create_dir(folder.join(".deleted-000001-step-00000003")).unwrap();
+        fs::create_dir(folder.join("notes")).unwrap();
+        assert!(names(folder).is_empty());
+        let sequence = begin(folder, 6).unwrap();
+        commit(folder, sequence, 6).unwrap();
+        let mut left: Vec<_> = entries(folder).unwrap().into_iter().map(|(name, _)| name).collect();
+        left.sort();
+        assert_eq!(left, ["000001-step-00000006", "notes"]);
+    }
+}

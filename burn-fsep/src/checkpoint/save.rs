@@ -1,0 +1,337 @@
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+
+use burn::{
+    module::Module,
+    optim::{ModuleOptimizer, OptimizerRecord},
+    store::ModuleRecord,
+    tensor::Bytes,
+};
+use safetensors::Dtype;
+use sha2::{Digest, Sha256};
+
+use super::{
+    CheckpointConfig, CheckpointError, TrainingProgress,
+    agree::{Work, agree},
+    folder,
+    manifest::{
+        ExpertsEntry, FileEntry, MANIFEST, MANIFEST_SUM, Manifest, ParameterEntry, REPLICATED, StateEntry,
+        experts_file, param_name, record_name, scalar_name, state_name,
+    },
+    model::{ModelParam, model_params},
+    output::{CreateFile, Disk},
+    records::{Snapshot, scalar_tensor},
+    tensors::{HostTensor, check_len, write_bytes, write_tensors},
+};
+use crate::{
+    FsepRuntime,
+    comm::{Communicator, Operation, all_gather_u64},
+};
+
+const START: Operation = Operation::new("start of a checkpoint");
+const WRITE: Operation = Operation::new("files of a checkpoint");
+const COMMIT: Operation = Operation::new("end of a checkpoint");
+
+/// A rank's hand in the checkpoints of a folder. Made by [`CheckpointConfig::init`].
+///
+/// A checkpoint is a folder `NUMBER-step-STEP` that appears whole or not at all. What can be read of it and by whom, see
+/// the [module](super).
+#[derive(Debug)]
+pub struct Checkpoints {
+    pub(super) runtime: FsepRuntime,
+    pub(super) config: CheckpointConfig,
+    files: Arc<dyn CreateFile>,
+    pending: Option<Pending>,
+}
+
+/// A checkpoint that is being written.
+#[derive(Debug)]
+struct Pending {
+    sequence: u64,
+    manifest: Manifest,
+    files: Work<Vec<FileEntry>>,
+}
+
+/// Writes a checkpoint, keeping all that are there. Collective. Returns the checkpoint's folder.
+///
+/// # Errors
+///
+/// As [`Checkpoints::save`].
+pub fn save<M: Module>(
+    folder: impl Into<PathBuf>,
+    runtime: &FsepRuntime,
+    model: &M,
+    optimizer: &ModuleOptimizer,
+    progress: &TrainingProgress,
+) -> Result<PathBuf, CheckpointError> {
+    let mut checkpoints = CheckpointConfig::new(folder).with_keep(usize::MAX).init(runtime)?;
+    let path = checkpoints.save_records(model, model.clone().into_record(), optimizer.to_record(), progress)?;
+    Ok(path.unwrap_or_else(|| unreachable!("it is not written in the background")))
+}
+
+impl Checkpoints {
+    pub(super) fn new(config: CheckpointConfig, runtime: FsepRuntime) -> Self {
+        Self { runtime, config, files: Arc::new(Disk), pending: None }
+    }
+
+    /// The same with files that may fail.
+    #[cfg(test)]
+    pub(super) fn with_files(mut self, files: Arc<dyn CreateFile>) -> Self {
+        self.files = files;
+        self
+    }
+
+    /// Saves a checkpoint; a pending one is finished first. Collective: after the same step on all ranks.
+    ///
+    /// Returns when the checkpoint is there, or, in the background, when all that goes into it was copied to host memory:
+    /// then [`Checkpoints::poll`], [`Checkpoints::finish`] or the next checkpoint completes it.
+    ///
+    /// # Errors
+    ///
+    /// On all ranks if one has an error: [`CheckpointError::Io`] if a file or folder cannot be written,
+    /// [`CheckpointError::Divergence`] if replicated parameters, their optimizer state or the progress differ between
+    /// ranks, [`CheckpointError::Unsupported`] for a quantized parameter or an optimizer that does not work element by
+    /// element, [`CheckpointError::Peer`] on ranks that have no error themselves; [`CheckpointError::Comm`] if a rank is
+    /// lost. Earlier checkpoints stay as they are.
+    pub fn save<M: Module>(
+        &mut self,
+        model: &M,
+        optimizer: &ModuleOptimizer,
+        progress: &TrainingProgress,
+    ) -> Result<(), CheckpointError> {
+        self.save_records(model, model.clone().into_record(), optimizer.to_record(), progress).map(drop)
+    }
+
+    /// As [`Checkpoints::save`], of records. Returns the checkpoint's folder if it is complete.
+    pub(crate) fn save_records<M: Module>(
+        &mut self,
+        model: &M,
+        values: ModuleRecord,
+        optimizer: OptimizerRecord,
+        progress: &TrainingProgress,
+    ) -> Result<Option<PathBuf>, CheckpointError> {
+        self.finish()?;
+        let params = model_params(&self.runtime, model);
+        self.start(params.and_then(|params| Snapshot::new(params, values, optimizer)), progress)?;
+        if self.config.background { Ok(None) } else { self.finish() }
+    }
+
+    /// Completes a pending checkpoint if all ranks have written their files. Collective. Returns its folder if this
+    /// completed it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoints::save`].
+    pub fn poll(&mut self) -> Result<Option<PathBuf>, CheckpointError> {
+        let Some(pending) = &mut self.pending else { return Ok(None) };
+        match pending.files.is_done_everywhere(self.runtime.comm(), WRITE, Duration::ZERO)? {
+            true => self.finish(),
+            false => Ok(None),
+        }
+    }
+
+    /// Waits for a pending checkpoint and completes it. Collective. Returns its folder if there was one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoints::save`].
+    pub fn finish(&mut self) -> Result<Option<PathBuf>, CheckpointError> {
+        let Some(Pending { sequence, manifest, files }) = self.pending.take() else { return Ok(None) };
+        let step = manifest.step;
+        let result = self.complete(sequence, manifest, files);
+        if result.is_err() {
+            self.discard(sequence, step);
+        }
+        result.map(Some)
+    }
+
+    /// Makes the folder, compares what has to be equal, and starts to write.
+    fn start(
+        &mut self,
+        snapshot: Result<Snapshot, CheckpointError>,
+        progress: &TrainingProgress,
+    ) -> Result<(), CheckpointError> {
+        let (comm, step) = (self.runtime.comm(), progress.step);
+        let (rank, ranks, folder) = (comm.rank(), comm.size(), self.config.folder.clone());
+        let begun = snapshot.and_then(|snapshot| {
+            let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
+            Ok((snapshot, sequence))
+        });
+        let (snapshot, sequence) = agree(comm, START, begun)?;
+        let sequence = all_gather_u64(comm, START, &[sequence])?[0];
+
+        let parameters: Vec<_> = snapshot
+            .params
+            .iter()
+            .map(|(param, _, state)| {
+                entry(&self.runtime, param, &state.tensors, state.scalars.keys().cloned().collect())
+            })
+            .collect();
+        let manifest = Manifest::new(ranks, progress, parameters);
+        let (replicated, experts) = files_of(snapshot, progress);
+        if let Err(error) = check_equal(comm, &manifest, &replicated, progress) {
+            self.discard(sequence, step);
+            return Err(error);
+        }
+        let (files, partial) = (self.files.clone(), folder::partial(&folder, sequence, step));
+        let files = Work::start(move || {
+            let mut written = Vec::new();
+            if rank == 0 {
+                written.push(write_tensors(files.as_ref(), &partial, REPLICATED, replicated)?);
+            }
+            written.push(write_tensors(files.as_ref(), &partial, &experts_file(rank, ranks), experts)?);
+            folder::sync_folder(&partial)?;
+            Ok(written)
+        });
+        self.pending = Some(Pending { sequence, manifest, files });
+        Ok(())
+    }
+
+    /// Waits for the files of all ranks; then rank 0 writes the manifest and gives the checkpoint its name.
+    fn complete(
+        &self,
+        sequence: u64,
+        mut manifest: Manifest,
+        files: Work<Vec<FileEntry>>,
+    ) -> Result<PathBuf, CheckpointError> {
+        let comm = self.runtime.comm();
+        let written = files.finish(comm, WRITE)?;
+        let (rank, ranks) = (comm.rank(), comm.size());
+        let mut entries: Vec<FileEntry> = Vec::new();
+        if rank == 0 {
+            entries.push(written[0].clone());
+        }
+        let ours = &written[written.len() - 1];
+        for (peer, facts) in gather_files(comm, ours)?.into_iter().enumerate() {
+            entries.push(FileEntry { name: experts_file(peer, ranks), bytes: facts.0, sha256: facts.1 });
+        }
+        manifest.files = entries;
+        let (folder, keep, step) = (self.config.folder.clone(), self.config.keep, manifest.step);
+        let output = self.files.clone();
+        let committed = Work::start(move || {
+            if rank != 0 {
+                return Ok(folder.join(folder::checkpoint_name(sequence, step)));
+            }
+            let partial = folder::partial(&folder, sequence, step);
+            for file in &manifest.files {
+                let path = partial.join(&file.name);
+                let found = fs::metadata(&path).map_err(|error| CheckpointError::Io {
+                    action: "find",
+                    path: path.clone(),
+                    reason: format!("{error}; is the folder on a file system that all ranks share?"),
+                })?;
+                check_len(&path, found.len(), file.bytes)?;
+            }
+            let (bytes, sum) = manifest.to_bytes()?;
+            write_bytes(output.as_ref(), &partial.join(MANIFEST), &bytes)?;
+            write_bytes(output.as_ref(), &partial.join(MANIFEST_SUM), &sum)?;
+            let path = folder::commit(&folder, sequence, step)?;
+            folder::retain(&folder, keep)?;
+            Ok(path)
+        });
+        committed.finish(comm, COMMIT)
+    }
+
+    /// Removes what was written of a checkpoint that failed.
+    fn discard(&self, sequence: u64, step: u64) {
+        if self.runtime.rank() == 0 {
+            // If it cannot be removed now, it goes before the next checkpoint.
+            let _ = fs::remove_dir_all(folder::partial(&self.config.folder, sequence, step));
+        }
+    }
+}
+
+/// What the manifest says of a parameter.
+fn entry(
+    runtime: &FsepRuntime,
+    param: &ModelParam,
+    state: &std::collections::BTreeMap<String, HostTensor>,
+    scalars: Vec<String>,
+) -> ParameterEntry {
+    let experts = param.experts.map(|info| {
+        let layout = runtime.layout(info.layer);
+        ExpertsEntry { info, layout: (0..layout.num_ranks()).map(|rank| layout.experts_of(rank).to_vec()).collect() }
+    });
+    let state = state
+        .iter()
+        .map(|(field, tensor)| (field.clone(), StateEntry { dtype: tensor.dtype, shape: tensor.shape.clone() }));
+    ParameterEntry {
+        path: param.path.clone(),
+        name: param.name.clone(),
+        dtype: param.dtype,
+        shape: param.shape.clone(),
+        experts,
+        state: state.collect(),
+        scalars,
+    }
+}
+
+type NamedTensors = Vec<(String, HostTensor)>;
+
+/// What goes into the file of the replicated parameters, and into that of the rank's experts. Scalars of the optimizer's
+/// state are equal on all ranks, those of experts, too.
+fn files_of(snapshot: Snapshot, progress: &TrainingProgress) -> (NamedTensors, NamedTensors) {
+    let (mut replicated, mut sharded) = (Vec::new(), Vec::new());
+    for (param, value, state) in snapshot.params {
+        let path = &param.path;
+        for (field, scalar) in state.scalars {
+            replicated.push((scalar_name(path, &field), scalar_tensor(scalar)));
+        }
+        let file = if param.experts.is_some() { &mut sharded } else { &mut replicated };
+        file.push((param_name(path), value));
+        file.extend(state.tensors.into_iter().map(|(field, tensor)| (state_name(path, &field), tensor)));
+    }
+    for (name, bytes) in &progress.records {
+        let bytes = Bytes::from_bytes_vec(bytes.clone());
+        let tensor = HostTensor { dtype: Dtype::U8, shape: vec![bytes.len()], bytes };
+        replicated.push((record_name(name), tensor));
+    }
+    (replicated, sharded)
+}
+
+/// Checks that all ranks are about to save the same checkpoint.
+fn check_equal(
+    comm: &dyn Communicator,
+    manifest: &Manifest,
+    replicated: &NamedTensors,
+    progress: &TrainingProgress,
+) -> Result<(), CheckpointError> {
+    let digest = |bytes: &[u8]| {
+        let digest = Sha256::digest(bytes);
+        u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
+    };
+    let parameters = serde_json::to_vec(&manifest.parameters).unwrap_or_default();
+    let compare = |names: &[&str], values: &[u64], hint| {
+        let all = all_gather_u64(comm, START, values)?;
+        for (rank, theirs) in all.chunks_exact(values.len().max(1)).enumerate() {
+            if let Some(place) = (0..values.len()).find(|&place| theirs[place] != all[place]) {
+                return Err(CheckpointError::Divergence { what: names[place].into(), rank, hint });
+            }
+        }
+        Ok(())
+    };
+    // Before values are compared: there have to be equally many.
+    compare(
+        &["the step", "the epoch", "the iteration", "the parameters' names, shapes or optimizer state, or the layouts"],
+        &[progress.step, progress.epoch, progress.iteration, digest(&parameters)],
+        "all ranks have to save the same model after the same step",
+    )?;
+    let shared = replicated.iter().filter(|(name, _)| !name.starts_with("record/"));
+    let (names, values): (Vec<&str>, Vec<u64>) =
+        shared.map(|(name, tensor)| (name.as_str(), digest(&tensor.bytes))).unzip();
+    compare(&names, &values, "were their gradients averaged (`sync_gradients`)?")
+}
+
+/// Size and checksum of all ranks' files.
+fn gather_files(comm: &dyn Communicator, ours: &FileEntry) -> Result<Vec<(u64, String)>, CheckpointError> {
+    // As text of 64 bytes the checksum needs no decoding.
+    let mut send = ours.bytes.to_le_bytes().to_vec();
+    send.extend_from_slice(ours.sha256.as_bytes());
+    let mut all = vec![0; send.len() * comm.size()];
+    comm.all_gather(WRITE, &send, &mut all)?;
+    let facts = all.chunks_exact(send.len()).map(|facts| {
+        let (bytes, sha256) = facts.split_at(8);
+        let bytes = bytes.try_into().map_or(0, u64::from_le_bytes);
+        (bytes, String::from_utf8_lossy(sha256).into_owned())
+    });
+    Ok(facts.collect())
+}

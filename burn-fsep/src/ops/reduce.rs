@@ -1,0 +1,43 @@
+//! All-reduce of tensors on their device, and what its users have to ask of a backend.
+
+use std::sync::Arc;
+
+use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
+
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation, PendingDeviceExchange, ReduceOp},
+};
+
+/// All-reduce as an operation of a backend. Without overrides everything goes through host memory.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"))]
+pub trait ReduceOps: Backend {
+    /// Starts to replace the elements of `tensor`, in place, by their combination over ranks; `None` if the communicator
+    /// does not reach tensors on their device. Nobody may use the tensor, or one that shares its memory, before the wait.
+    ///
+    /// # Errors
+    ///
+    /// The communicator's, and [`FsepError::Shape`] if the tensor is not contiguous or not of single precision.
+    fn fsep_start_device_all_reduce(
+        tensor: FloatTensor<Self>,
+        comm: Arc<dyn Communicator>,
+        operation: Operation,
+        op: ReduceOp,
+    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+        let _ = (tensor, comm, operation, op);
+        Ok(None)
+    }
+
+    /// Whether two tensors are surely the same elements of the same memory. `false` where a backend cannot tell.
+    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
+        let _ = (a, b);
+        false
+    }
+}
+
+#[cfg(feature = "flex")]
+impl ReduceOps for burn::backend::Flex {
+    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
+        a.dtype() == b.dtype() && a.layout() == b.layout() && Arc::ptr_eq(&a.data_arc(), &b.data_arc())
+    }
+}

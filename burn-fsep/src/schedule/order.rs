@@ -1,0 +1,74 @@
+/// The order in which a step runs its layers, learned from the step before.
+#[derive(Debug, Default)]
+pub(super) struct LayerOrder {
+    before: Vec<usize>,
+    current: Vec<usize>,
+    /// Whether this step ran the same layers so far.
+    follows: bool,
+}
+
+/// What is known of a layer that begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    /// The layer that comes next, if the step goes on as the one before.
+    pub next: Option<usize>,
+    /// Whether it was the last of the step before.
+    pub is_last: bool,
+}
+
+impl LayerOrder {
+    /// A new step begins.
+    pub fn begin(&mut self) {
+        if !self.current.is_empty() {
+            self.before = std::mem::take(&mut self.current);
+        }
+        self.follows = !self.before.is_empty();
+    }
+
+    /// A layer begins its forward pass.
+    pub fn enter(&mut self, layer: usize) -> Position {
+        let place = self.current.len();
+        self.current.push(layer);
+        self.follows &= self.before.get(place) == Some(&layer);
+        let next = self.before.get(place + 1).copied().filter(|_| self.follows);
+        Position { next, is_last: self.follows && place + 1 == self.before.len() }
+    }
+
+    /// The first layer of the step before.
+    pub fn first(&self) -> Option<usize> {
+        self.before.first().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_step_knows_what_comes_next() {
+        let mut order = LayerOrder::default();
+        order.begin();
+        let unknown = Position { next: None, is_last: false };
+        assert_eq!([3, 1, 3].map(|layer| order.enter(layer)), [unknown; 3]);
+        order.begin();
+        assert_eq!(order.first(), Some(3));
+        assert_eq!(order.enter(3), Position { next: Some(1), is_last: false });
+        assert_eq!(order.enter(1), Position { next: Some(3), is_last: false });
+        assert_eq!(order.enter(3), Position { next: None, is_last: true });
+        // A layer more than before: nothing is known of it.
+        assert_eq!(order.enter(1), unknown);
+    }
+
+    #[test]
+    fn a_changed_order_is_not_followed_until_the_next_step() {
+        let mut order = LayerOrder::default();
+        for layers in [[0, 1, 2], [0, 2, 1]] {
+            order.begin();
+            let _ = layers.map(|layer| order.enter(layer));
+        }
+        order.begin();
+        assert_eq!(order.enter(0).next, Some(2));
+        assert_eq!(order.enter(1).next, None);
+        assert_eq!(order.enter(2), Position { next: None, is_last: false });
+    }
+}

@@ -1,0 +1,181 @@
+//! Checkpoints of training through burn-train's Learner.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use burn::{
+    data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
+    lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
+    optim::AdamWConfig,
+    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+};
+use burn_fsep::{
+    FsepError, FsepRuntime, FsepRuntimeConfig,
+    checkpoint::{self, CheckpointConfig, CheckpointError, list, verify},
+    comm::local::LaunchConfig,
+    train::{FsepStrategy, RankDataset, SilentRenderer},
+};
+use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
+use burn_fsep_tests::{
+    SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device, small_slots, task_items,
+};
+
+const BATCH: usize = 16;
+/// Batches of an epoch.
+const BATCHES: usize = 10;
+
+/// One training of two epochs.
+#[derive(Clone)]
+struct Job<'a> {
+    ranks: usize,
+    checkpoints: Option<CheckpointConfig>,
+    /// The checkpoint to go on from.
+    resume: Option<&'a Path>,
+    accumulation: Option<usize>,
+    /// The batch after which rank 1 is stopped.
+    stop: Option<usize>,
+}
+
+impl Job<'_> {
+    fn new(ranks: usize) -> Self {
+        Self { ranks, checkpoints: None, resume: None, accumulation: None, stop: None }
+    }
+
+    /// Each rank's parameters at the end, or the error of its strategy.
+    fn run(&self) -> Vec<Result<Vec<f32>, FsepError>> {
+        let folder = tempfile::tempdir().unwrap();
+        let config = LaunchConfig::new(self.ranks).with_timeout(Duration::from_secs(20));
+        let results =
+            launch(&config, |comm| self.run_rank(&FsepRuntimeConfig::new().with_seed(3).init(comm)?, folder.path()));
+        results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    }
+
+    fn run_rank(&self, runtime: &FsepRuntime, folder: &Path) -> Result<Result<Vec<f32>, FsepError>, FsepError> {
+        let items = task_items(BATCHES * BATCH, 1);
+        let loader = |items: &[TaskItem]| -> Result<_, FsepError> {
+            let part = RankDataset::new(InMemDataset::new(items.to_vec()), BATCH, runtime)?;
+            let size = part.batch_size();
+            Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
+        };
+        let mut model = SmallMoe::fsep(runtime, small_slots(self.ranks), &device())?;
+        let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+        let scheduler = CosineAnnealingLrSchedulerConfig::new(1e-2, 2 * BATCHES).init();
+        let mut scheduler = scheduler.map_err(FsepError::Config)?;
+        let interrupter = Interrupter::new();
+        let mut strategy = FsepStrategy::new(runtime.clone(), plain_device())
+            .with_max_grad_norm(0.5)
+            .with_callback(StopAfter(self.stop.filter(|_| runtime.rank() == 1), interrupter.clone()));
+        if let Some(config) = &self.checkpoints {
+            strategy = strategy.with_checkpoints(config.clone());
+        }
+        if let Some(path) = self.resume {
+            let loaded = checkpoint::load(path, runtime, &model, &optimizer)?;
+            (model, optimizer) = (loaded.model, loaded.optimizer);
+            scheduler = scheduler.load_record(loaded.progress.scheduler()?.expect("the Learner has one"));
+            strategy = strategy.with_start(loaded.progress);
+        }
+        let strategy = Arc::new(strategy);
+        let artifacts = folder.join(format!("rank-{}", runtime.rank()));
+        let mut training = SupervisedTraining::new(artifacts, loader(&items)?, loader(&items[..2 * BATCH])?)
+            .metrics((LossMetric::new(),))
+            .num_epochs(2)
+            .with_interrupter(interrupter)
+            .with_application_logger(None)
+            .renderer(Box::new(SilentRenderer))
+            .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
+        if let Some(accumulation) = self.accumulation {
+            training = training.grads_accumulation(accumulation);
+        }
+        let result = training.launch(Learner::new(model, optimizer, scheduler));
+        assert_eq!(result.error.is_some(), strategy.error().is_some());
+        Ok(match strategy.error() {
+            Some(error) => Err(error),
+            None => Ok(result.model.replicated()),
+        })
+    }
+
+    fn run_all(&self) -> Vec<Vec<f32>> {
+        self.run().into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    }
+}
+
+struct StopAfter(Option<usize>, Interrupter);
+
+impl TrainingCallback for StopAfter {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        if self.0 == Some(context.iteration) {
+            self.1.stop(Some("enough"));
+        }
+        Ok(())
+    }
+}
+
+/// Step, epoch and iteration of all checkpoints.
+fn saved(folder: &Path) -> Vec<[u64; 3]> {
+    let position = |path: &std::path::PathBuf| {
+        let progress = verify(path).unwrap().progress;
+        [progress.step, progress.epoch, progress.iteration]
+    };
+    list(folder).unwrap().iter().map(position).collect()
+}
+
+#[test]
+fn the_learner_goes_on_from_any_checkpoint() {
+    let undisturbed = Job::new(4).run_all();
+    for background in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = CheckpointConfig::new(folder.path()).with_every(4).with_keep(100).with_background(background);
+        let job = Job { checkpoints: Some(config), ..Job::new(4) };
+        assert_eq!(job.run_all(), undisturbed, "saving changes nothing");
+        let positions = [[4, 1, 4], [8, 1, 8], [10, 2, 0], [12, 2, 2], [16, 2, 6], [20, 2, 10]];
+        assert_eq!(saved(folder.path()), positions);
+        for path in list(folder.path()).unwrap() {
+            let resumed = Job { resume: Some(&path), ..Job::new(4) };
+            assert_eq!(resumed.run_all(), undisturbed, "bit for bit from {}", path.display());
+        }
+        let path = &list(folder.path()).unwrap()[1];
+        for (ours, expected) in (Job { resume: Some(path), ..Job::new(2) }).run_all()[0].iter().zip(&undisturbed[0]) {
+            assert!((ours - expected).abs() <= 1e-4, "on 2 ranks: {ours} instead of {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_training_that_is_stopped_saves_where_it_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CheckpointConfig::new(folder.path());
+    Job { checkpoints: Some(config), stop: Some(7), ..Job::new(2) }.run_all();
+    assert_eq!(saved(folder.path()), [[7, 1, 7]]);
+    let path = list(folder.path()).unwrap().pop().unwrap();
+    assert_eq!(Job { resume: Some(&path), ..Job::new(2) }.run_all(), Job::new(2).run_all());
+}
+
+#[test]
+fn checkpoints_lie_between_accumulated_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = CheckpointConfig::new(folder.path()).with_every(2).with_keep(100);
+    let job = Job { accumulation: Some(3), ..Job::new(2) };
+    let undisturbed = Job { checkpoints: Some(config), ..job.clone() }.run_all();
+    // Of ten batches, the last one makes a step of its own.
+    assert_eq!(saved(folder.path()), [[2, 1, 6], [4, 2, 0], [6, 2, 6], [8, 3, 0]]);
+    let path = &list(folder.path()).unwrap()[0];
+    assert_eq!(Job { resume: Some(path), ..job }.run_all(), undisturbed);
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_saved_ends_training_on_all_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "no folder").unwrap();
+    for background in [false, true] {
+        let config = CheckpointConfig::new(file.join("checkpoints")).with_every(3).with_background(background);
+        let job = Job { checkpoints: Some(config), ..Job::new(2) };
+        for (rank, result) in job.run().into_iter().enumerate() {
+            let error = result.unwrap_err();
+            let FsepError::Checkpoint(error) = error else { panic!("rank {rank}: {error}") };
+            match rank {
+                0 => assert!(matches!(error, CheckpointError::Io { .. }), "{error}"),
+                _ => assert!(matches!(error, CheckpointError::Peer { rank: 0, .. }), "{error}"),
+            }
+        }
+    }
+}

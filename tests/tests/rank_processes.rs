@@ -1,0 +1,160 @@
+//! Ranks as processes: over sockets on the CPU; with the feature `nccl` over NCCL, where processes that share a GPU exchange
+//! between its buffers.
+
+use std::{path::Path, time::Duration};
+
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig};
+use burn_fsep_planner::Strategy;
+use burn_fsep_tests::{
+    GradientSync, HandTraining, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, Trained,
+    dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+const SEED: u64 = 3;
+const STEPS: usize = 50;
+const BATCH: usize = 16;
+const CLIP: f64 = 0.5;
+
+fn save<T: Serialize>(folder: &Path, name: &str, value: &T) {
+    std::fs::write(folder.join(name), serde_json::to_vec(value).unwrap()).unwrap();
+}
+
+fn load<T: DeserializeOwned>(folder: &Path, name: &str) -> T {
+    serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))).unwrap()
+}
+
+/// Runs a test as processes, all of which must succeed.
+fn run(ranks: usize, test: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (rank, output) in
+        RankProcesses::start(ranks, test, folder.path()).wait(Duration::from_secs(300)).iter().enumerate()
+    {
+        assert!(output.status.success(), "rank {rank} of {ranks}: {}", output.text);
+    }
+    folder
+}
+
+/// Layers of several shapes, with few tokens, many, and none on a rank.
+fn parity_cases(ranks: usize) -> Vec<ParityCase> {
+    let case = |(i, (hidden, ffn, experts, topk)): (usize, (usize, usize, usize, usize))| {
+        [SplitAny::Even, SplitAny::MinMax, SplitAny::Random].map(|split| ParityCase {
+            config: FSEPMoEConfig::new(hidden, ffn, experts).with_moe_router_topk(topk),
+            slots: (experts.div_ceil(ranks) + 1 + i % 2).min(experts),
+            tokens: (0..ranks).map(|rank| (rank * 7 + i * 5) % 23).collect(),
+            split,
+            steps: 4,
+            seed: i as u64 + 1,
+        })
+    };
+    [(8, 12, 8, 2), (16, 20, 4, 1), (7, 11, 16, 4)].into_iter().enumerate().flat_map(case).collect()
+}
+
+#[test]
+#[ignore = "a rank of the test below"]
+fn parity_rank() {
+    rank_of_process(|comm, folder| {
+        let rank = comm.rank();
+        for (i, case) in parity_cases(comm.size()).iter().enumerate() {
+            save(folder, &format!("case-{i}-rank-{rank}.json"), &case.run_rank(comm.clone())?);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn processes_compute_what_the_dense_layer_does() {
+    for ranks in [2, 4, 8] {
+        let folder = run(ranks, "parity_rank");
+        let mut worst = 0.0f64;
+        for (i, case) in parity_cases(ranks).iter().enumerate() {
+            let ranks =
+                (0..ranks).map(|rank| load::<Vec<ParityStep>>(folder.path(), &format!("case-{i}-rank-{rank}.json")));
+            worst = worst.max(case.compare(ranks.collect(), 1e-5));
+        }
+        println!("{ranks} processes: largest relative error {worst:.1e}");
+    }
+}
+
+fn train(
+    comm: std::sync::Arc<dyn burn_fsep::comm::Communicator>,
+    steps: usize,
+    layouts: LayoutSource,
+) -> Result<Trained, FsepError> {
+    let training = HandTraining { steps, batch: BATCH, clip: CLIP, layouts, sync: GradientSync::Buckets(300) };
+    let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
+    train_by_hand(&runtime, &task_items(STEPS * BATCH, 1), &training)
+}
+
+const LAYOUTS: [LayoutSource; 2] = [LayoutSource::Planner(Strategy::MinMax), LayoutSource::Random];
+
+#[test]
+#[ignore = "a rank of the test below"]
+fn training_rank() {
+    rank_of_process(|comm, folder| {
+        for (i, layouts) in LAYOUTS.into_iter().enumerate() {
+            let trained = train(comm.clone(), STEPS, layouts)?;
+            save(folder, &format!("losses-{i}-rank-{}.json", comm.rank()), &trained.losses);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn processes_train_as_the_dense_model_does() {
+    let dense = dense_loss_curve(SEED, STEPS, BATCH, &task_items(STEPS * BATCH, 1), CLIP);
+    for ranks in [2, 4, 8] {
+        let folder = run(ranks, "training_rank");
+        for layouts in 0..LAYOUTS.len() {
+            for rank in 0..ranks {
+                let losses: Vec<f32> = load(folder.path(), &format!("losses-{layouts}-rank-{rank}.json"));
+                assert_eq!(losses.len(), STEPS);
+                let worst = losses.iter().zip(&dense).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f32::max);
+                assert!(worst <= 1e-4, "{ranks} ranks, {:?}: {worst:.1e}", LAYOUTS[layouts]);
+                if rank == 0 {
+                    println!(
+                        "{ranks} processes, {:?}: largest relative difference of a loss {worst:.1e}",
+                        LAYOUTS[layouts]
+                    );
+                }
+            }
+        }
+    }
+    assert!(small_slots(8) < 8, "experts move");
+}
+
+#[test]
+#[ignore = "a rank of the test below"]
+fn endless_rank() {
+    rank_of_process(|comm, folder| {
+        let rank = comm.rank();
+        loop {
+            train(comm.clone(), 5, LayoutSource::Random)?;
+            save(folder, &format!("alive-{rank}"), &rank);
+        }
+        #[allow(unreachable_code)]
+        Ok(())
+    });
+}
+
+#[test]
+fn the_loss_of_a_process_is_an_error_on_all_others_that_names_it() {
+    for (ranks, victim) in [(2, 0), (4, 2), (4, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut processes = RankProcesses::start(ranks, "endless_rank", folder.path());
+        let start = std::time::Instant::now();
+        while !(0..ranks).all(|rank| folder.path().join(format!("alive-{rank}")).exists()) {
+            assert!(start.elapsed() < Duration::from_secs(120), "the ranks do not train");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        processes.kill(victim);
+        let killed = std::time::Instant::now();
+        let outputs = processes.wait(Duration::from_secs(30));
+        println!("{ranks} processes: all ended {:.1} s after one was killed", killed.elapsed().as_secs_f64());
+        for (rank, output) in outputs.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+            assert!(!output.status.success());
+            let named = format!("rank {victim} ");
+            assert!(output.text.contains(&named), "rank {rank} does not name rank {victim}:\n{}", output.text);
+        }
+    }
+}
