@@ -58,6 +58,7 @@ fn losses_do_not_depend_on_ranks_or_planner() {
         "seconds",
         "steps",
         "tokens_per_second",
+        "tokens_per_second_after_warmup",
         "train_loss",
         "unigram_entropy",
         "valid_loss",
