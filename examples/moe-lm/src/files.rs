@@ -6,6 +6,10 @@ use crate::MoeLmError;
 pub(crate) fn write_whole(path: &Path, content: &[u8]) -> Result<(), MoeLmError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
-    std::fs::write(&partial, content).map_err(MoeLmError::file(path))?;
-    std::fs::rename(&partial, path).map_err(MoeLmError::file(path))
+    let written = std::fs::write(&partial, content).and_then(|()| std::fs::rename(&partial, path));
+    written.map_err(|error| {
+        // Often it is not there.
+        let _ = std::fs::remove_file(&partial);
+        MoeLmError::file(path)(error)
+    })
 }

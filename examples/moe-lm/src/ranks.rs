@@ -33,9 +33,6 @@ impl Ranks {
     /// [`MoeLmError`] if they contradict each other, or a launcher's variables are needed and missing.
     pub fn of(args: &ParallelArgs, dense: bool, lookup: impl Fn(&str) -> Option<String>) -> Result<Self, MoeLmError> {
         let refuse = |message: String| Err(MoeLmError::Option(message));
-        if args.ranks == Some(0) {
-            return refuse("--ranks must be at least 1".into());
-        }
         let environment = match (args.comm, RankEnvironment::from_lookup(&lookup)) {
             (Comm::Local, _) => None,
             (Comm::Nccl, Err(EnvironmentError::NotLaunched)) if args.ranks.is_some() => None,

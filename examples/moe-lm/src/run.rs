@@ -7,7 +7,6 @@ use crate::{
     data::Windows,
     files::write_whole,
     page,
-    ranks::Ranks,
     record::StepRow,
     train::{Trained, TrainingData, train_rank},
     unigram_entropy,
@@ -20,8 +19,7 @@ use crate::{
 /// [`MoeLmError`] if an option cannot work, a file cannot be read or written, or training fails.
 pub fn run(args: &Args) -> Result<Option<Summary>, MoeLmError> {
     let Args { model, training, parallel, output } = args;
-    let ranks = Ranks::of(parallel, training.dense, |variable| std::env::var(variable).ok())?;
-    args.check(ranks.world_size())?;
+    let ranks = args.check(|variable| std::env::var(variable).ok())?;
     let devices = ranks.devices(parallel)?;
     let corpus = Corpus::load(&training.text)?;
     corpus.check(training.context)?;

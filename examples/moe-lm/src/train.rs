@@ -81,7 +81,8 @@ pub(crate) fn train_rank(
         }
     }
 
-    std::fs::create_dir_all(&output.out).map_err(MoeLmError::file(&output.out))?;
+    let folder = output.out.join(format!("rank-{}", runtime.rank()));
+    std::fs::create_dir_all(&folder).map_err(MoeLmError::file(&folder))?;
     let planner = PlannerConfig::new(parallel.planner.strategy())
         .with_synchronous(parallel.synchronous)
         .with_seed(training.seed)
@@ -122,18 +123,14 @@ pub(crate) fn train_rank(
         let size = part.batch_size();
         Ok(DataLoaderBuilder::<Vec<u8>, LmBatch>::new(LmBatcher).batch_size(size).build(part))
     };
-    let result = SupervisedTraining::new(
-        output.out.join(format!("rank-{}", runtime.rank())),
-        loader(&data.train)?,
-        loader(&data.valid)?,
-    )
-    .metrics((LossMetric::new(), ImbalanceMetric::new(), StaticImbalanceMetric::new()))
-    .num_epochs(1)
-    .with_interrupter(interrupter)
-    .with_application_logger(None)
-    .renderer(Box::new(SilentRenderer))
-    .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
-    .launch(Learner::new(model, optimizer, lr));
+    let result = SupervisedTraining::new(folder, loader(&data.train)?, loader(&data.valid)?)
+        .metrics((LossMetric::new(), ImbalanceMetric::new(), StaticImbalanceMetric::new()))
+        .num_epochs(1)
+        .with_interrupter(interrupter)
+        .with_application_logger(None)
+        .renderer(Box::new(SilentRenderer))
+        .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+        .launch(Learner::new(model, optimizer, lr));
     if let Some(error) = strategy.error() {
         return Err(error.into());
     }

@@ -3,7 +3,7 @@ use burn_fsep::{ExpertParallelism, FSEPMoEConfig};
 use clap::Parser;
 
 use super::{ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
-use crate::MoeLmError;
+use crate::{MoeLmError, ranks::Ranks};
 
 /// Trains a byte-level Mixture-of-Experts language model with fully sharded expert parallelism.
 #[derive(Parser, Debug, Clone)]
@@ -24,21 +24,22 @@ pub struct Args {
 }
 
 impl Args {
-    /// Checks all options before any work begins.
+    /// Checks all options, and what the environment says, before any work begins; returns the ranks in this process.
     ///
     /// # Errors
     ///
-    /// [`MoeLmError::Option`] naming the first option that cannot work.
-    pub fn check(&self, world_size: usize) -> Result<(), MoeLmError> {
+    /// [`MoeLmError`] naming the first option or variable that cannot work.
+    pub(crate) fn check(&self, environment: impl Fn(&str) -> Option<String>) -> Result<Ranks, MoeLmError> {
         self.parallel.check()?;
         self.model.check()?;
         self.training.check()?;
         self.output.check()?;
-        self.check_ranks(world_size)?;
         if self.training.dense && self.output.record_trace.is_some() {
             return refuse("--record-trace needs ranks to route between; leave --dense out".into());
         }
-        Ok(())
+        let ranks = Ranks::of(&self.parallel, self.training.dense, environment)?;
+        self.check_ranks(ranks.world_size())?;
+        Ok(ranks)
     }
 
     /// What has to fit the number of ranks.

@@ -24,8 +24,8 @@ pub struct ParallelArgs {
     #[arg(long, value_name = "cpu|cuda|cuda:N", default_value = "cpu")]
     pub device: DeviceArg,
     /// Seconds that a rank waits for the others.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
-    pub timeout: u64,
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u32).range(1..))]
+    pub timeout: u32,
     /// Ranks on a node [default: all].
     #[arg(long)]
     pub ranks_per_node: Option<usize>,
@@ -108,18 +108,23 @@ impl Planner {
     }
 }
 
+/// More than a rendezvous of processes, or the threads of a process, can be.
+const MAX_RANKS: usize = 1025;
+
 impl ParallelArgs {
     pub(crate) fn timeout(&self) -> Duration {
-        Duration::from_secs(self.timeout)
+        Duration::from_secs(self.timeout.into())
     }
 
     pub(super) fn check(&self) -> Result<(), MoeLmError> {
         check_positive([
             ("--ranks", self.ranks.unwrap_or(1) as u64),
-            ("--timeout", self.timeout),
             ("--ranks-per-node", self.ranks_per_node.unwrap_or(1) as u64),
             ("--slots", self.slots.unwrap_or(1) as u64),
         ])?;
+        if let Some(ranks @ MAX_RANKS..) = self.ranks {
+            return refuse(format!("--ranks {ranks}: more than {} are too many for this job", MAX_RANKS - 1));
+        }
         let is_gpu = self.device != DeviceArg::Cpu;
         if self.backend == Backend::Flex && is_gpu {
             return refuse("--device cuda needs --backend libtorch: flex computes on the CPU".into());

@@ -57,6 +57,13 @@ impl TrainingArgs {
             ("--steps", self.steps as u64),
             ("--valid-batches", self.valid_batches as u64),
         ])?;
+        let sequences = self.batch.checked_mul(self.steps.max(self.valid_batches));
+        if sequences.and_then(|sequences| sequences.checked_mul(self.context)).is_none() {
+            return refuse(format!(
+                "--batch {} --context {} --steps {} --valid-batches {}: more bytes than can be counted",
+                self.batch, self.context, self.steps, self.valid_batches
+            ));
+        }
         for (name, value) in [("--lr", self.lr), ("--clip", self.clip)] {
             if !(value.is_finite() && value > 0.0) {
                 return refuse(format!("{name} must be a positive number, got {value}"));
