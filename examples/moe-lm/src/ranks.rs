@@ -1,9 +1,7 @@
 use std::{
+    cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
 };
 
 use burn_fsep::comm::{
@@ -138,19 +136,21 @@ fn run_process<T>(
     program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, MoeLmError>,
 ) -> Result<T, MoeLmError> {
     let config = environment.process_config()?.with_timeout(args.timeout()).with_rendezvous_timeout(args.timeout());
-    let (rank, first_reports) = (environment.rank, AtomicBool::new(false));
+    let (rank, first_reports) = (environment.rank, Cell::new(false));
     let run = || {
         config.run(|comm| {
             // Its errors reach the first rank, unless that one is lost itself.
-            first_reports.store(rank != 0, Ordering::Relaxed);
             let result = program(comm.clone());
-            if rank == 1 && lost_peer(&*comm) == Some(0) {
-                first_reports.store(false, Ordering::Relaxed);
-            }
+            let is_first_lost = match (comm.failure(), &result) {
+                // What both found out, the first rank has said.
+                (Some(CommError::PeerFailed { rank: 0, reason, .. }), Err(error)) => reason != error.to_string(),
+                _ => false,
+            };
+            first_reports.set(rank != 0 && !(rank == 1 && is_first_lost));
             result
         })
     };
-    // The panic's own message comes from the hook, on the rank that panics.
+    // The panic's message comes from the hook.
     let result =
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(MoeLmError::Ranks(format!("rank {rank} panicked"))));
     result.map_err(|error| match first_reports.into_inner() {

