@@ -8,10 +8,15 @@ pub fn summary(folder: &Path, options: &[&str]) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
 }
 
-/// moe-lm with few steps of a small model, and these options or values of options.
+/// moe-lm with few steps of a small model on a small text, and these options or values of options.
 pub fn small_job(folder: &Path, options: &[&str]) -> Command {
-    let mut command = job(folder);
+    let text = folder.join("text.txt");
+    let words = ["to be ", "or not ", "to bee ", "that is ", "the question ", "\n"];
+    std::fs::write(&text, (0..4000).map(|i| words[i * i % 7 % 6]).collect::<String>()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-lm"));
     for (name, value) in [
+        ("--text", text.to_str().unwrap()),
+        ("--out", folder.join("out").to_str().unwrap()),
         ("--batch", "4"),
         ("--context", "16"),
         ("--layers", "2"),
@@ -28,16 +33,6 @@ pub fn small_job(folder: &Path, options: &[&str]) -> Command {
         }
     }
     command.args(options);
-    command
-}
-
-/// moe-lm on a small text.
-pub fn job(folder: &Path) -> Command {
-    let text = folder.join("text.txt");
-    let words = ["to be ", "or not ", "to bee ", "that is ", "the question ", "\n"];
-    std::fs::write(&text, (0..4000).map(|i| words[i * i % 7 % 6]).collect::<String>()).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-lm"));
-    command.arg("--text").arg(text).arg("--out").arg(folder.join("out"));
     command
 }
 
