@@ -64,13 +64,19 @@ pub struct Recorded<B: Backend, const N: usize> {
 
 impl TorchOps for LibTorch {
     fn run<const N: usize>(inputs: [TchTensor; N], function: fn(&[tch::Tensor]) -> tch::Tensor) -> Recorded<Self, N> {
-        let leaves = inputs.map(|input| input.tensor.detach().set_requires_grad(true));
-        let output = tch::with_grad(|| function(&leaves));
-        Recorded { inputs: leaves.map(TchTensor::new), output: TchTensor::new(output) }
+        let leaves = inputs.each_ref().map(|input| input.tensor.detach().set_requires_grad(true));
+        let output = TchTensor::new(tch::with_grad(|| function(&leaves)));
+        // With the storage that Burn counts the users of: it must not write over what LibTorch's graph needs.
+        let mut storages = inputs.into_iter().map(|input| input.storage);
+        let inputs = leaves.map(|leaf| match storages.next() {
+            Some(storage) => TchTensor::from_existing(leaf, storage),
+            None => TchTensor::new(leaf),
+        });
+        Recorded { inputs, output }
     }
 
     fn detached<const N: usize>(recorded: &Recorded<Self, N>) -> TchTensor {
-        TchTensor::new(recorded.output.tensor.detach())
+        TchTensor::from_existing(recorded.output.tensor.detach(), recorded.output.storage.clone())
     }
 
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: TchTensor) -> [TchTensor; N] {
