@@ -16,22 +16,36 @@ use burn::{
 pub(crate) struct Windows {
     text: Arc<Vec<u8>>,
     context: usize,
-    starts: Arc<Vec<usize>>,
+    count: usize,
+    order: Order,
+}
+
+/// Where windows are.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// At random places.
+    Random { seed: u64 },
+    /// Spread evenly over the text.
+    Spread,
 }
 
 impl Windows {
     /// `count` windows at random places.
     pub fn random(text: Arc<Vec<u8>>, context: usize, count: usize, seed: u64) -> Self {
-        let places = (text.len() - context) as u64;
-        let starts = (0..count as u64).map(|i| (scramble(seed, i) % places) as usize).collect();
-        Self { text, context, starts: Arc::new(starts) }
+        Self { text, context, count, order: Order::Random { seed } }
     }
 
-    /// At most `count` windows, spread evenly over the text.
+    /// `count` windows, spread evenly over the text.
     pub fn spread(text: Arc<Vec<u8>>, context: usize, count: usize) -> Self {
-        let places = text.len() - context;
-        let starts = (0..count).map(|i| i * places / count).collect();
-        Self { text, context, starts: Arc::new(starts) }
+        Self { text, context, count, order: Order::Spread }
+    }
+
+    fn start(&self, index: usize) -> usize {
+        let places = self.text.len() - self.context;
+        match self.order {
+            Order::Random { seed } => (scramble(seed, index as u64) % places as u64) as usize,
+            Order::Spread => (index as u128 * places as u128 / self.count as u128) as usize,
+        }
     }
 
     /// Feeds the text to a hasher.
@@ -41,18 +55,19 @@ impl Windows {
 
     /// The bytes to be predicted.
     pub fn targets(&self) -> impl Iterator<Item = u8> + '_ {
-        self.starts.iter().flat_map(|&start| self.text[start + 1..start + 1 + self.context].iter().copied())
+        let window = |start: usize| self.text[start + 1..start + 1 + self.context].iter().copied();
+        (0..self.count).flat_map(move |index| window(self.start(index)))
     }
 }
 
 impl Dataset<Vec<u8>> for Windows {
     fn get(&self, index: usize) -> Result<Vec<u8>, DatasetError> {
-        let start = self.starts[index];
+        let start = self.start(index);
         Ok(self.text[start..start + self.context + 1].to_vec())
     }
 
     fn len(&self) -> usize {
-        self.starts.len()
+        self.count
     }
 }
 

@@ -1,6 +1,9 @@
 use std::path::{Path, PathBuf};
 
-use burn_fsep::FsepError;
+use burn_fsep::{
+    FsepError,
+    comm::{CommError, EnvironmentError},
+};
 use thiserror::Error;
 
 /// Why the job could not run.
@@ -10,6 +13,12 @@ pub enum MoeLmError {
     /// An option that cannot work.
     #[error("{0}")]
     Option(String),
+    /// Launcher variables that do not make a rank.
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
+    /// A device that cannot be used.
+    #[error("{0}")]
+    Device(String),
     /// A file that cannot be read or written.
     #[error("{}: {source}", path.display())]
     File {
@@ -30,6 +39,15 @@ pub enum MoeLmError {
     /// Training failed on some ranks.
     #[error("{0}")]
     Ranks(String),
+    /// This rank, a process, ended with an error that the first rank reports, too.
+    #[error("{0}")]
+    ReportedByFirst(Box<MoeLmError>),
+}
+
+impl From<CommError> for MoeLmError {
+    fn from(error: CommError) -> Self {
+        Self::Fsep(error.into())
+    }
 }
 
 impl MoeLmError {

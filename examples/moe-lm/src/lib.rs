@@ -1,19 +1,27 @@
 //! A byte-level decoder-only transformer whose feed-forward layers are [`burn_fsep::FSEPMoE`], trained through
 //! burn-train's Learner by several ranks.
 
+// Burn's LibTorch backend: see burn-fsep/src/lib.rs
+#![cfg_attr(feature = "libtorch", allow(deprecated))]
+
 mod args;
 mod corpus;
 mod data;
+mod device;
+mod engine;
 mod error;
+mod files;
 mod generate;
 mod model;
 mod page;
+mod ranks;
 mod record;
 mod resume;
 mod run;
+mod timeline;
 mod train;
 
-pub use args::{Args, Planner};
+pub use args::{Args, Backend, Comm, DeviceArg, ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
 pub use corpus::{Corpus, unigram_entropy};
 pub use error::MoeLmError;
 pub use record::Summary;

@@ -8,6 +8,7 @@ fn main() -> ExitCode {
     let args = moe_lm::Args::parse();
     match moe_lm::run(&args) {
         Ok(_) => ExitCode::SUCCESS,
+        Err(moe_lm::MoeLmError::ReportedByFirst(_)) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

@@ -5,13 +5,17 @@ use burn::{
         attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask},
         loss::CrossEntropyLossConfig,
     },
-    tensor::{Device, Int, Tensor},
+    tensor::{Device, FloatDType, Int, Tensor},
     train::{
         InferenceStep, ItemLazy, TrainOutput, TrainStep,
         metric::{Adaptor, LossInput},
     },
 };
-use burn_fsep::{FSEPMoE, FsepError, FsepRuntime, moe::DenseMoE, train::FsepStats};
+use burn_fsep::{
+    FSEPMoE, FsepError, FsepRuntime,
+    moe::DenseMoE,
+    train::{FsepStats, GradientBuckets},
+};
 
 use crate::{Args, data::LmBatch, record::StepRecorder};
 
@@ -54,6 +58,11 @@ pub(crate) struct MoeLm {
     blocks: Vec<Block>,
     norm: RmsNorm,
     head: Linear,
+    /// Element type in which the blocks compute.
+    #[module(skip)]
+    compute_dtype: FloatDType,
+    #[module(skip)]
+    buckets: GradientBuckets,
     #[module(skip)]
     runtime: FsepRuntime,
     #[module(skip)]
@@ -61,31 +70,40 @@ pub(crate) struct MoeLm {
 }
 
 impl MoeLm {
-    pub fn new(args: &Args, runtime: &FsepRuntime, recorder: StepRecorder, device: &Device) -> Result<Self, FsepError> {
+    pub fn new(
+        args: &Args,
+        runtime: &FsepRuntime,
+        buckets: &GradientBuckets,
+        recorder: StepRecorder,
+        device: &Device,
+    ) -> Result<Self, FsepError> {
+        let Args { model, training, .. } = args;
         let moe = args.moe_config();
         let block = |layer: usize| -> Result<Block, FsepError> {
-            let feed_forward = if args.dense {
-                FeedForward::Dense(moe.init_dense(args.seed, layer, device)?)
+            let feed_forward = if training.dense {
+                FeedForward::Dense(moe.init_dense(training.seed, layer, device)?)
             } else {
                 FeedForward::Fsep(moe.try_init(runtime, device)?)
             };
             Ok(Block {
-                attention_norm: RmsNormConfig::new(args.hidden).init(device),
-                attention: MultiHeadAttentionConfig::new(args.hidden, args.heads).with_dropout(0.0).init(device),
-                feed_forward_norm: RmsNormConfig::new(args.hidden).init(device),
+                attention_norm: RmsNormConfig::new(model.hidden).init(device),
+                attention: MultiHeadAttentionConfig::new(model.hidden, model.heads).with_dropout(0.0).init(device),
+                feed_forward_norm: RmsNormConfig::new(model.hidden).init(device),
                 feed_forward,
             })
         };
         let embedding = |rows: usize| {
             let initializer = burn::module::Initializer::Normal { mean: 0.0, std: 0.02 };
-            EmbeddingConfig::new(rows, args.hidden).with_initializer(initializer).init(device)
+            EmbeddingConfig::new(rows, model.hidden).with_initializer(initializer).init(device)
         };
         Ok(Self {
             embedding: embedding(VOCABULARY),
-            positions: embedding(args.context),
-            blocks: (0..args.layers).map(block).collect::<Result<_, _>>()?,
-            norm: RmsNormConfig::new(args.hidden).init(device),
-            head: LinearConfig::new(args.hidden, VOCABULARY).with_bias(false).init(device),
+            positions: embedding(training.context),
+            blocks: (0..model.layers).map(block).collect::<Result<_, _>>()?,
+            norm: RmsNormConfig::new(model.hidden).init(device),
+            head: LinearConfig::new(model.hidden, VOCABULARY).with_bias(false).init(device),
+            compute_dtype: args.compute_dtype().unwrap_or(FloatDType::F32),
+            buckets: buckets.clone(),
             runtime: runtime.clone(),
             recorder,
         })
@@ -98,10 +116,14 @@ impl MoeLm {
         let places = Tensor::<1, Int>::arange(0..context as i64, &device).unsqueeze::<2>();
         let mask = generate_autoregressive_mask(batch, context, &device);
         let mut hidden = self.embedding.forward(bytes) + self.positions.forward(places);
+        hidden = hidden.cast(self.compute_dtype);
         let mut aux_loss: Option<Tensor<1>> = None;
         for block in &self.blocks {
+            let block = self.buckets.prepare(block, &hidden);
+            let span = self.runtime.timeline().and_then(|timeline| timeline.compute("attention"));
             let input = MhaInput::self_attn(block.attention_norm.forward(hidden.clone())).mask_attn(mask.clone());
             hidden = hidden + block.attention.forward(input).context;
+            drop(span);
             let (output, aux) = block.feed_forward.forward(block.feed_forward_norm.forward(hidden.clone()));
             hidden = hidden + output;
             aux_loss = match (aux_loss, aux) {
@@ -109,7 +131,7 @@ impl MoeLm {
                 (a, b) => a.or(b),
             };
         }
-        (self.head.forward(self.norm.forward(hidden)), aux_loss)
+        (self.head.forward(self.norm.forward(hidden.cast(FloatDType::F32))), aux_loss)
     }
 
     /// Mean loss of a batch in nat a byte, and the auxiliary loss.
@@ -154,7 +176,7 @@ impl TrainStep for MoeLm {
 
     fn step(&self, batch: LmBatch) -> TrainOutput<LmOutput> {
         let (loss, aux_loss) = self.loss(batch);
-        self.recorder.train_loss(loss.clone().into_scalar::<f32>());
+        self.recorder.train_loss(loss.clone().inner());
         let output = LmOutput { loss: loss.clone().inner(), stats: FsepStats(self.runtime.stats()) };
         let total = aux_loss.into_iter().fold(loss, |total, aux| total + aux);
         TrainOutput::new(self, total.backward(), output)

@@ -7,8 +7,9 @@ use std::{
     time::Instant,
 };
 
+use burn::tensor::Tensor;
 use burn_fsep::{
-    FsepRuntime,
+    FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
 };
 use burn_fsep_planner::{
@@ -26,7 +27,8 @@ pub(crate) struct StepRecorder(Arc<Mutex<Losses>>);
 
 #[derive(Debug, Default)]
 struct Losses {
-    train: f32,
+    /// On its device: reading it in the step would make the host wait for it.
+    train: Option<Tensor<1>>,
     valid_sum: f64,
     valid_batches: u64,
 }
@@ -36,8 +38,16 @@ impl StepRecorder {
         act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn train_loss(&self, loss: f32) {
-        self.with(|losses| losses.train = loss);
+    /// Keeps the loss of a step. `[1]`
+    pub fn train_loss(&self, loss: Tensor<1>) {
+        self.with(|losses| losses.train = Some(loss));
+    }
+
+    /// The loss of the last step; waits for the device.
+    fn last_train_loss(&self) -> Result<f64, FsepError> {
+        let loss = self.with(|losses| losses.train.take());
+        let data = loss.map(|loss| loss.try_into_data().map_err(|error| FsepError::Device(error.to_string())));
+        Ok(data.transpose()?.and_then(|data| data.iter::<f64>().next()).unwrap_or(f64::NAN))
     }
 
     pub fn valid_loss(&self, loss: f32) {
@@ -91,6 +101,8 @@ pub struct Summary {
     pub imbalance_planned: f64,
     /// Bytes trained on a second, all ranks together.
     pub tokens_per_second: f64,
+    /// The same without the first tenth of the steps.
+    pub tokens_per_second_after_warmup: f64,
     /// Seconds of training.
     pub seconds: f64,
     /// Optimizer steps.
@@ -195,11 +207,11 @@ impl TrainingCallback for Recorder {
     }
 
     fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
-        let mut loss = [self.losses.with(|losses| f64::from(losses.train))];
+        let mut loss = [self.losses.last_train_loss().map_err(|error| CallbackError::Host(Box::new(error)))?];
         self.runtime
             .comm()
             .all_reduce(Operation::new("mean loss"), ReduceBuffer::F64(&mut loss), ReduceOp::Mean)
-            .map_err(|error| CallbackError::Host(Box::new(error)))?;
+            .map_err(|error| CallbackError::Host(Box::new(FsepError::from(error))))?;
         let stats = self.runtime.stats();
         if let Some(trace) = &self.trace {
             let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);

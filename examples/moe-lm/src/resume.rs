@@ -22,11 +22,11 @@ const OPTIONS: &str = "options";
 
 /// Where checkpoints go, if any are saved.
 pub(crate) fn checkpoints(args: &Args) -> Option<CheckpointConfig> {
-    Some(folder_config(args).with_every(args.checkpoint_every?).with_background(true))
+    Some(folder_config(args).with_every(args.output.checkpoint_every?).with_background(true))
 }
 
 fn folder_config(args: &Args) -> CheckpointConfig {
-    CheckpointConfig::new(args.out.join("checkpoints")).with_keep(args.keep)
+    CheckpointConfig::new(args.output.out.join("checkpoints")).with_keep(args.output.keep)
 }
 
 /// The progress of a training that begins.
@@ -46,7 +46,7 @@ pub(crate) fn resume(
     model: &MoeLm,
     optimizer: &ModuleOptimizer,
 ) -> Result<Option<Loaded<MoeLm>>, MoeLmError> {
-    let Some(path) = &args.resume else { return Ok(None) };
+    let Some(path) = &args.output.resume else { return Ok(None) };
     let loaded = if path == Path::new("auto") {
         let checkpoints = folder_config(args).init(runtime).map_err(FsepError::from)?;
         checkpoints.load_newest_whole(model, optimizer).map_err(FsepError::from)?
@@ -67,7 +67,7 @@ pub(crate) fn resume(
         return Err(MoeLmError::Option(format!(
             "--resume {}: that training is done: all {} steps and the validation",
             loaded.path.display(),
-            args.steps
+            args.training.steps
         )));
     }
     if runtime.rank() == 0 {
@@ -79,18 +79,19 @@ pub(crate) fn resume(
 
 /// What has to stay as it was for a training to go on; the model's sizes are compared when it is loaded.
 fn options(args: &Args, data: &TrainingData) -> String {
+    let Args { model, training, .. } = args;
     let mut hasher = DefaultHasher::new();
     data.train.hash_text(&mut hasher);
     format!(
         "--batch {} --context {} --steps {} --top-k {} --lr {} --clip {} --aux-loss {} --seed {} and the text {:016x}",
-        args.batch,
-        args.context,
-        args.steps,
-        args.top_k,
-        args.lr,
-        args.clip,
-        args.aux_loss,
-        args.seed,
+        training.batch,
+        training.context,
+        training.steps,
+        model.top_k,
+        training.lr,
+        training.clip,
+        training.aux_loss,
+        training.seed,
         hasher.finish()
     )
 }

@@ -1,27 +1,36 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use burn::{
     data::dataloader::DataLoaderBuilder,
     lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     module::Module,
-    optim::AdamWConfig,
     tensor::Device,
     train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
 };
 use burn_fsep::{
-    FsepError, FsepRuntime, FsepRuntimeConfig,
-    comm::{Communicator, Operation, ReduceBuffer, ReduceOp},
-    train::{FsepStrategy, ImbalanceMetric, RankDataset, SilentRenderer, StaticImbalanceMetric, broadcast_parameters},
+    FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
+    comm::{Communicator, Operation, ReduceBuffer, ReduceOp, all_gather_u64},
+    train::{
+        FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
+        SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
+    },
 };
 use burn_fsep_planner::{PlannerConfig, Strategy};
 
 use crate::{
-    Args, MoeLmError, Planner,
+    Args, DeviceArg, MoeLmError, Planner,
     data::{LmBatch, LmBatcher, Windows},
+    device::RankDevice,
+    engine::connect,
     generate::generate,
     model::MoeLm,
     record::{Recorder, StepRecorder, StepRow, TraceCounts},
     resume,
+    timeline::{TimelineWriter, timeline},
 };
 
 /// What all ranks train on.
@@ -42,24 +51,26 @@ pub(crate) struct Trained {
     pub trace: TraceCounts,
 }
 
-/// The program of one rank.
-pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communicator>) -> Result<Trained, MoeLmError> {
-    let device = Device::flex();
-    let mut config = FsepRuntimeConfig::new().with_seed(args.seed).with_dispatcher(match args.planner.strategy() {
-        Strategy::MinMax => || Strategy::MinMax.dispatcher(),
-        _ => || Strategy::Paper.dispatcher(),
-    });
-    config.ranks_per_node = args.ranks_per_node;
-    if args.planner != Planner::MinMax {
-        // As the paper has it: nothing is repaired in the step.
-        config.correction = None;
-    }
-    let runtime = config.init(comm)?;
+/// The program of one rank, over the group in which the ranks met.
+pub(crate) fn train_rank(
+    args: &Args,
+    data: &TrainingData,
+    control: Arc<dyn Communicator>,
+    RankDevice { device, gpu }: RankDevice,
+) -> Result<Trained, MoeLmError> {
+    let Args { training, parallel, output, .. } = args;
+    check_equal(args, data, control.as_ref())?;
+    let timeline = timeline(args, gpu)?;
+    let comm = connect(parallel, control, gpu, timeline.as_ref())?;
+    let runtime = runtime_config(args, timeline.clone()).init(comm)?;
     let losses = StepRecorder::default();
-    let mut model = init_model(args, &runtime, losses.clone(), &device.clone().autodiff())?;
-    let mut optimizer = AdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
-    let mut lr = CosineAnnealingLrSchedulerConfig::new(args.lr, args.steps)
-        .with_min_lr(args.lr / 10.0)
+    let mut buckets = GradientBucketsConfig::new();
+    buckets.compute_dtype = args.compute_dtype();
+    let buckets = buckets.init(&runtime);
+    let mut model = init_model(args, &runtime, &buckets, losses.clone(), &device.clone().autodiff())?;
+    let mut optimizer = FusedAdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
+    let mut lr = CosineAnnealingLrSchedulerConfig::new(training.lr, training.steps)
+        .with_min_lr(training.lr / 10.0)
         .init()
         .map_err(MoeLmError::Option)?;
     let mut progress = resume::beginning(args, data);
@@ -70,20 +81,36 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         }
     }
 
-    let planner =
-        PlannerConfig::new(args.planner.strategy()).with_synchronous(args.synchronous).with_seed(args.seed).init();
-    let metrics = args.out.join("metrics.jsonl");
-    let tokens_per_step = args.batch * args.context;
+    let folder = output.out.join(format!("rank-{}", runtime.rank()));
+    std::fs::create_dir_all(&folder).map_err(MoeLmError::file(&folder))?;
+    let planner = PlannerConfig::new(parallel.planner.strategy())
+        .with_synchronous(parallel.synchronous)
+        .with_seed(training.seed)
+        .init();
+    let metrics = output.out.join("metrics.jsonl");
+    let tokens_per_step = training.tokens_per_step();
     let rows = if runtime.rank() == 0 { resume::rows_before(&metrics, progress.step)? } else { Vec::new() };
-    let mut recorder =
-        Recorder::new(runtime.clone(), losses.clone(), planner.report(), tokens_per_step, args.steps, &metrics, rows)?;
+    let mut recorder = Recorder::new(
+        runtime.clone(),
+        losses.clone(),
+        planner.report(),
+        tokens_per_step,
+        training.steps,
+        &metrics,
+        rows,
+    )?;
     let rows = recorder.rows();
-    let trace = (args.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
+    let trace = (output.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
+    let done = progress.step;
     let mut strategy = FsepStrategy::new(runtime.clone(), device.clone())
-        .with_max_grad_norm(args.clip)
+        .with_max_grad_norm(training.clip)
+        .with_gradient_buckets(buckets)
         .with_callback(planner)
         .with_callback(recorder)
         .with_start(progress);
+    if let (Some(timeline), Some(file)) = (timeline, &output.timeline) {
+        strategy = strategy.with_callback(TimelineWriter::new(timeline, file, runtime.rank(), done, training.steps));
+    }
     let interrupter = Interrupter::new();
     if let Some(checkpoints) = resume::checkpoints(args) {
         strategy =
@@ -92,22 +119,18 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     let strategy = Arc::new(strategy);
 
     let loader = |windows: &Windows| -> Result<_, FsepError> {
-        let part = RankDataset::new(windows.clone(), args.batch, &runtime)?;
+        let part = RankDataset::new(windows.clone(), training.batch, &runtime)?;
         let size = part.batch_size();
         Ok(DataLoaderBuilder::<Vec<u8>, LmBatch>::new(LmBatcher).batch_size(size).build(part))
     };
-    let result = SupervisedTraining::new(
-        args.out.join(format!("rank-{}", runtime.rank())),
-        loader(&data.train)?,
-        loader(&data.valid)?,
-    )
-    .metrics((LossMetric::new(), ImbalanceMetric::new(), StaticImbalanceMetric::new()))
-    .num_epochs(1)
-    .with_interrupter(interrupter)
-    .with_application_logger(None)
-    .renderer(Box::new(SilentRenderer))
-    .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
-    .launch(Learner::new(model, optimizer, lr));
+    let result = SupervisedTraining::new(folder, loader(&data.train)?, loader(&data.valid)?)
+        .metrics((LossMetric::new(), ImbalanceMetric::new(), StaticImbalanceMetric::new()))
+        .num_epochs(1)
+        .with_interrupter(interrupter)
+        .with_application_logger(None)
+        .renderer(Box::new(SilentRenderer))
+        .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+        .launch(Learner::new(model, optimizer, lr));
     if let Some(error) = strategy.error() {
         return Err(error.into());
     }
@@ -118,8 +141,8 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
         return Err(MoeLmError::Stopped);
     }
 
-    let sample =
-        runtime.run(|| generate(&result.model, &data.prompt, args.sample, args.context, args.seed, &device))?;
+    let sample = runtime
+        .run(|| generate(&result.model, &data.prompt, output.sample, training.context, training.seed, &device))?;
     let mut valid_loss = [losses.mean_valid_loss()];
     runtime
         .comm()
@@ -131,12 +154,59 @@ pub(crate) fn train_rank(args: &Args, data: &TrainingData, comm: Arc<dyn Communi
     Ok(Trained { rows, valid_loss: valid_loss[0], seconds, sample, trace })
 }
 
+fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig {
+    let parallel = &args.parallel;
+    let mut config =
+        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner.strategy() {
+            Strategy::MinMax => || Strategy::MinMax.dispatcher(),
+            _ => || Strategy::Paper.dispatcher(),
+        });
+    config.ranks_per_node = parallel.ranks_per_node;
+    config.timeline = timeline;
+    if parallel.planner != Planner::MinMax {
+        // As the paper has it: nothing is repaired in the step.
+        config.correction = None;
+    }
+    if parallel.no_prefetch {
+        config.schedule = ScheduleConfig::off();
+    }
+    config
+}
+
+/// Ranks that are processes each have a command line and a text of their own; other ones would train, but not as one.
+fn check_equal(args: &Args, data: &TrainingData, comm: &dyn Communicator) -> Result<(), MoeLmError> {
+    let mut args = args.clone();
+    // These may have other names on other machines, or concern one rank.
+    args.parallel.ranks = None;
+    args.parallel.device = DeviceArg::Cpu;
+    args.training.text.clear();
+    args.output.out = PathBuf::new();
+    (args.output.summary, args.output.record_trace, args.output.timeline) = (None, None, None);
+    let mut hasher = DefaultHasher::new();
+    format!("{args:?}").hash(&mut hasher);
+    data.train.hash_text(&mut hasher);
+    data.valid.hash_text(&mut hasher);
+    let all = all_gather_u64(comm, Operation::new("options of the ranks"), &[hasher.finish()])?;
+    match all.iter().position(|theirs| *theirs != all[0]) {
+        Some(rank) => Err(MoeLmError::Option(format!(
+            "ranks 0 and {rank} were started with other options, another text or another build: give all the same"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// A model with the same values on all ranks and for any number of ranks.
 ///
 /// Burn's generator belongs to the whole process, so the ranks draw one after the other; the first one's values count.
-fn init_model(args: &Args, runtime: &FsepRuntime, losses: StepRecorder, device: &Device) -> Result<MoeLm, FsepError> {
+fn init_model(
+    args: &Args,
+    runtime: &FsepRuntime,
+    buckets: &GradientBuckets,
+    losses: StepRecorder,
+    device: &Device,
+) -> Result<MoeLm, FsepError> {
     let init = || -> Result<MoeLm, FsepError> {
-        let model = MoeLm::new(args, runtime, losses.clone(), device)?;
+        let model = MoeLm::new(args, runtime, buckets, losses.clone(), device)?;
         // Parameters are drawn when they are first looked at.
         model.num_params();
         let _ = model.clone().into_record();
@@ -144,7 +214,7 @@ fn init_model(args: &Args, runtime: &FsepRuntime, losses: StepRecorder, device: 
     };
     let mut first = None;
     if runtime.rank() == 0 {
-        device.seed(args.seed);
+        device.seed(args.training.seed);
         first = Some(init()?);
     }
     runtime.comm().barrier(Operation::new("initial values"))?;

@@ -1,0 +1,108 @@
+use burn::tensor::FloatDType;
+use burn_fsep::{ExpertParallelism, FSEPMoEConfig};
+use clap::Parser;
+
+use super::{ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
+use crate::{MoeLmError, ranks::Ranks};
+
+/// Trains a byte-level Mixture-of-Experts language model with fully sharded expert parallelism.
+#[derive(Parser, Debug, Clone)]
+#[command(version, about)]
+pub struct Args {
+    /// What is trained.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// How it is trained.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+    /// What it is trained on.
+    #[command(flatten)]
+    pub parallel: ParallelArgs,
+    /// What is read and written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+impl Args {
+    /// Checks all options, and what the environment says, before any work begins; returns the ranks in this process.
+    ///
+    /// # Errors
+    ///
+    /// [`MoeLmError`] naming the first option or variable that cannot work.
+    pub(crate) fn check(&self, environment: impl Fn(&str) -> Option<String>) -> Result<Ranks, MoeLmError> {
+        self.parallel.check()?;
+        self.model.check()?;
+        self.training.check()?;
+        self.output.check()?;
+        if self.training.dense && self.output.record_trace.is_some() {
+            return refuse("--record-trace needs ranks to route between; leave --dense out".into());
+        }
+        let ranks = Ranks::of(&self.parallel, self.training.dense, environment)?;
+        self.check_ranks(ranks.world_size())?;
+        Ok(ranks)
+    }
+
+    /// What has to fit the number of ranks.
+    fn check_ranks(&self, ranks: usize) -> Result<(), MoeLmError> {
+        let (batch, experts) = (self.training.batch, self.model.experts);
+        if !batch.is_multiple_of(ranks) {
+            return refuse(format!("--batch {batch} cannot be split evenly over {ranks} ranks"));
+        }
+        let is_static = self.parallel.planner == Planner::Static;
+        if is_static && self.parallel.slots.is_some() {
+            return refuse(
+                "--slots has no meaning with --planner static: each rank holds the experts that it owns".into(),
+            );
+        }
+        if is_static && !experts.is_multiple_of(ranks) {
+            return refuse(format!(
+                "--planner static needs equally many experts on every rank: --experts {experts} is no multiple of {ranks}"
+            ));
+        }
+        if let Some(slots) = self.parallel.slots
+            && (slots > experts || slots.saturating_mul(ranks) < experts)
+        {
+            return refuse(format!(
+                "--slots {slots} on {ranks} ranks cannot hold {experts} experts: it must be between {} and {experts}",
+                experts.div_ceil(ranks),
+            ));
+        }
+        if let Some(ranks_per_node) = self.parallel.ranks_per_node
+            && (ranks_per_node > ranks || !ranks.is_multiple_of(ranks_per_node))
+        {
+            return refuse(format!("--ranks-per-node {ranks_per_node} does not divide {ranks} ranks into equal nodes"));
+        }
+        Ok(())
+    }
+
+    /// Element type of the blocks' computation, where it is not the parameters'.
+    pub(crate) fn compute_dtype(&self) -> Option<FloatDType> {
+        self.training.mixed_precision.then_some(FloatDType::BF16)
+    }
+
+    pub(crate) fn moe_config(&self) -> FSEPMoEConfig {
+        let (model, parallel) = (&self.model, &self.parallel);
+        let is_static = parallel.planner == Planner::Static;
+        FSEPMoEConfig::new(model.hidden, model.ffn, model.experts)
+            .with_moe_router_topk(model.top_k)
+            .with_slots_per_rank(if is_static { None } else { parallel.slots })
+            .with_expert_parallelism(if is_static { ExpertParallelism::Static } else { ExpertParallelism::Fsep })
+            .with_moe_aux_loss_coeff(self.training.aux_loss)
+            .with_moe_router_force_biased(model.force_biased)
+            .with_moe_router_force_shares(model.force_shares.clone())
+            .with_compute_dtype(self.compute_dtype())
+    }
+}
+
+/// The error of an option.
+pub(super) fn refuse<T>(message: String) -> Result<T, MoeLmError> {
+    Err(MoeLmError::Option(message))
+}
+
+/// Numbers that have to be at least 1.
+pub(super) fn check_positive<const N: usize>(numbers: [(&str, u64); N]) -> Result<(), MoeLmError> {
+    match numbers.into_iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => refuse(format!("{name} must be at least 1")),
+        None => Ok(()),
+    }
+}

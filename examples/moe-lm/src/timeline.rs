@@ -1,0 +1,82 @@
+use std::path::{Path, PathBuf};
+
+use burn_fsep::{FsepError, Timeline};
+use burn_fsep_planner::callback::{CallbackError, PlannerHost, StepContext, TrainingCallback};
+
+use crate::{Args, MoeLmError, files::write_whole};
+
+/// How many steps are recorded, the last ones.
+const STEPS: usize = 3;
+
+/// The timeline of a rank, which records nothing yet.
+///
+/// # Errors
+///
+/// [`FsepError::Device`] if the GPU cannot be timed.
+pub(crate) fn timeline(args: &Args, gpu: Option<usize>) -> Result<Option<Timeline>, FsepError> {
+    if args.output.timeline.is_none() {
+        return Ok(None);
+    }
+    let timeline = match gpu {
+        #[cfg(feature = "libtorch")]
+        Some(gpu) => Timeline::of_gpu(gpu)?,
+        _ => Timeline::new(),
+    };
+    timeline.set_recording(false);
+    Ok(Some(timeline))
+}
+
+/// Records the last steps and writes them to the rank's file.
+pub(crate) struct TimelineWriter {
+    timeline: Timeline,
+    path: PathBuf,
+    rank: usize,
+    /// Steps that are done before training begins.
+    done: usize,
+    steps: usize,
+}
+
+impl TimelineWriter {
+    pub fn new(timeline: Timeline, file: &Path, rank: usize, done: u64, steps: usize) -> Self {
+        Self { timeline, path: rank_file(file, rank), rank, done: done as usize, steps }
+    }
+
+    fn write(&self) -> Result<(), MoeLmError> {
+        write_whole(&self.path, self.timeline.chrome_trace(self.rank)?.as_bytes())
+    }
+}
+
+impl TrainingCallback for TimelineWriter {
+    fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+        self.timeline.set_recording(self.done + STEPS >= self.steps);
+        Ok(())
+    }
+
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        // Validation is not of interest.
+        self.timeline.set_recording((self.steps.saturating_sub(STEPS)..self.steps).contains(&context.iteration));
+        Ok(())
+    }
+
+    fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+        self.write().map_err(|error| CallbackError::Host(Box::new(error)))
+    }
+}
+
+/// `trace.json` becomes `trace.rank0.json`.
+fn rank_file(file: &Path, rank: usize) -> PathBuf {
+    let extension = file.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
+    file.with_extension(format!("rank{rank}{extension}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_rank_has_a_file() {
+        for (file, expected) in [("a/trace.json", "a/trace.rank3.json"), ("trace", "trace.rank3")] {
+            assert_eq!(rank_file(Path::new(file), 3), Path::new(expected));
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The whole job, small.
+
+mod bad_input;
+mod checkpoints;
+mod common;
+mod launch_files;
+#[cfg(feature = "libtorch")]
+mod libtorch;
+#[cfg(unix)]
+mod processes;
+mod training;
