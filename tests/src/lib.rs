@@ -29,7 +29,7 @@ pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
 #[cfg(feature = "mpi")]
-pub use mpirun::RankProcesses;
+pub use mpirun::{RankProcesses, rank_over_mpi};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
 #[cfg(not(feature = "mpi"))]
 pub use processes::RankProcesses;

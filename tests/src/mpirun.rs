@@ -2,10 +2,16 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::processes::{RankOutput, job_variables, rank_arguments, rank_text};
+use burn_fsep::{
+    FsepError,
+    comm::{Communicator, mpi::MpiConfig},
+};
+
+use crate::processes::{RankOutput, job_variables, rank_arguments, rank_of_job, rank_text};
 
 /// Lets the other ranks end by themselves when one is lost.
 const RECOVERY: &str = "--enable-recovery";
@@ -114,6 +120,18 @@ impl Drop for RankProcesses {
         let _ = self.mpirun.kill();
         let _ = self.mpirun.wait();
     }
+}
+
+/// As [`rank_of_process`](crate::rank_of_process), with this configuration of MPI.
+///
+/// # Panics
+///
+/// If the rank fails: its process ends with the error.
+pub fn rank_over_mpi<T>(
+    config: &MpiConfig,
+    program: impl FnOnce(Arc<dyn Communicator>, &Path) -> Result<T, FsepError>,
+) -> T {
+    rank_of_job(|control, folder| config.run(control, |comm| program(comm, folder)))
 }
 
 /// Whether a process got a signal.

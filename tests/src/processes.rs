@@ -129,20 +129,25 @@ impl Drop for RankProcesses {
 /// # Panics
 ///
 /// If the rank fails: its process ends with the error.
-pub fn rank_of_process<T>(program: impl FnOnce(Arc<dyn Communicator>, &Path) -> Result<T, FsepError>) -> T {
+pub fn rank_of_process<T>(program: impl FnOnce(Arc<dyn Communicator>, &Path) -> Program<T>) -> T {
+    rank_of_job(|control, folder| over_engine(control, |comm| program(comm, folder)))
+}
+
+/// As [`rank_of_process`], over sockets.
+pub(crate) fn rank_of_job<T>(program: impl FnOnce(Arc<dyn Communicator>, &Path) -> Program<T>) -> T {
     let folder = PathBuf::from(std::env::var_os("FSEP_TEST_FOLDER").expect("started by RankProcesses"));
     let environment = RankEnvironment::from_env().expect("started by RankProcesses");
+    let config = environment.process_config().expect("started by RankProcesses");
     #[cfg(feature = "mpi")]
     crate::mpirun::enroll(&folder, environment.rank);
-    let config = environment.process_config().expect("started by RankProcesses");
-    let result = config.run(|control| over_engine(control, |comm| program(comm, &folder)));
+    let result = config.run(|control| program(control, &folder));
     let value = result.unwrap_or_else(|error| panic!("rank {}: {error}", environment.rank));
     #[cfg(feature = "mpi")]
     crate::mpirun::succeed(&folder, environment.rank);
     value
 }
 
-type Program<T> = Result<T, FsepError>;
+pub(crate) type Program<T> = Result<T, FsepError>;
 
 #[cfg(not(any(feature = "mpi", feature = "nccl")))]
 fn over_engine<T>(

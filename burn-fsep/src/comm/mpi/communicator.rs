@@ -43,11 +43,8 @@ impl MpiCommunicator {
         Ok(Self { group, handle, name, sequence: AtomicU64::new(0) })
     }
 
-    /// Waits until what this rank sent was taken and all other ranks have come to the end, too.
-    pub(super) fn close(&self) -> Result<(), CommError> {
-        let operation = Operation::new("end of MPI");
-        self.group.drain(operation)?;
-        self.group.control.barrier(operation)
+    pub(super) fn group(&self) -> &Group {
+        &self.group
     }
 
     /// What the ranks compare: the collective `text` with these blocks from and to each peer.

@@ -23,7 +23,7 @@ use crate::comm::{CommError, Communicator, Operation};
 /// ```
 #[derive(new, Debug, Clone)]
 pub struct MpiConfig {
-    /// How long a collective waits for its peers.
+    /// How long a collective waits for its peers, and MPI's start for all ranks.
     #[new(value = "Duration::from_secs(30)")]
     pub timeout: Duration,
     /// Whether the ranks compare what they do in each collective; costs a message of 256 bytes to each peer. Equal on all
@@ -33,7 +33,7 @@ pub struct MpiConfig {
 }
 
 impl MpiConfig {
-    /// Sets how long a collective waits for its peers (30 s by default); [`Duration::MAX`] is for ever.
+    /// Sets how long a collective waits for its peers, and MPI's start for all ranks (30 s by default); [`Duration::MAX`] is for ever.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -81,7 +81,8 @@ impl MpiConfig {
         control: Arc<dyn Communicator>,
         program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, E>,
     ) -> Result<T, E> {
-        let universe = MpiUniverse::init().inspect_err(|error| control.abort(&error.to_string()))?;
+        let universe = MpiUniverse::init_unless(self.timeout, || control.failure())
+            .inspect_err(|error| control.abort(&error.to_string()))?;
         let comm = Arc::new(self.init(&universe, control)?);
         let value = program(comm.clone())?;
         universe.finalize(&comm)?;

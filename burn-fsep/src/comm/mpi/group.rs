@@ -18,7 +18,7 @@ pub(super) struct Group {
     pub control: Arc<dyn Communicator>,
     pub library: Arc<Library>,
     pub check_signatures: bool,
-    timeout: Duration,
+    pub timeout: Duration,
     failure: Mutex<Option<CommError>>,
 }
 
@@ -122,13 +122,12 @@ impl Group {
         self.poll(operation, has_come, || transfer.borrow().missing())
     }
 
-    /// Waits until nothing of this rank is under way.
+    /// Waits until the peers have taken what this rank has sent.
     pub fn drain(&self, operation: Operation) -> Result<(), CommError> {
-        let library = self.library.clone();
-        // Not within the lock, which `is_idle` takes: the progress thread moves what is left.
-        self.poll_outside(operation, || Ok(library.is_idle()), Vec::new)
+        self.poll_until(operation, || Ok(self.library.is_drained()), Vec::new)
     }
 
+    /// Polls with the right to call MPI.
     fn poll(
         &self,
         operation: Operation,
@@ -139,10 +138,10 @@ impl Group {
             Some(mut mpi) => is_done(&mut mpi),
             None => Err(over(operation)),
         };
-        self.poll_outside(operation, step, missing)
+        self.poll_until(operation, step, missing)
     }
 
-    fn poll_outside(
+    fn poll_until(
         &self,
         operation: Operation,
         mut is_done: impl FnMut() -> Result<bool, CommError>,

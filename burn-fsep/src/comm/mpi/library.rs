@@ -82,9 +82,10 @@ impl Library {
         }
     }
 
-    /// Whether everything that was sent has been taken.
-    pub fn is_idle(&self) -> bool {
-        self.lock().is_none_or(|mpi| mpi.outstanding == 0)
+    /// Whether nothing is left of the transfers that nobody waits for. Those that somebody holds are not counted: a graph that
+    /// is never consumed may hold one for ever.
+    pub fn is_drained(&self) -> bool {
+        self.lock().is_none_or(|mpi| mpi.background.is_empty())
     }
 
     /// The progress thread: ends with MPI.
@@ -100,13 +101,9 @@ impl Library {
         }
     }
 
-    /// Ends all calls; the last one is `last`.
-    pub fn end(&self, last: impl FnOnce()) {
-        let mut mpi = self.mpi.lock();
-        if !std::mem::replace(&mut mpi.is_over, true) {
-            last();
-        }
-        drop(mpi);
+    /// Allows no further call.
+    pub fn end(&self) {
+        self.mpi.lock().is_over = true;
         self.woken.notify_all();
     }
 }
