@@ -5,25 +5,35 @@
 
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+mod collectives;
 mod compare;
 mod dispatchers;
 mod engine;
 mod faults;
 mod layouts;
 mod model;
+#[cfg(feature = "mpi")]
+mod mpirun;
 mod parity;
 mod processes;
 mod trainer;
 mod training;
 
+pub use collectives::{
+    check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions, check_wrong_arguments,
+};
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
 pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
+#[cfg(feature = "mpi")]
+pub use mpirun::{RankProcesses, rank_over_mpi};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
-pub use processes::{RankOutput, RankProcesses, rank_of_process};
+#[cfg(not(feature = "mpi"))]
+pub use processes::RankProcesses;
+pub use processes::{RankOutput, rank_of_process};
 pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 

@@ -6,6 +6,8 @@ mod device;
 mod environment;
 mod error;
 pub mod local;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod process;
