@@ -12,7 +12,7 @@ import re
 import sys
 
 KINDS = [
-    ("attention", r"flash|fmha|attention|softmax_warp"),
+    ("attention", r"flash|fmha|attention|softmax_warp|cudnn6fusion"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|grouped|splitK|cublas"),
     ("NCCL", r"nccl"),
     ("fused kernels of burn-fsep", r"^(swiglu|swiglu_backward|combine|combine_backward|sum_replicas|adamw)"),

@@ -15,7 +15,6 @@ use burn::{
     tensor::Tensor,
 };
 use burn_tch::TchTensor;
-use tch::Kind;
 
 /// Causal attention. `[B, H, L, D / H]`, three times and once
 pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
@@ -81,8 +80,8 @@ impl TorchOps for LibTorch {
 
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: TchTensor) -> [TchTensor; N] {
         let Recorded { inputs, output } = recorded;
-        // tch takes no gradient of an output: that of this sum is `grad` times 1.
-        let sum = tch::with_grad(|| (output.tensor * grad.tensor).sum(None::<Kind>));
+        // tch takes no gradient of an output: that of this product is `grad` times 1.
+        let sum = tch::with_grad(|| output.tensor.flatten(0, -1).dot(&grad.tensor.flatten(0, -1)));
         let leaves: Vec<_> = inputs.into_iter().map(|input| input.tensor).collect();
         let grads = tch::Tensor::run_backward(&[sum], &leaves, false, false);
         let grads: Vec<_> = grads.into_iter().map(TchTensor::new).collect();
