@@ -48,6 +48,11 @@ def main():
         print(f"{covered(of_kind) / 1e6 / steps:9.3f} ms a step {len(of_kind) / steps:8.1f} launches  {kind}")
     busy = covered([span for of_kind in spans.values() for span in of_kind])
     wanted = covered(spans.get("attention", []) + spans.get("matrix products", []))
+    nccl = spans.get("NCCL", [])
+    if nccl:
+        others = [span for kind, of_kind in spans.items() if kind != "NCCL" for span in of_kind]
+        hidden = covered(nccl) + covered(others) - busy
+        print(f"NCCL behind other kernels: {100 * hidden / covered(nccl):.1f} %")
     print(f"{wall / 1e6 / steps:9.3f} ms a step in all, GPU idle {100 * (1 - busy / wall):.1f} %")
     print(f"outside matrix products and attention: {100 * (1 - wanted / wall):.1f} % of the step")
 

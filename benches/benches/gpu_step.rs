@@ -102,7 +102,9 @@ enum Routing {
 #[derive(Module, Debug)]
 struct Block {
     attention_norm: Param<Tensor<1>>,
-    qkv: Linear,
+    query: Linear,
+    key: Linear,
+    value: Linear,
     output: Linear,
     moe_norm: Param<Tensor<1>>,
     moe: FSEPMoE,
@@ -126,15 +128,21 @@ impl Transformer {
         if args.static_ep {
             moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
         }
-        let linear = |width| {
+        let linear = || {
             let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
-            LinearConfig::new(args.hidden, width).with_bias(false).with_initializer(initializer).init(device)
+            LinearConfig::new(args.hidden, args.hidden).with_bias(false).with_initializer(initializer).init(device)
         };
         let norm = || Param::from_tensor(Tensor::ones([args.hidden], device));
         let block = |_| -> Result<Block, FsepError> {
-            let (qkv, output) = (linear(3 * args.hidden), linear(args.hidden));
-            let moe = moe.try_init(runtime, device)?;
-            Ok(Block { attention_norm: norm(), qkv, output, moe_norm: norm(), moe })
+            Ok(Block {
+                attention_norm: norm(),
+                query: linear(),
+                key: linear(),
+                value: linear(),
+                output: linear(),
+                moe_norm: norm(),
+                moe: moe.try_init(runtime, device)?,
+            })
         };
         Ok(Self { blocks: (0..args.layers).map(block).collect::<Result<_, _>>()? })
     }
@@ -155,12 +163,11 @@ impl Transformer {
             let block = prepared.as_ref().unwrap_or(block);
             let span = runtime.timeline().and_then(|timeline| timeline.compute("attention"));
             let normed = rms_norm(x.clone(), block.attention_norm.val());
-            let qkv = block.qkv.forward(normed).reshape([sequences, length, 3, heads, HEAD]);
-            let part = |i: usize| {
-                let part = qkv.clone().slice([0..sequences, 0..length, i..i + 1, 0..heads, 0..HEAD]);
-                part.reshape([sequences, length, heads, HEAD]).swap_dims(1, 2)
+            let heads = |linear: &Linear| {
+                linear.forward(normed.clone()).reshape([sequences, length, heads, HEAD]).swap_dims(1, 2)
             };
-            let attended = attention(part(0), part(1), part(2)).swap_dims(1, 2).reshape([tokens, hidden]);
+            let attended = attention(heads(&block.query), heads(&block.key), heads(&block.value));
+            let attended = attended.swap_dims(1, 2).reshape([tokens, hidden]);
             let x = x + block.output.forward(attended);
             drop(span);
             x.clone() + block.moe.forward(rms_norm(x, block.moe_norm.val()))

@@ -9,7 +9,7 @@ use burn_fsep::{
 };
 use burn_fsep_planner::{
     PlannerConfig, Strategy,
-    callback::{StepContext, TrainingCallback},
+    callback::{CallbackError, StepContext, TrainingCallback},
 };
 
 use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
@@ -69,10 +69,6 @@ pub struct Trained {
 /// # Errors
 ///
 /// Any [`FsepError`].
-///
-/// # Panics
-///
-/// If the planner fails.
 pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandTraining) -> Result<Trained, FsepError> {
     let HandTraining { steps, batch, clip, layouts, sync } = *training;
     let device = device();
@@ -94,7 +90,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
     let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
     let mut layout = runtime.layout(0);
     if let Some(planner) = &mut planner {
-        planner.on_train_start(runtime).unwrap();
+        planner.on_train_start(runtime).map_err(callback_failed)?;
     }
     for step in 0..steps {
         let start = step * batch % items.len() + runtime.rank() * share;
@@ -116,7 +112,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         let norm = clip_grad_norm(runtime, &model, &mut grads, clip)?;
         model = optimizer.step(1e-2, model, grads);
         match &mut planner {
-            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).unwrap(),
+            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).map_err(callback_failed)?,
             None => {
                 for layer in 0..runtime.num_layers() {
                     let seed = (step * runtime.num_layers() + layer) as u64;
@@ -134,7 +130,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         layout = runtime.layout(0);
     }
     if let Some(planner) = &mut planner {
-        planner.on_train_end(runtime).unwrap();
+        planner.on_train_end(runtime).map_err(callback_failed)?;
     }
     trained.replicated = model.replicated();
     Ok(trained)
@@ -143,4 +139,8 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
 /// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
 pub fn small_slots(world_size: usize) -> usize {
     8 / world_size + 1
+}
+
+fn callback_failed(error: CallbackError) -> FsepError {
+    FsepError::Callback(error.to_string())
 }

@@ -10,10 +10,10 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{
         CommError, Communicator,
-        local::{LaunchConfig, LocalCommunicator, RankError, launch},
+        local::{LaunchConfig, LocalCommunicator, RankError},
     },
 };
-use burn_fsep_tests::device;
+use burn_fsep_tests::{device, launch};
 
 const HIDDEN: usize = 4;
 

@@ -11,11 +11,11 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{
         CommError, Communicator,
-        local::{LaunchConfig, RankError, launch},
+        local::{LaunchConfig, RankError},
     },
     train::sync_gradients,
 };
-use burn_fsep_tests::{assert_close, device, plain_device};
+use burn_fsep_tests::{assert_close, device, launch, plain_device};
 
 const HIDDEN: usize = 4;
 

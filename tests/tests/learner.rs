@@ -19,7 +19,7 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
-    comm::local::{LaunchConfig, launch},
+    comm::local::LaunchConfig,
     train::{
         FsepStrategy, GradientBucketsConfig, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset,
         SilentRenderer, StaticImbalanceMetric,
@@ -30,7 +30,7 @@ use burn_fsep_planner::{
     callback::{CallbackError, StepContext, TrainingCallback},
 };
 use burn_fsep_tests::{
-    GradientSync, HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, plain_device,
+    GradientSync, HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device,
     task_items, train_by_hand,
 };
 

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Int, Slice, Tensor, TensorData};
+use burn::tensor::{Device, Int, IntDType, Slice, Tensor, TensorData};
 
 /// The assignments (token, expert) of one rank, and their order by expert.
 ///
@@ -41,11 +41,23 @@ impl Assignments {
 
     /// [`row_of`, `assignment_of`, token of each row] on the device, sent in one piece. Shape `[T * K]` each.
     pub fn to_device(&self, device: &Device) -> [Tensor<1, Int>; 3] {
-        let len = self.row_of.len();
-        let token_of = self.assignment_of.iter().map(|assignment| assignment / self.topk as i32);
-        let all = self.row_of.iter().chain(&self.assignment_of).copied().chain(token_of).collect::<Vec<i32>>();
-        let all = Tensor::<1, Int>::from_data(TensorData::new(all, [3 * len]), &device.clone().inner());
+        let (device, len) = (device.clone().inner(), self.row_of.len());
+        // In the device's own type: Burn would convert number by number, for longer than all else here takes.
+        let data = match device.settings().int_dtype {
+            IntDType::I64 => TensorData::new(self.indices(i64::from), [3 * len]),
+            _ => TensorData::new(self.indices(|index| index), [3 * len]),
+        };
+        let all = Tensor::<1, Int>::from_data(data, &device);
         [0, 1, 2].map(|i| all.clone().slice([Slice::from(i * len..(i + 1) * len)]))
+    }
+
+    fn indices<I>(&self, convert: impl Fn(i32) -> I) -> Vec<I> {
+        let topk = self.topk as i32;
+        let mut all = Vec::with_capacity(3 * self.row_of.len());
+        all.extend(self.row_of.iter().map(|&row| convert(row)));
+        all.extend(self.assignment_of.iter().map(|&assignment| convert(assignment)));
+        all.extend(self.assignment_of.iter().map(|&assignment| convert(assignment / topk)));
+        all
     }
 }
 

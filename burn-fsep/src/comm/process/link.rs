@@ -124,3 +124,46 @@ fn describe(error: &io::Error) -> String {
         _ => format!("the connection to it failed: {error}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (stream, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn machines_that_vanish_are_noticed_by_the_operating_system() {
+        let (stream, _peer) = pair();
+        stream.set_read_timeout(Some(POLL)).unwrap();
+        prepare(&stream).unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap() && stream.nodelay().unwrap());
+        assert_eq!(stream.read_timeout().unwrap(), None);
+        #[cfg(target_os = "linux")]
+        {
+            let (time, interval, retries) = KEEP_ALIVE;
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), time);
+            assert_eq!(socket.tcp_keepalive_interval().unwrap(), interval);
+            assert_eq!(socket.tcp_keepalive_retries().unwrap(), retries);
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
+        }
+    }
+
+    #[test]
+    fn a_glance_takes_nothing() {
+        let (stream, mut peer) = pair();
+        stream.set_nonblocking(true).unwrap();
+        assert!(matches!(glance(&stream), Glance::Silent));
+        peer.write_all(&[1]).unwrap();
+        while matches!(glance(&stream), Glance::Silent) {}
+        assert!(matches!(glance(&stream), Glance::Spoke));
+        drop(peer);
+        assert!(matches!(glance(&stream), Glance::Spoke), "what was sent before the end comes first");
+    }
+}

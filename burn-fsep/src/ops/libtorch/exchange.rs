@@ -45,5 +45,7 @@ pub(super) fn start(
     // SAFETY: both are contiguous tensors of the plan's lengths on the communicator's GPU; `PendingDevice` keeps them until
     // it has waited, and LibTorch's allocator reuses their memory in the order of the default stream.
     let pending = unsafe { comm.start_device_all_to_all_v(operation, address(&send), address(&recv), &plan) }?;
-    Ok(PendingTensor::Device(PendingDevice::new(pending, TchTensor::new(send), TchTensor::new(recv))))
+    // With the tensor's own storage: while it travels, Burn must not take another handle for the only one and write to it.
+    let send = TchTensor::from_existing(send, tensor.storage);
+    Ok(PendingTensor::Device(PendingDevice::new(pending, send, TchTensor::new(recv))))
 }
