@@ -37,7 +37,8 @@ const SLURM: Names = Names {
 /// Read from torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), which `fsep-launch` sets, too; else
 /// from those of Open MPI (`OMPI_COMM_WORLD_RANK` ..), else from those of Slurm (`SLURM_PROCID`, `SLURM_NTASKS`,
 /// `SLURM_LOCALID`, `SLURM_NTASKS_PER_NODE`). With all of them, `MASTER_ADDR` and `MASTER_PORT` say where rank 0 listens, and
-/// `BURN_FSEP_TOKEN` is the job's secret.
+/// `BURN_FSEP_TOKEN` is the job's secret. Where torchrun itself listens on `MASTER_PORT` (`TORCHELASTIC_USE_AGENT_STORE` is
+/// `True`), rank 0 takes the next port.
 ///
 /// ```no_run
 /// use burn_fsep::{FsepError, FsepRuntime, comm::RankEnvironment};
@@ -170,10 +171,14 @@ impl RankEnvironment {
             .ok_or(EnvironmentError::Missing { variable: "MASTER_ADDR", because: names.rank })?;
         let port = parse::<u16>(&lookup, "MASTER_PORT", "a port")?
             .ok_or(EnvironmentError::Missing { variable: "MASTER_PORT", because: names.rank })?;
-        if port == 0 {
-            let value = port.to_string();
-            return Err(EnvironmentError::Malformed { variable: "MASTER_PORT", value, expected: "a port" });
-        }
+        let is_taken = names.rank == TORCHRUN.rank && lookup(AGENT_STORE).is_some_and(|value| value == "True");
+        let malformed =
+            |expected| EnvironmentError::Malformed { variable: "MASTER_PORT", value: port.to_string(), expected };
+        let port = match (port, is_taken) {
+            (0, _) => return Err(malformed("a port")),
+            (port, false) => port,
+            (port, true) => port.checked_add(1).ok_or_else(|| malformed("a port with one after it"))?,
+        };
         let token = lookup(TOKEN_VARIABLE).map(|token| token.parse()).transpose()?;
         Ok(Self { rank, world_size, local_rank, local_world_size, master: (master, port), token })
     }
@@ -188,6 +193,9 @@ impl RankEnvironment {
         Ok(ProcessConfig::new(self.rank, self.world_size, self.master.clone(), token))
     }
 }
+
+/// Says that the agent of torchrun listens on `MASTER_PORT`, for PyTorch's store.
+const AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
 
 const ORDER: &str = "ranks of a machine are numbered within all ranks";
 
@@ -263,6 +271,16 @@ mod tests {
         assert_eq!(read(&[&slurm, &TORCHRUN, &MASTER]).unwrap().rank, 5);
         let mpi = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")];
         assert_eq!(read(&[&mpi, &TORCHRUN, &MASTER]).unwrap().rank, 5);
+    }
+
+    #[test]
+    fn the_port_of_torchruns_agent_is_left_alone() {
+        for (value, port) in [("True", 29501), ("False", 29500), ("-", 29500)] {
+            let environment = read(&[&TORCHRUN, &MASTER, &[(AGENT_STORE, value)]]).unwrap();
+            assert_eq!(environment.master.1, port, "{value}");
+        }
+        let error = read(&[&TORCHRUN, &MASTER, &[(AGENT_STORE, "True"), ("MASTER_PORT", "65535")]]).unwrap_err();
+        assert!(error.to_string().contains("MASTER_PORT is `65535`"), "{error}");
     }
 
     #[test]

@@ -14,12 +14,13 @@ use super::{
 use crate::comm::{TOKEN_VARIABLE, process::JobToken};
 
 /// Variables of other launchers, which would contradict this one's.
-const FOREIGN: [&str; 5] = [
+const FOREIGN: [&str; 6] = [
     "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
 ];
 
 /// A program to be started as ranks on this machine.

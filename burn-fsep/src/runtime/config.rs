@@ -84,7 +84,7 @@ impl FsepRuntimeConfig {
     }
 
     /// Sets the timeline that records what this rank computes and when its host waits. Communication on a GPU is recorded by
-    /// the communicator; see [`NcclConfig`](crate::comm::nccl::NcclConfig).
+    /// the communicator; see `NcclConfig::with_timeline`.
     pub fn with_timeline(mut self, timeline: Timeline) -> Self {
         self.timeline = Some(timeline);
         self

@@ -145,9 +145,10 @@ impl Schedule {
     /// Forgets everything under way, after an error.
     pub fn reset(&self) {
         let mut state = self.state.lock();
-        let State { shards, ahead, forwarded, order, .. } = &mut *state;
-        (shards.clear(), forwarded.clear(), order.begin());
-        let ahead = ahead.take();
+        state.shards.clear();
+        state.forwarded.clear();
+        state.order.begin();
+        let ahead = state.ahead.take();
         drop(state);
         drop((ahead, self.deferred.lock().take()));
     }
