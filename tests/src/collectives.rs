@@ -124,7 +124,7 @@ pub fn check_duplicates(comm: &dyn Communicator) -> Result<(), CommError> {
         comm.start_all_to_all_v(OP, Arc::new(Bytes::from_elems(vec![value as u8])), plan)
     };
     let mut got = [[0u8]; 2];
-    if rank % 2 == 0 {
+    if rank.is_multiple_of(2) {
         let (a, b) = (exchange(comm, rank)?, exchange(other.as_ref(), 100 + rank)?);
         b.wait(&mut got[1])?;
         a.wait(&mut got[0])?;

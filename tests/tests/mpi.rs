@@ -89,7 +89,7 @@ fn check_dropped_prefetches(comm: &dyn Communicator) -> Result<(), CommError> {
     for len in [10, 3 << 20] {
         let (first, second) =
             (start_all_to_all(prefetch.as_ref(), len)?, start_all_to_all(prefetch.as_ref(), len + 1)?);
-        if comm.rank() % 2 == 0 {
+        if comm.rank().is_multiple_of(2) {
             drop(first);
         } else {
             finish_all_to_all(comm, first, len)?;

@@ -107,17 +107,14 @@ fn processes_train_as_the_dense_model_does() {
     let dense = dense_loss_curve(SEED, STEPS, BATCH, &task_items(STEPS * BATCH, 1), CLIP);
     for &ranks in WORLD_SIZES {
         let folder = run(ranks, "training_rank");
-        for layouts in 0..LAYOUTS.len() {
+        for (i, layouts) in LAYOUTS.iter().enumerate() {
             for rank in 0..ranks {
-                let losses: Vec<f32> = load(folder.path(), &format!("losses-{layouts}-rank-{rank}.json"));
+                let losses: Vec<f32> = load(folder.path(), &format!("losses-{i}-rank-{rank}.json"));
                 assert_eq!(losses.len(), STEPS);
                 let worst = losses.iter().zip(&dense).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f32::max);
-                assert!(worst <= 1e-4, "{ranks} ranks, {:?}: {worst:.1e}", LAYOUTS[layouts]);
+                assert!(worst <= 1e-4, "{ranks} ranks, {layouts:?}: {worst:.1e}");
                 if rank == 0 {
-                    println!(
-                        "{ranks} processes, {:?}: largest relative difference of a loss {worst:.1e}",
-                        LAYOUTS[layouts]
-                    );
+                    println!("{ranks} processes, {layouts:?}: largest relative difference of a loss {worst:.1e}");
                 }
             }
         }

@@ -181,7 +181,7 @@ impl Mpi {
         to: *mut u8,
         len: usize,
     ) -> Result<Request, Fault> {
-        let layout = Layout::of(&[0..len])?;
+        let layout = Layout::of(std::slice::from_ref(&(0..len)))?;
         // SAFETY: the null request is a constant.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         // SAFETY: the caller vouches for the memory.
@@ -197,7 +197,7 @@ impl Mpi {
     ///
     /// The `len` bytes at `at` may be read and written until the request is complete.
     pub unsafe fn broadcast(&mut self, comm: RawComm, at: *mut u8, len: usize, root: usize) -> Result<Request, Fault> {
-        let layout = Layout::of(&[0..len])?;
+        let layout = Layout::of(std::slice::from_ref(&(0..len)))?;
         // SAFETY: the null request is a constant.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         // SAFETY: the caller vouches for the memory.
