@@ -123,7 +123,7 @@ impl Drop for RankProcesses {
 }
 
 /// In a rank's process: runs `program` over the engine that the suite was built for, with the folder that was given to
-/// [`RankProcesses::start`]. Processes exchange over sockets; with the feature `mpi` over MPI; with `nccl` over NCCL, all on
+/// `RankProcesses::start`. Processes exchange over sockets; with the feature `mpi` over MPI; with `nccl` over NCCL, all on
 /// the first GPU.
 ///
 /// # Panics

@@ -193,3 +193,21 @@ fn experts_compute_in_bf16_while_parameters_stay_f32() {
         }
     }
 }
+
+#[test]
+fn a_rank_that_begins_a_step_alone_is_noticed() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let stack = Stack::new(&runtime)?;
+        for step in 0..2 {
+            // In the first step nothing is known of the order of layers, so nothing is prefetched.
+            if runtime.rank() == 0 || step == 0 {
+                runtime.begin_step(&stack)?;
+            }
+            stack.step(&runtime, &[0, 1, 2, 3], step)?;
+        }
+        Ok(())
+    });
+    let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+    assert!(errors.iter().any(|error| error.contains("is begin_step called on all ranks?")), "{errors:?}");
+}

@@ -10,6 +10,7 @@ use crate::{
     FsepError, FsepRuntime,
     ops::{self, MoeStep, Tracked, WeightStorage},
     runtime::RestorePass,
+    schedule::Entry,
     shard::ExpertShape,
 };
 
@@ -106,27 +107,33 @@ impl FSEPMoE {
         let tokens = hidden.reshape([num_tokens, width]);
         let device = tokens.device();
 
+        let span = runtime.timeline().and_then(|timeline| timeline.wait(format!("routing, layer {layer}")));
         let routed = self.router.forward(tokens.clone())?;
+        drop(span);
         let assignments = Assignments::new(&routed.experts, num_experts, topk);
         let weights = self.experts.weight.val();
         let tracked =
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
-        let step = runtime.route(*layer, &assignments.counts, tracked)?;
-        let (counts, pass) = (step.counts.clone(), step.step_number);
-        let restores = (*storage == WeightStorage::Sharded).then(|| {
+        let is_sharded = *storage == WeightStorage::Sharded;
+        if is_sharded {
             // Ids may be new after a record was loaded.
             runtime.register_shards(*layer, self.experts.weight.id);
-            runtime.restores(
-                *layer,
-                &RestorePass {
-                    weights: weights.clone().inner(),
-                    layout: step.layout.clone(),
-                    unshard: step.unshard.clone(),
-                    number: pass,
-                    tracked,
-                    dtype: *compute_dtype,
-                },
-            )
+        }
+        let shards = weights.clone().inner();
+        let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };
+        let ahead = entry.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
+        let step = runtime.route(*layer, &assignments.counts, tracked, ahead)?;
+        let (counts, pass) = (step.counts.clone(), step.step_number);
+        let restores = is_sharded.then(|| {
+            let pass = RestorePass {
+                weights: shards,
+                layout: step.layout.clone(),
+                unshard: step.unshard.clone(),
+                number: pass,
+                tracked,
+                dtype: *compute_dtype,
+            };
+            runtime.restores(*layer, &pass, entry)
         });
         let (graph_runtime, outputs) = runtime.for_graph();
         let step = Arc::new(MoeStep {
@@ -147,7 +154,7 @@ impl FSEPMoE {
             topk,
             recompute: *recompute,
         });
-        if tracked.any() {
+        if tracked.any() && step.restores.is_some() {
             runtime.schedule().forwarded(&step);
         }
         let [row_of, assignment_of, token_of] = assignments.to_device(&device);

@@ -109,6 +109,7 @@ fn try_backward<B: FsepKernels>(
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
     let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
+    let before = step.runtime.schedule().turn(step);
     let want_rows = tracked.hidden || tracked.weights;
     let combined = |grad: &FloatTensor<B>| B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows);
     if !want_rows {
@@ -116,14 +117,13 @@ fn try_backward<B: FsepKernels>(
     }
 
     // The experts were freed after forward, so they are restored again, while gradients travel to them.
-    let before = step.runtime.schedule().turn(step);
     let restoring = start_unshard::<B>(&weights, step, step.restores.as_ref().map(|restores| &restores.backward))?;
     let CombineGradients { rows: d_rows, probs: d_probs } = combined(&grad)?;
     drop((grad, outputs));
     let d_rows = d_rows.ok_or_else(|| FsepError::Device("the backend returned no gradient of the rows".into()))?;
     let d_slots = exchange_rows::<B>(d_rows, step, &step.tokens, "gradients to experts in backward")?;
-    if let Some(backward) = before.as_ref().and_then(|before| before.backward_restore()) {
-        start_restore(backward, &step.runtime)?;
+    if let Some(before) = before {
+        start_restore(&before, &step.runtime)?;
     }
     let restored = restoring.wait(step)?;
     let args =

@@ -237,7 +237,10 @@ impl FsepRuntime {
         model.visit(&mut shards);
         if let Some((layer, weights)) = self.inner.schedule.begin_step(shards.0) {
             let restore = Arc::new(self.layer(layer).restore_ahead(layer, weights));
-            ops::start_restore(&restore, self)?;
+            ops::start_restore(&restore, self).inspect_err(|error| {
+                self.inner.schedule.reset();
+                self.tell_peers(&error.to_string());
+            })?;
             self.inner.schedule.restored_ahead(layer, restore);
         }
         Ok(())
@@ -248,32 +251,35 @@ impl FsepRuntime {
         self.inner.schedule.missed()
     }
 
-    /// The restores of a layer's training pass, and what it starts for the layer after.
-    pub(crate) fn restores(&self, layer: usize, pass: &RestorePass) -> Restores {
+    /// A layer with these shards begins a training forward pass.
+    pub(crate) fn enter(&self, layer: usize, shards: &Tensor<2>) -> Entry {
+        let mut entry = self.inner.schedule.enter(layer);
+        let is_current = |ahead: &Arc<Restore>| {
+            let (ahead, shards) = (ahead.weights.clone().into_dispatch(), shards.clone().into_dispatch());
+            <Dispatch as ReduceOps>::fsep_is_same(ahead, shards)
+        };
+        if let Some(stale) = entry.ahead.take_if(|ahead| !is_current(ahead)) {
+            stale.discard();
+            self.inner.schedule.miss();
+        }
+        entry
+    }
+
+    /// The restores of a layer's pass, and what it starts for the layer after.
+    pub(crate) fn restores(&self, layer: usize, pass: &RestorePass, entry: Entry) -> Restores {
         let RestorePass { weights, layout, unshard, number, tracked, dtype } = pass;
         let schedule = &self.inner.schedule;
-        let entry = if tracked.any() { schedule.enter(layer) } else { Entry::default() };
         let restore = |name| {
             let operation = Operation::of_layer(name, layer).in_pass(*number);
             Arc::new(Restore::new(operation, layout.clone(), unshard.clone(), weights.clone(), *dtype))
         };
-        let ahead = entry.ahead.filter(|ahead| {
-            let is_current = <Dispatch as ReduceOps>::fsep_is_same(
-                ahead.weights.clone().into_dispatch(),
-                weights.clone().into_dispatch(),
-            );
-            if !is_current {
-                schedule.miss();
-            }
-            is_current
-        });
         let next = entry.next.map(|(layer, weights)| {
             let restore = Arc::new(self.layer(layer).restore_ahead(layer, weights));
             schedule.restored_ahead(layer, restore.clone());
             restore
         });
         Restores {
-            forward: ahead.unwrap_or_else(|| restore("restore for forward")),
+            forward: entry.ahead.unwrap_or_else(|| restore("restore for forward")),
             backward: restore("restore for backward"),
             next,
             keep: entry.keep && tracked.needs_experts_in_backward(),
@@ -369,9 +375,16 @@ impl FsepRuntime {
     }
 
     /// Exchanges the routing counts of a layer and plans its dispatch. `counts`: `[E]`
-    pub(crate) fn route(&self, layer: usize, counts: &[u32], tracked: Tracked) -> Result<RoutedStep, FsepError> {
+    /// `ahead` is the fingerprint of the layout under which the layer's experts were prefetched, if they were.
+    pub(crate) fn route(
+        &self,
+        layer: usize,
+        counts: &[u32],
+        tracked: Tracked,
+        ahead: Option<u64>,
+    ) -> Result<RoutedStep, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
-        let routed = self.layer(layer).route(layer, self.comm(), &self.inner.topology, counts, tracked)?;
+        let routed = self.layer(layer).route(layer, self.comm(), &self.inner.topology, counts, tracked, ahead)?;
         #[cfg(feature = "train")]
         if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
             observer.observe(layer, routed.step_number, &routed.counts);

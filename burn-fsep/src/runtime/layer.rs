@@ -84,8 +84,8 @@ struct Last {
 }
 
 /// Words before the counts in a rank's message: layout fingerprint (2), wanted gradients, top-k, sizes of an expert
-/// (2), whether experts have fixed owners.
-const HEADER: usize = 7;
+/// (2), whether experts have fixed owners, compute type, fingerprint of the layout of a prefetch (2).
+const HEADER: usize = 10;
 
 impl LayerState {
     pub fn new(
@@ -163,9 +163,10 @@ impl LayerState {
         topology: &Topology,
         counts: &[u32],
         tracked: Tracked,
+        ahead: Option<u64>,
     ) -> Result<RoutedStep, FsepError> {
         let layout = self.layout();
-        let counts = self.gather_counts(layer, comm, &layout, counts, tracked)?;
+        let counts = self.gather_counts(layer, comm, &layout, counts, tracked, ahead)?;
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
@@ -210,11 +211,15 @@ impl LayerState {
         layout: &Layout,
         counts: &[u32],
         tracked: Tracked,
+        ahead: Option<u64>,
     ) -> Result<Arc<RoutingCounts>, FsepError> {
         let fingerprint = layout.fingerprint();
-        let LayerConfig { topk, shape, fixed_layout, .. } = &self.config;
+        let LayerConfig { topk, shape, fixed_layout, compute_dtype, .. } = &self.config;
         let mut message: Vec<u32> = [fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits()].into();
         message.extend([*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout)]);
+        // No prefetch is a layout that no rank has.
+        let (ahead, dtype) = (ahead.unwrap_or(0), compute_dtype.map_or(0, |dtype| dtype as u32 + 1));
+        message.extend([dtype, ahead as u32, (ahead >> 32) as u32]);
         debug_assert_eq!(message.len(), HEADER);
         message.extend_from_slice(counts);
         let mut all = vec![0u32; message.len() * comm.size()];
@@ -240,7 +245,12 @@ impl LayerState {
             let owners = diverges("expert parallelism", 6..7, |words| {
                 if words[0] == 1 { "static owners".into() } else { "sharded experts".into() }
             });
-            if let Some(error) = layout.or(wanted).or(topk).or(sizes).or(owners) {
+            let dtype = diverges("the compute type", 7..8, |words| format!("type {}", words[0]));
+            let ahead = diverges("the prefetch (is begin_step called on all ranks?)", 8..10, |words| match words {
+                [0, 0] => "none".into(),
+                _ => format!("one under layout {:08x}{:08x}", words[1], words[0]),
+            });
+            if let Some(error) = layout.or(wanted).or(topk).or(sizes).or(owners).or(dtype).or(ahead) {
                 return Err(error);
             }
             table.extend_from_slice(&theirs[HEADER..]);

@@ -46,6 +46,12 @@ impl Restore {
         *self.started.lock() = Some(Box::new(started));
     }
 
+    /// Gives up what was started: nobody will take it.
+    pub(crate) fn discard(&self) {
+        let started = self.started.lock().take();
+        drop(started);
+    }
+
     /// What was started, if anything was.
     pub(crate) fn take<P: 'static>(&self) -> Option<P> {
         self.started.lock().take().and_then(|started| started.downcast().ok()).map(|started| *started)

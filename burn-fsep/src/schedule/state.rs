@@ -30,8 +30,15 @@ struct State {
     shards: HashMap<usize, Tensor<2>>,
     ahead: Option<(usize, Arc<Restore>)>,
     /// Layers whose forward pass ran, for the order of backward.
-    forwarded: Vec<Weak<MoeStep>>,
+    forwarded: Vec<Forwarded>,
     missed: u64,
+}
+
+/// A pass whose forward has run, and the restore that its backward needs. The restore is held, so that whether it is
+/// started does not depend on when a rank frees an output that nobody uses.
+struct Forwarded {
+    step: Weak<MoeStep>,
+    restore: Option<Arc<Restore>>,
 }
 
 /// What the schedule says to a layer that begins its forward pass.
@@ -91,7 +98,8 @@ impl Schedule {
         let position = state.order.enter(layer);
         let ahead = match state.ahead.take() {
             Some((of, restore)) if of == layer => Some(restore),
-            Some(_) => {
+            Some((_, restore)) => {
+                restore.discard();
                 state.missed += 1;
                 None
             }
@@ -114,20 +122,21 @@ impl Schedule {
 
     /// A layer's forward pass runs: its backward pass will follow, unless the output is dropped.
     pub fn forwarded(&self, step: &Arc<MoeStep>) {
-        self.state.lock().forwarded.push(Arc::downgrade(step));
+        let restore = step.backward_restore().cloned();
+        self.state.lock().forwarded.push(Forwarded { step: Arc::downgrade(step), restore });
     }
 
-    /// A layer begins its backward pass. Returns the layer whose backward pass comes next.
-    pub fn turn(&self, step: &MoeStep) -> Option<Arc<MoeStep>> {
+    /// A layer begins its backward pass. Returns the restore of the one whose backward pass comes next.
+    pub fn turn(&self, step: &MoeStep) -> Option<Arc<Restore>> {
         let mut state = self.state.lock();
         state.turned = true;
         state.shards.clear();
-        let place = state.forwarded.iter().rposition(|other| std::ptr::eq(other.as_ptr(), step))?;
+        let place = state.forwarded.iter().rposition(|other| std::ptr::eq(other.step.as_ptr(), step))?;
         state.forwarded.truncate(place);
         if !self.config.prefetch_backward {
             return None;
         }
-        state.forwarded.last().and_then(Weak::upgrade)
+        state.forwarded.last().and_then(|before| before.restore.clone())
     }
 
     /// Puts work off until the backward pass of another layer is under way, or backward ends.
@@ -160,7 +169,8 @@ impl State {
         self.order.begin();
         self.forwarded.clear();
         self.shards.clear();
-        if self.ahead.take().is_some() {
+        if let Some((_, restore)) = self.ahead.take() {
+            restore.discard();
             self.missed += 1;
         }
     }
