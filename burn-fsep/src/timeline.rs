@@ -122,6 +122,11 @@ impl Timeline {
         self.0.is_recording.store(on, Ordering::Relaxed);
     }
 
+    /// Forgets what was recorded.
+    pub fn clear(&self) {
+        self.0.spans.lock().clear();
+    }
+
     fn is_recording(&self) -> bool {
         self.0.is_recording.load(Ordering::Relaxed)
     }
@@ -267,5 +272,7 @@ mod tests {
         let trace: serde_json::Value = serde_json::from_str(&timeline.chrome_trace(3).unwrap()).unwrap();
         let events = trace["traceEvents"].as_array().unwrap();
         assert_eq!(events.iter().filter(|event| event["ph"] == "X" && event["pid"] == 3).count(), 2);
+        timeline.clear();
+        assert!(timeline.records().unwrap().is_empty());
     }
 }

@@ -78,6 +78,7 @@ pub(super) enum PendingWeights<B: Backend> {
 pub(super) struct Repair<B: Backend> {
     pending: PendingTensor<B>,
     slots: Vec<usize>,
+    _guard: RestoredGuard,
 }
 
 /// The experts that the layout gives this rank: starts to restore them, if nobody did so ahead. `weights` are this
@@ -97,8 +98,9 @@ pub(super) fn start_unshard<B: FsepKernels>(
         Some(RepairPlan { exchange, slots }) => {
             let operation = step.operation("restore of changed slots");
             let weights = cast::<B>(weights.clone(), step.compute_dtype);
+            let _guard = step.runtime.restored_gauge().hold(exchange.recv_len * weights.dtype().size());
             let pending = B::fsep_start_exchange(weights, step.runtime.weights_comm(), operation, &exchange)?;
-            Some(Repair { pending, slots })
+            Some(Repair { pending, slots, _guard })
         }
     };
     Ok(PendingWeights::Restoring(restore.clone(), repair))

@@ -158,9 +158,15 @@ impl Group {
             return;
         }
         let mut outstanding = self.outstanding.lock();
+        let before = outstanding.len();
         outstanding.retain(|exchange| !exchange.done.is_complete());
-        // Exchanges wait for the compute stream, which may be busy with anything: their time counts from when nothing
-        // before them is left.
+        if outstanding.len() < before
+            && let Some(first) = outstanding.first_mut()
+        {
+            first.since = Instant::now();
+        }
+        // Exchanges wait for the compute stream, which may be busy with anything: their time counts from when the one before
+        // them was seen to be done.
         let late = outstanding.first().filter(|exchange| exchange.since.elapsed() > self.timeout);
         let late = late.map(|exchange| exchange.operation);
         drop(outstanding);
