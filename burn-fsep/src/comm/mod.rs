@@ -1,5 +1,6 @@
 //! Communicators: what FSEP needs from a process group, and the engines that provide it.
 
+mod check;
 mod combine;
 mod communicator;
 mod device;

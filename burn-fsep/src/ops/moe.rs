@@ -30,7 +30,7 @@ pub(super) struct Saved<B: Backend> {
     outputs: Option<FloatTensor<B>>,
     /// `[T, K]`
     probs: FloatTensor<B>,
-    /// This rank's parameters, where experts are resident.
+    /// This rank's parameters: shards or resident experts.
     weights: FloatTensor<B>,
     rows: RowIndices<B>,
 }

@@ -259,8 +259,7 @@ impl FsepRuntime {
             <Dispatch as ReduceOps>::fsep_is_same(ahead, shards)
         };
         if let Some(stale) = entry.ahead.take_if(|ahead| !is_current(ahead)) {
-            stale.discard();
-            self.inner.schedule.miss();
+            self.inner.schedule.miss(&stale);
         }
         entry
     }

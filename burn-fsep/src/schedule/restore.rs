@@ -48,8 +48,7 @@ impl Restore {
 
     /// Gives up what was started: nobody will take it.
     pub(crate) fn discard(&self) {
-        let started = self.started.lock().take();
-        drop(started);
+        drop(self.started.lock().take());
     }
 
     /// What was started, if anything was.

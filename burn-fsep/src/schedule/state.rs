@@ -99,8 +99,7 @@ impl Schedule {
         let ahead = match state.ahead.take() {
             Some((of, restore)) if of == layer => Some(restore),
             Some((_, restore)) => {
-                restore.discard();
-                state.missed += 1;
+                state.miss(&restore);
                 None
             }
             None => None,
@@ -110,9 +109,9 @@ impl Schedule {
         Entry { ahead, next, keep: position.is_last && self.config.prefetch_backward }
     }
 
-    /// A restore that was started ahead could not be used.
-    pub fn miss(&self) {
-        self.state.lock().missed += 1;
+    /// A restore that was started ahead cannot be used.
+    pub fn miss(&self, restore: &Restore) {
+        self.state.lock().miss(restore);
     }
 
     /// Restores that were started ahead for nothing.
@@ -170,8 +169,13 @@ impl State {
         self.forwarded.clear();
         self.shards.clear();
         if let Some((_, restore)) = self.ahead.take() {
-            restore.discard();
-            self.missed += 1;
+            self.miss(&restore);
         }
+    }
+
+    /// The layer before may hold the restore: what it received is freed now.
+    fn miss(&mut self, restore: &Restore) {
+        restore.discard();
+        self.missed += 1;
     }
 }

@@ -10,7 +10,9 @@ use std::{
 use burn::tensor::Bytes;
 
 use super::group::{Deposit, Group, RoundKey};
-use crate::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, combine};
+use crate::comm::{
+    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+};
 
 /// A rank's handle on a group of threads.
 ///
@@ -92,16 +94,6 @@ impl LocalCommunicator {
         let payloads: Vec<&P> = deposits.iter().map(|deposit| payload_of(deposit)).collect();
         Ok(read(&payloads))
     }
-
-    fn check_root(&self, operation: Operation, root: usize) -> Result<(), CommError> {
-        if root < self.size() {
-            return Ok(());
-        }
-        Err(CommError::InvalidArgument {
-            operation: operation.to_string(),
-            reason: format!("root {root} is not one of {} ranks", self.size()),
-        })
-    }
 }
 
 /// Signatures name the kind of a collective, so equal signatures mean equal payload types.
@@ -140,12 +132,7 @@ impl PendingExchange for PendingLocal {
         self.is_collected = true;
         let deposits = member.group.collect(key, member.rank, &operation.to_string())?;
         let ours = payload_of::<Exchange>(&deposits[member.rank]);
-        if recv.len() != ours.plan.recv_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("receive buffer of {} bytes, plan of {}", recv.len(), ours.plan.recv_len),
-            });
-        }
+        check::receive_buffer(operation, recv.len(), ours.plan.recv_len)?;
         for (peer, deposit) in deposits.iter().enumerate() {
             let theirs = payload_of::<Exchange>(deposit);
             let sent = theirs.plan.sends.iter().filter(|block| block.peer == member.rank);
@@ -192,12 +179,7 @@ impl Communicator for LocalCommunicator {
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         plan.check(operation, self.size())?;
-        if send.len() != plan.send_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("send buffer of {} bytes, plan of {}", send.len(), plan.send_len),
-            });
-        }
+        check::send_buffer(operation, send.len(), plan.send_len)?;
         let key = self.next_round();
         let deposit =
             Deposit { signature: format!("all-to-all `{operation}`"), payload: Box::new(Exchange { send, plan }) };
@@ -206,12 +188,7 @@ impl Communicator for LocalCommunicator {
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        if recv.len() != send.len() * self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("{} bytes from each of {} ranks into {}", send.len(), self.size(), recv.len()),
-            });
-        }
+        check::gathered(operation, self.size(), send.len(), recv.len())?;
         let signature = format!("all-gather `{operation}` of {} bytes", send.len());
         self.meet(operation, signature, send.to_vec(), |parts| {
             for (to, from) in recv.chunks_exact_mut(send.len().max(1)).zip(parts) {
@@ -234,7 +211,7 @@ impl Communicator for LocalCommunicator {
     }
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        self.check_root(operation, root)?;
+        check::root(operation, self.size(), root)?;
         let signature = format!("broadcast `{operation}` of {} bytes from rank {root}", buffer.len());
         let payload = if self.rank() == root { buffer.to_vec() } else { Vec::new() };
         self.meet(operation, signature, payload, |parts| {

@@ -16,7 +16,7 @@ use super::{
     transfer::{Headers, Transfer},
 };
 use crate::comm::{
-    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, combine,
+    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
 };
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
@@ -163,9 +163,7 @@ impl Communicator for MpiCommunicator {
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         plan.check(operation, self.size())?;
         let invalid = |reason| CommError::InvalidArgument { operation: operation.to_string(), reason };
-        if send.len() != plan.send_len {
-            return Err(invalid(format!("send buffer of {} bytes, plan of {}", send.len(), plan.send_len)));
-        }
+        check::send_buffer(operation, send.len(), plan.send_len)?;
         let kept = |blocks: &[Block]| {
             blocks.iter().filter(|block| block.peer == self.rank()).map(|block| block.len).collect::<Vec<_>>()
         };
@@ -176,12 +174,7 @@ impl Communicator for MpiCommunicator {
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        if recv.len() != send.len() * self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("{} bytes from each of {} ranks into {}", send.len(), self.size(), recv.len()),
-            });
-        }
+        check::gathered(operation, self.size(), send.len(), recv.len())?;
         let text = format!("all-gather `{operation}` of {} bytes", send.len());
         if send.is_empty() {
             // A barrier: one byte, since no bytes make no message.
@@ -202,12 +195,7 @@ impl Communicator for MpiCommunicator {
     }
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        if root >= self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("root {root} is not one of {} ranks", self.size()),
-            });
-        }
+        check::root(operation, self.size(), root)?;
         let text = format!("broadcast `{operation}` of {} bytes from rank {root}", buffer.len());
         let headers = self.headers(&text, &ExchangePlan::default());
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);

@@ -6,7 +6,7 @@ use super::{
     group::Group,
     transfer::{Headers, Transfer},
 };
-use crate::comm::{CommError, ExchangePlan, Operation, PendingExchange};
+use crate::comm::{CommError, ExchangePlan, Operation, PendingExchange, check};
 
 /// An exchange that this rank has posted its messages of.
 pub(super) struct Exchange {
@@ -22,12 +22,7 @@ pub(super) struct Exchange {
 impl PendingExchange for Exchange {
     fn wait(mut self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
         let operation = self.operation;
-        if recv.len() != self.plan.recv_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("receive buffer of {} bytes, plan of {}", recv.len(), self.plan.recv_len),
-            });
-        }
+        check::receive_buffer(operation, recv.len(), self.plan.recv_len)?;
         // Taken only by this function and by drop.
         let Some(transfer) = &mut self.transfer else { return Ok(()) };
         self.group.wait(operation, self.sequence, transfer, self.headers.as_ref())?;

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::comm::{
     Block, CommError, Communicator, DeviceCommunicator, ExchangePlan, Operation, PendingDeviceExchange,
-    PendingExchange, ReduceBuffer, ReduceOp, combine,
+    PendingExchange, ReduceBuffer, ReduceOp, check, combine,
 };
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
@@ -283,22 +283,12 @@ impl Communicator for NcclCommunicator {
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         self.check_exchange(operation, &plan)?;
-        if send.len() != plan.send_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("send buffer of {} bytes, plan of {}", send.len(), plan.send_len),
-            });
-        }
+        check::send_buffer(operation, send.len(), plan.send_len)?;
         Ok(Box::new(self.start_staged(operation, &send, plan)?))
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        if recv.len() != send.len() * self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("{} bytes from each of {} ranks into {}", send.len(), self.size(), recv.len()),
-            });
-        }
+        check::gathered(operation, self.size(), send.len(), recv.len())?;
         self.check_signature(|| format!("all-gather `{operation}` of {} bytes", send.len()))?;
         if send.is_empty() {
             // A barrier: NCCL does nothing for no bytes.
@@ -322,12 +312,7 @@ impl Communicator for NcclCommunicator {
     }
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        if root >= self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("root {root} is not one of {} ranks", self.size()),
-            });
-        }
+        check::root(operation, self.size(), root)?;
         self.check_signature(|| format!("broadcast `{operation}` of {} bytes from rank {root}", buffer.len()))?;
         let data = self.upload(operation, buffer)?;
         let address = self.address(&data);

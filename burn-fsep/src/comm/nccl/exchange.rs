@@ -3,7 +3,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream};
 
 use super::group::Group;
-use crate::comm::{Block, CommError, Operation, PendingDeviceExchange, PendingExchange};
+use crate::comm::{Block, CommError, Operation, PendingDeviceExchange, PendingExchange, check};
 
 /// An All-to-All-v of host memory, through buffers on the GPU.
 pub(super) struct StagedExchange {
@@ -21,12 +21,7 @@ pub(super) struct StagedExchange {
 impl PendingExchange for StagedExchange {
     fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
         let Self { group, stream, operation, done, sent, received, recvs, recv_len } = *self;
-        if recv.len() != recv_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("receive buffer of {} bytes, plan of {recv_len}", recv.len()),
-            });
-        }
+        check::receive_buffer(operation, recv.len(), recv_len)?;
         // Copying waits without a limit, so the exchange must be done before.
         group.wait_event(&done, operation)?;
         drop(sent);

@@ -18,7 +18,9 @@ use super::{
     group::Group,
     link::Links,
 };
-use crate::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, combine};
+use crate::comm::{
+    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+};
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
 const REDUCE_IN_PARTS: usize = 64 << 10;
@@ -205,12 +207,7 @@ impl Communicator for ProcessCommunicator {
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         plan.check(operation, self.size())?;
-        if send.len() != plan.send_len {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("send buffer of {} bytes, plan of {}", send.len(), plan.send_len),
-            });
-        }
+        check::send_buffer(operation, send.len(), plan.send_len)?;
         let signature = format!("all-to-all `{operation}`");
         // Blocks may overlap: what is sent is not limited by the buffer's length.
         let sent = plan.sends.iter().map(|block| block.len).sum();
@@ -222,12 +219,7 @@ impl Communicator for ProcessCommunicator {
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        if recv.len() != send.len() * self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("{} bytes from each of {} ranks into {}", send.len(), self.size(), recv.len()),
-            });
-        }
+        check::gathered(operation, self.size(), send.len(), recv.len())?;
         let signature = format!("all-gather `{operation}` of {} bytes", send.len());
         let parts = self.gather(operation, signature, send)?;
         for (to, from) in recv.chunks_exact_mut(send.len().max(1)).zip(parts) {
@@ -250,12 +242,7 @@ impl Communicator for ProcessCommunicator {
     }
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        if root >= self.size() {
-            return Err(CommError::InvalidArgument {
-                operation: operation.to_string(),
-                reason: format!("root {root} is not one of {} ranks", self.size()),
-            });
-        }
+        check::root(operation, self.size(), root)?;
         let signature = format!("broadcast `{operation}` of {} bytes from rank {root}", buffer.len());
         let is_root = self.rank() == root;
         let data = if is_root { Data::Copied(Arc::new(buffer.to_vec())) } else { Data::none() };

@@ -4,7 +4,7 @@ use super::{
     frame::{Data, RoundKey},
     group::Group,
 };
-use crate::comm::{Block, CommError, ExchangePlan, Operation, PendingExchange};
+use crate::comm::{Block, CommError, ExchangePlan, Operation, PendingExchange, check};
 
 /// An exchange that this rank has sent its part of.
 pub(super) struct Exchange {
@@ -19,12 +19,7 @@ pub(super) struct Exchange {
 
 impl PendingExchange for Exchange {
     fn wait(mut self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
-        if recv.len() != self.plan.recv_len {
-            return Err(CommError::InvalidArgument {
-                operation: self.operation.to_string(),
-                reason: format!("receive buffer of {} bytes, plan of {}", recv.len(), self.plan.recv_len),
-            });
-        }
+        check::receive_buffer(self.operation, recv.len(), self.plan.recv_len)?;
         let frames = self.group.collect(self.key, &self.operation.to_string())?;
         self.is_over = true;
         for (peer, frame) in frames.iter().enumerate() {
