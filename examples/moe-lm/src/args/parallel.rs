@@ -50,6 +50,8 @@ pub enum Comm {
     Local,
     /// Processes of a launcher (fsep-launch, torchrun, mpirun, srun), over TCP.
     Process,
+    /// Processes that mpirun or srun starts, over MPI.
+    Mpi,
     /// NCCL between GPUs: processes of a launcher, or threads of this process if there is none.
     Nccl,
 }
@@ -132,14 +134,17 @@ impl ParallelArgs {
         if self.comm == Comm::Nccl && !is_gpu {
             return refuse("--comm nccl needs --backend libtorch --device cuda: it exchanges between GPUs".into());
         }
-        for (option, is_asked, feature, is_built) in [
-            ("--backend libtorch", self.backend == Backend::Libtorch, "libtorch", cfg!(feature = "libtorch")),
-            ("--comm nccl", self.comm == Comm::Nccl, "nccl", cfg!(feature = "nccl")),
+        const LIBTORCH: &str = "LibTorch as the README says under \"On NVIDIA GPUs\"";
+        const MPI: &str = "an MPI library as docs/guide.md says under \"MPI\"";
+        for (option, is_asked, needs, feature, is_built) in [
+            ("--backend libtorch", self.backend == Backend::Libtorch, LIBTORCH, "libtorch", cfg!(feature = "libtorch")),
+            ("--comm nccl", self.comm == Comm::Nccl, LIBTORCH, "nccl", cfg!(feature = "nccl")),
+            ("--comm mpi", self.comm == Comm::Mpi, MPI, "mpi", cfg!(feature = "mpi")),
         ] {
             if is_asked && !is_built {
                 return refuse(format!(
-                    "{option}: this program was built without it; get LibTorch as the README says under \"On NVIDIA \
-                     GPUs\", then build with `cargo build --release -p moe-lm --features {feature}`"
+                    "{option}: this program was built without it; get {needs}, then build with `cargo build --release \
+                     -p moe-lm --features {feature}`"
                 ));
             }
         }

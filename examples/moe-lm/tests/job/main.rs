@@ -6,6 +6,8 @@ mod common;
 mod launch_files;
 #[cfg(feature = "libtorch")]
 mod libtorch;
+#[cfg(feature = "mpi")]
+mod mpi;
 #[cfg(unix)]
 mod processes;
 mod training;

@@ -7,7 +7,7 @@ use std::{
 
 use burn_fsep::launcher::LauncherConfig;
 
-use crate::common::{losses, small_job, summary};
+use crate::common::{curve, losses, small_job, summary};
 
 /// Not a test: what `fsep-launch` does, in a process of its own.
 #[test]
@@ -56,13 +56,6 @@ fn process_summary(ranks: usize, folder: &Path, options: &[&str]) -> serde_json:
     assert_eq!(text.matches("validation loss").count(), 1, "{text}");
     assert!(text.contains("[rank 0] validation loss"), "{text}");
     serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
-}
-
-/// The losses of all steps.
-fn curve(folder: &Path) -> Vec<f64> {
-    let text = std::fs::read_to_string(folder.join("out/metrics.jsonl")).unwrap();
-    let row = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
-    text.lines().map(row).collect()
 }
 
 #[test]
