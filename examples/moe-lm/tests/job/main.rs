@@ -10,4 +10,6 @@ mod libtorch;
 mod mpi;
 #[cfg(unix)]
 mod processes;
+#[cfg(target_os = "linux")]
+mod soak;
 mod training;
