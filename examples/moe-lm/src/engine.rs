@@ -4,24 +4,45 @@ use burn_fsep::{Timeline, comm::Communicator};
 
 use crate::{Comm, MoeLmError, ParallelArgs};
 
-/// The communicator that a rank trains with; `control` is the group in which the ranks met.
+/// Runs the program of a rank over the communicator that it trains with; `control` is the group in which the ranks met.
 ///
 /// # Errors
 ///
-/// [`MoeLmError::Fsep`] if the ranks cannot be connected.
-pub(crate) fn connect(
+/// Those of `program`, and [`MoeLmError::Fsep`] if the ranks cannot be connected.
+pub(crate) fn run<T>(
     args: &ParallelArgs,
     control: Arc<dyn Communicator>,
     gpu: Option<usize>,
     timeline: Option<&Timeline>,
-) -> Result<Arc<dyn Communicator>, MoeLmError> {
+    program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, MoeLmError>,
+) -> Result<T, MoeLmError> {
     match (args.comm, gpu) {
-        (Comm::Local | Comm::Process, _) => Ok(control),
+        (Comm::Local | Comm::Process, _) => program(control),
+        (Comm::Mpi, _) => mpi(args, control, program),
         // One rank exchanges nothing.
-        (Comm::Nccl, _) if control.size() == 1 => Ok(control),
-        (Comm::Nccl, Some(gpu)) => nccl(args, control, gpu, timeline),
+        (Comm::Nccl, _) if control.size() == 1 => program(control),
+        (Comm::Nccl, Some(gpu)) => program(nccl(args, control, gpu, timeline)?),
         (Comm::Nccl, None) => Err(MoeLmError::Device("--comm nccl: this rank has no GPU".into())),
     }
+}
+
+#[cfg(feature = "mpi")]
+fn mpi<T>(
+    args: &ParallelArgs,
+    control: Arc<dyn Communicator>,
+    program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, MoeLmError>,
+) -> Result<T, MoeLmError> {
+    burn_fsep::comm::mpi::MpiConfig::new().with_timeout(args.timeout()).run(control, program)
+}
+
+#[cfg(not(feature = "mpi"))]
+fn mpi<T>(
+    _: &ParallelArgs,
+    _: Arc<dyn Communicator>,
+    _: impl FnOnce(Arc<dyn Communicator>) -> Result<T, MoeLmError>,
+) -> Result<T, MoeLmError> {
+    // The options were checked before.
+    Err(MoeLmError::Device("this program was built without MPI".into()))
 }
 
 #[cfg(feature = "nccl")]

@@ -41,14 +41,14 @@ impl Ranks {
                         .into(),
                 );
             }
-            (Comm::Process | Comm::Nccl, environment) => Some(environment?),
+            (Comm::Process | Comm::Mpi | Comm::Nccl, environment) => Some(environment?),
         };
         let Some(environment) = environment else {
             let started = |name: &str| lookup(name).and_then(|value| value.trim().parse::<usize>().ok());
             if let Some(name) = WORLD_SIZES.iter().find(|name| started(name).is_some_and(|count| count > 1)) {
                 return refuse(format!(
                     "a launcher started several processes ({name}={}), but with --comm local each would train by itself; \
-                     give --comm process or nccl, or start the program without a launcher",
+                     give --comm process, mpi or nccl, or start the program without a launcher",
                     lookup(name).unwrap_or_default()
                 ));
             }
@@ -146,7 +146,9 @@ fn run_process<T>(
                 (Some(CommError::PeerFailed { rank: 0, reason, .. }), Err(error)) => reason != error.to_string(),
                 _ => false,
             };
-            first_reports.set(rank != 0 && !(rank == 1 && is_first_lost));
+            // mpirun kills the others, the first rank too, as soon as it sees a rank end with an error of its own.
+            let speaks_itself = args.comm == Comm::Mpi && lost_peer(&*comm).is_none();
+            first_reports.set(rank != 0 && !(rank == 1 && is_first_lost) && !speaks_itself);
             result
         })
     };

@@ -25,7 +25,7 @@ use crate::{
     Args, DeviceArg, MoeLmError, Planner,
     data::{LmBatch, LmBatcher, Windows},
     device::RankDevice,
-    engine::connect,
+    engine,
     generate::generate,
     model::MoeLm,
     record::{Recorder, StepRecorder, StepRow, TraceCounts},
@@ -58,10 +58,22 @@ pub(crate) fn train_rank(
     control: Arc<dyn Communicator>,
     RankDevice { device, gpu }: RankDevice,
 ) -> Result<Trained, MoeLmError> {
-    let Args { training, parallel, output, .. } = args;
     check_equal(args, data, control.as_ref())?;
     let timeline = timeline(args, gpu)?;
-    let comm = connect(parallel, control, gpu, timeline.as_ref())?;
+    engine::run(&args.parallel, control, gpu, timeline.as_ref(), |comm| {
+        train(args, data, comm, device, timeline.clone())
+    })
+}
+
+/// Trains over the communicator that was asked for.
+fn train(
+    args: &Args,
+    data: &TrainingData,
+    comm: Arc<dyn Communicator>,
+    device: Device,
+    timeline: Option<Timeline>,
+) -> Result<Trained, MoeLmError> {
+    let Args { training, parallel, output, .. } = args;
     let runtime = runtime_config(args, timeline.clone()).init(comm)?;
     let losses = StepRecorder::default();
     let mut buckets = GradientBucketsConfig::new();
@@ -156,14 +168,13 @@ pub(crate) fn train_rank(
 
 fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig {
     let parallel = &args.parallel;
-    let mut config =
-        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner.strategy() {
-            Strategy::MinMax => || Strategy::MinMax.dispatcher(),
-            _ => || Strategy::Paper.dispatcher(),
-        });
+    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner {
+        Planner::MinMax | Planner::Random => || Strategy::MinMax.dispatcher(),
+        Planner::Paper | Planner::Static => || Strategy::Paper.dispatcher(),
+    });
     config.ranks_per_node = parallel.ranks_per_node;
     config.timeline = timeline;
-    if parallel.planner != Planner::MinMax {
+    if matches!(parallel.planner, Planner::Paper | Planner::Static) {
         // As the paper has it: nothing is repaired in the step.
         config.correction = None;
     }

@@ -32,7 +32,8 @@ pub struct ParallelArgs {
     /// Experts that a rank restores at once [default: just enough for all experts, plus one].
     #[arg(long)]
     pub slots: Option<usize>,
-    /// How experts are laid out over ranks: by the paper's planner, by ours, or fixed (static expert parallelism).
+    /// How experts are laid out over ranks: by the paper's planner, by ours, fixed (static expert parallelism), or anew in each
+    /// step.
     #[arg(long, value_enum, default_value_t = Planner::MinMax)]
     pub planner: Planner,
     /// Wait for the planner in each step, so that a run can be repeated bit for bit.
@@ -50,6 +51,8 @@ pub enum Comm {
     Local,
     /// Processes of a launcher (fsep-launch, torchrun, mpirun, srun), over TCP.
     Process,
+    /// Processes that mpirun or srun starts, over MPI.
+    Mpi,
     /// NCCL between GPUs: processes of a launcher, or threads of this process if there is none.
     Nccl,
 }
@@ -94,6 +97,8 @@ pub enum Planner {
     Paper,
     /// Robust layouts and exact dispatch.
     MinMax,
+    /// As many replicas as loads want, at places that are drawn anew for each step, and exact dispatch: for tests.
+    Random,
     /// Static expert parallelism with resident experts.
     Static,
 }
@@ -103,6 +108,7 @@ impl Planner {
         match self {
             Planner::Paper => Strategy::Paper,
             Planner::MinMax => Strategy::MinMax,
+            Planner::Random => Strategy::Random,
             Planner::Static => Strategy::Static,
         }
     }
@@ -132,14 +138,17 @@ impl ParallelArgs {
         if self.comm == Comm::Nccl && !is_gpu {
             return refuse("--comm nccl needs --backend libtorch --device cuda: it exchanges between GPUs".into());
         }
-        for (option, is_asked, feature, is_built) in [
-            ("--backend libtorch", self.backend == Backend::Libtorch, "libtorch", cfg!(feature = "libtorch")),
-            ("--comm nccl", self.comm == Comm::Nccl, "nccl", cfg!(feature = "nccl")),
+        const LIBTORCH: &str = "LibTorch as the README says under \"On NVIDIA GPUs\"";
+        const MPI: &str = "an MPI library as docs/guide.md says under \"MPI\"";
+        for (option, is_asked, needs, feature, is_built) in [
+            ("--backend libtorch", self.backend == Backend::Libtorch, LIBTORCH, "libtorch", cfg!(feature = "libtorch")),
+            ("--comm nccl", self.comm == Comm::Nccl, LIBTORCH, "nccl", cfg!(feature = "nccl")),
+            ("--comm mpi", self.comm == Comm::Mpi, MPI, "mpi", cfg!(feature = "mpi")),
         ] {
             if is_asked && !is_built {
                 return refuse(format!(
-                    "{option}: this program was built without it; get LibTorch as the README says under \"On NVIDIA \
-                     GPUs\", then build with `cargo build --release -p moe-lm --features {feature}`"
+                    "{option}: this program was built without it; get {needs}, then build with `cargo build --release \
+                     -p moe-lm --features {feature}`"
                 ));
             }
         }

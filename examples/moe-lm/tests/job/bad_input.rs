@@ -111,6 +111,13 @@ const OPTIONS: &[(&str, &str)] = &[
     ("--resume folder", "manifest.json"),
 ];
 
+/// Of a build without MPI.
+#[cfg(not(feature = "mpi"))]
+const MPI_BUILD: &[(&str, &str)] = &[("--comm mpi", "built without it; get an MPI library")];
+/// Of a build with MPI.
+#[cfg(feature = "mpi")]
+const MPI_BUILD: &[(&str, &str)] = &[("--comm mpi", "this process is no rank")];
+
 /// Of a build without LibTorch.
 #[cfg(not(feature = "libtorch"))]
 const BUILD: &[(&str, &str)] = &[
@@ -279,7 +286,7 @@ fn what_cannot_work_is_refused() {
         fs::write(folder.join(name), text).unwrap();
     }
     let mut problems = Vec::new();
-    for (options, message) in OPTIONS.iter().chain(BUILD) {
+    for (options, message) in OPTIONS.iter().chain(BUILD).chain(MPI_BUILD) {
         problems.extend(check(folder, job(folder, options), options, message));
     }
     for (change, options, message) in ENVIRONMENT {

@@ -40,3 +40,10 @@ pub fn small_job(folder: &Path, options: &[&str]) -> Command {
 pub fn losses(summary: &serde_json::Value) -> [f64; 2] {
     ["train_loss", "valid_loss"].map(|loss| summary[loss].as_f64().unwrap())
 }
+
+/// The losses of all steps of the last job in this folder.
+pub fn curve(folder: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(folder.join("out/metrics.jsonl")).unwrap();
+    let row = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
+    text.lines().map(row).collect()
+}

@@ -6,6 +6,10 @@ mod common;
 mod launch_files;
 #[cfg(feature = "libtorch")]
 mod libtorch;
+#[cfg(feature = "mpi")]
+mod mpi;
 #[cfg(unix)]
 mod processes;
+#[cfg(target_os = "linux")]
+mod soak;
 mod training;
