@@ -4,7 +4,7 @@
     cargo build --release -p burn-fsep --features cli -p moe-lm
     benches/end_to_end.py --moe-lm target/release/moe-lm --launcher target/release/fsep-launch --ranks 8 --text FILE...
 
-Ranks are processes that fsep-launch starts, exchange over TCP (--comm process) and have --cores-per-rank cores of their own.
+Ranks are processes that fsep-launch starts, exchange over TCP (unless --comm says otherwise) and have --cores-per-rank cores of their own.
 Both sides train the same model on the same text, without an auxiliary loss, from the same seed and with as many tokens a rank;
 they take turns, and each repeat begins with the other one. Their losses are compared step by step: they have to agree.
 
@@ -50,7 +50,8 @@ def parse():
     parser.add_argument("--launcher", type=Path, required=True, help="the program fsep-launch")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--cores-per-rank", type=int, default=1)
-    parser.add_argument("--backend", default="flex", help="flex or libtorch (on the CPU)")
+    parser.add_argument("--comm", default="process", help="process, or nccl (with `--backend libtorch ... -- --device cuda`)")
+    parser.add_argument("--backend", default="flex", help="flex or libtorch")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="default: moe-lm's, sources in cargo's folder")
     parser.add_argument("--cases", default="natural,skewed,even")
     parser.add_argument("--shares", default=PAPER_SHARES, help="of the skewed case, one an expert")
@@ -87,7 +88,7 @@ def parse():
 
 def run(args, case, side, folder):
     """The rows of metrics.jsonl of one training."""
-    job = [str(args.moe_lm.resolve()), "--comm", "process", "--backend", args.backend, "--out", str(folder)]
+    job = [str(args.moe_lm.resolve()), "--comm", args.comm, "--backend", args.backend, "--out", str(folder)]
     sizes = {"steps": args.steps, "context": args.context, "batch": args.ranks * args.tokens // args.context}
     sizes |= {"layers": args.layers, "hidden": args.hidden, "ffn": args.ffn, "experts": args.experts, "top-k": args.top_k}
     sizes |= {"valid-batches": 1, "sample": 1}
@@ -146,7 +147,7 @@ def main():
         pin(int(sys.argv[2]), sys.argv[3:])
     args = parse()
     cases = args.cases.split(",")
-    print(f"{cpu()}; {args.ranks} ranks with {args.cores_per_rank} core(s) each, {args.backend}, f32, over TCP on this machine")
+    print(f"{cpu()}; {args.ranks} ranks with {args.cores_per_rank} core(s) each, {args.backend}, --comm {args.comm} {' '.join(args.options)}")
     print(
         f"{args.tokens} tokens a rank, D={args.hidden} F={args.ffn} E={args.experts} K={args.top_k}, {args.layers} layers, "
         f"context {args.context}; {args.steps - args.warm_up} steps after {args.warm_up} of warm-up, {args.repeats} runs",

@@ -1,4 +1,5 @@
-// Writes when each kernel and copy ran on the GPU, one line each: start and end in ns of the wall clock, stream, name.
+// Writes when each kernel and copy ran on the GPU, one line each: start and end in ns of the wall clock, GPU, stream,
+// name.
 //
 // gcc -shared -fPIC -O2 -I CUDA/include -I CUDA/extras/CUPTI/include kernel_times.c -o kernel_times.so -L CUPTI_LIB -lcupti
 // LD_PRELOAD=kernel_times.so KERNEL_TIMES=file PROGRAM; kernel_times.py sums them up.
@@ -26,16 +27,16 @@ static void CUPTIAPI take_buffer(CUcontext context, uint32_t stream, uint8_t *bu
     while (cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) {
         if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
             CUpti_ActivityKernel9 *kernel = (CUpti_ActivityKernel9 *)record;
-            fprintf(out, "%llu %llu %u %s\n", (unsigned long long)kernel->start, (unsigned long long)kernel->end,
-                    kernel->streamId, kernel->name);
+            fprintf(out, "%llu %llu %u %u %s\n", (unsigned long long)kernel->start, (unsigned long long)kernel->end,
+                    kernel->deviceId, kernel->streamId, kernel->name);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
             CUpti_ActivityMemcpy5 *copy = (CUpti_ActivityMemcpy5 *)record;
-            fprintf(out, "%llu %llu %u memcpy\n", (unsigned long long)copy->start, (unsigned long long)copy->end,
-                    copy->streamId);
+            fprintf(out, "%llu %llu %u %u memcpy\n", (unsigned long long)copy->start, (unsigned long long)copy->end,
+                    copy->deviceId, copy->streamId);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             CUpti_ActivityMemset4 *set = (CUpti_ActivityMemset4 *)record;
-            fprintf(out, "%llu %llu %u memset\n", (unsigned long long)set->start, (unsigned long long)set->end,
-                    set->streamId);
+            fprintf(out, "%llu %llu %u %u memset\n", (unsigned long long)set->start, (unsigned long long)set->end,
+                    set->deviceId, set->streamId);
         }
     }
     free(buffer);

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Says what the GPU did in the timed steps of gpu_step, by kind of kernel.
+"""Says what the first GPU did in the timed steps of gpu_step, by kind of kernel.
 
 usage: kernel_times.py KERNEL_TIMES GPU_STEP_OUTPUT
 
 KERNEL_TIMES is what kernel_times.c wrote while gpu_step ran, GPU_STEP_OUTPUT what gpu_step printed. Kernels that overlap
-count once; where the GPU waits, the kernel that it waited for and the one before are named. The last line is the share of
-the steps in which neither matrix products nor attention ran.
+count once; where the GPU waits, the kernel that it waited for and the one before are named. Of each of NCCL's streams (tokens, weights, gradients,
+counts) it says which share of the time other kernels ran behind it. The last line is the share of the steps in which
+neither matrix products nor attention ran.
 """
 
 import json
@@ -56,22 +57,25 @@ def main():
         sys.exit(__doc__)
     run = next(json.loads(line) for line in open(sys.argv[2]) if line.startswith('{"began"') or '"step_ms"' in line)
     began, ended, steps = run["began"] * 1e9, run["ended"] * 1e9, run["steps"]
-    spans, named = {}, []
+    spans, named, streams = {}, [], {}
     for line in open(sys.argv[1]):
-        start, end, _stream, name = line.rstrip("\n").split(" ", 3)
-        if began <= int(start) and int(end) <= ended:
+        start, end, gpu, stream, name = line.rstrip("\n").split(" ", 4)
+        if gpu == "0" and began <= int(start) and int(end) <= ended:
             spans.setdefault(kind_of(name), []).append((int(start), int(end)))
             named.append((int(start), int(end), name))
+            if kind_of(name) == "NCCL":
+                streams.setdefault(stream, []).append((int(start), int(end)))
     wall = ended - began
     for kind, of_kind in sorted(spans.items(), key=lambda item: -covered(item[1])):
         print(f"{covered(of_kind) / 1e6 / steps:9.3f} ms a step {len(of_kind) / steps:8.1f} launches  {kind}")
     busy = covered([span for of_kind in spans.values() for span in of_kind])
     wanted = covered(spans.get("attention", []) + spans.get("matrix products", []))
-    nccl = spans.get("NCCL", [])
-    if nccl:
-        others = [span for kind, of_kind in spans.items() if kind != "NCCL" for span in of_kind]
-        hidden = covered(nccl) + covered(others) - busy
-        print(f"NCCL behind other kernels: {100 * hidden / covered(nccl):.1f} %")
+    others = [span for kind, of_kind in spans.items() if kind != "NCCL" for span in of_kind]
+    for stream, of_stream in streams.items():
+        took = covered(of_stream)
+        hidden = took + covered(others) - covered(of_stream + others)
+        count = len(of_stream) / steps
+        print(f"{took / 1e6 / steps:9.3f} ms a step {count:8.1f} launches  NCCL, stream {stream}: {100 * hidden / took:.1f} % behind")
     for (before, after), (total, count) in sorted(idle_times(named).items(), key=lambda item: -item[1][0])[:12]:
         print(f"{total / 1e6 / steps:9.3f} ms a step {count / steps:8.1f} waits     idle: {before[:40]} -> {after[:40]}")
     print(f"{wall / 1e6 / steps:9.3f} ms a step in all, GPU idle {100 * (1 - busy / wall):.1f} %")
