@@ -38,9 +38,10 @@ SIDES = ("static EP", "FSEP")
 def pin(cores_per_rank, command):
     """In a rank's process: takes the rank's cores and becomes the command."""
     rank, cores = int(os.environ["LOCAL_RANK"]), sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[rank * cores_per_rank : (rank + 1) * cores_per_rank])
+    if cores_per_rank:
+        os.sched_setaffinity(0, cores[rank * cores_per_rank : (rank + 1) * cores_per_rank])
     for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = str(cores_per_rank)
+        os.environ[variable] = str(max(1, cores_per_rank))
     os.execv(command[0], command)
 
 
@@ -49,20 +50,20 @@ def parse():
     parser.add_argument("--moe-lm", type=Path, required=True, help="the program moe-lm")
     parser.add_argument("--launcher", type=Path, required=True, help="the program fsep-launch")
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--cores-per-rank", type=int, default=1)
+    parser.add_argument("--cores-per-rank", type=int, default=1, help="0 pins nothing: to try this script, not to measure")
     parser.add_argument("--comm", default="process", help="process, or nccl (with `--backend libtorch ... -- --device cuda`)")
     parser.add_argument("--backend", default="flex", help="flex or libtorch")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="default: moe-lm's, sources in cargo's folder")
     parser.add_argument("--cases", default="natural,skewed,even")
     parser.add_argument("--shares", default=PAPER_SHARES, help="of the skewed case, one an expert")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12, help="of each run, warm-up included")
+    parser.add_argument("--steps", type=int, default=9, help="of each run, warm-up included")
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not counted")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a rank in a step")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a rank in a step")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--ffn", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--ffn", type=int, default=768)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--slots", type=int, help="of a rank under FSEP [default: just enough for all experts, plus one]")
@@ -147,7 +148,8 @@ def main():
         pin(int(sys.argv[2]), sys.argv[3:])
     args = parse()
     cases = args.cases.split(",")
-    print(f"{cpu()}; {args.ranks} ranks with {args.cores_per_rank} core(s) each, {args.backend}, --comm {args.comm} {' '.join(args.options)}")
+    cores = f"with {args.cores_per_rank} core(s) each" if args.cores_per_rank else "that share all cores"
+    print(f"{cpu()}; {args.ranks} ranks {cores}, {args.backend}, --comm {args.comm} {' '.join(args.options)}")
     print(
         f"{args.tokens} tokens a rank, D={args.hidden} F={args.ffn} E={args.experts} K={args.top_k}, {args.layers} layers, "
         f"context {args.context}; {args.steps - args.warm_up} steps after {args.warm_up} of warm-up, {args.repeats} runs",
