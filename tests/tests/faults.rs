@@ -63,7 +63,7 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
                     continue;
                 }
                 let RankError::Failed { error, .. } = error else { panic!("{fault:?}: {error}") };
-                let FsepError::Comm(CommError::PeerFailed { rank, operation, reason }) = error else {
+                let FsepError::Comm(CommError::PeerFailed { rank, operation, reason, lost: false }) = error else {
                     panic!("{fault:?}: {error}")
                 };
                 assert_eq!(rank, fault.rank);
@@ -96,7 +96,7 @@ fn a_panic_between_two_layers_is_reported() {
         let Err(RankError::Failed { error, .. }) = result else { panic!("{result:?}") };
         match error {
             FsepError::Panicked(message) if rank == 2 => assert_eq!(message, "the model of rank 2 is broken"),
-            FsepError::Comm(CommError::PeerFailed { rank: 2, operation, reason }) if rank != 2 => {
+            FsepError::Comm(CommError::PeerFailed { rank: 2, operation, reason, lost: false }) if rank != 2 => {
                 assert!(operation.contains("of layer 1"), "{operation}");
                 assert!(reason.contains("the model of rank 2 is broken"), "{reason}");
             }

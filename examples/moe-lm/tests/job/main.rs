@@ -3,6 +3,8 @@
 mod bad_input;
 mod checkpoints;
 mod common;
+#[cfg(target_os = "linux")]
+mod kills;
 mod launch_files;
 #[cfg(feature = "libtorch")]
 mod libtorch;
@@ -10,4 +12,6 @@ mod libtorch;
 mod mpi;
 #[cfg(unix)]
 mod processes;
+#[cfg(target_os = "linux")]
+mod ranks;
 mod training;
