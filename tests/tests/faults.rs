@@ -17,7 +17,10 @@ use burn_fsep::{
     },
     train::{clip_grad_norm, sync_gradients},
 };
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::{
+    Strategy,
+    callback::{CallbackError, PlannerHost},
+};
 use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch};
 
 const RANKS: usize = 3;
@@ -245,6 +248,22 @@ fn a_failed_group_stays_failed() {
         assert!(first.to_string().contains("out of luck") && second.to_string().contains("out of luck"));
         assert!(comm.failure().is_some());
         Ok::<_, CommError>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn a_rank_that_fails_while_layouts_are_agreed_on_is_a_typed_error() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        if runtime.rank() == 1 {
+            runtime.comm().abort("out of luck");
+            return Ok(());
+        }
+        let Err(CallbackError::Host(error)) = runtime.agree_min(&[1]) else { panic!("an error") };
+        let error = *error.downcast::<FsepError>().expect("the runtime's own");
+        assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
+        Ok(())
     });
     assert!(results.iter().all(Result::is_ok), "{results:?}");
 }
