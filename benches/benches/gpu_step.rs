@@ -67,9 +67,9 @@ struct Args {
     /// Where tokens go.
     #[arg(long, value_enum, default_value_t = Routing::Natural)]
     routing: Routing,
-    /// Standard deviation of the biases of `--routing biased`.
-    #[arg(long, default_value_t = 1.0)]
-    bias: f64,
+    /// Exponent of `--routing skewed`.
+    #[arg(long, default_value_t = 1.2)]
+    exponent: f64,
     /// Static expert parallelism instead of FSEP.
     #[arg(long)]
     static_ep: bool,
@@ -95,8 +95,8 @@ enum Routing {
     Natural,
     /// To all experts alike.
     Balanced,
-    /// By the router, with fixed random biases.
-    Biased,
+    /// To expert e in proportion to `1 / (e + 1)^exponent`.
+    Skewed,
 }
 
 #[derive(Module, Debug)]
@@ -123,7 +123,7 @@ impl Transformer {
         match args.routing {
             Routing::Natural => {}
             Routing::Balanced => moe = moe.with_moe_router_force_load_balancing(true),
-            Routing::Biased => moe = moe.with_moe_router_force_biased(Some(args.bias)),
+            Routing::Skewed => moe = moe.with_moe_router_force_shares(Some(skewed_shares(args))),
         }
         if args.static_ep {
             moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
@@ -173,6 +173,13 @@ impl Transformer {
             x.clone() + block.moe.forward(rms_norm(x, block.moe_norm.val()))
         })
     }
+}
+
+/// Shares of the assignments. Shape `[E]`
+fn skewed_shares(args: &Args) -> Vec<f64> {
+    let weights: Vec<f64> = (1..=args.experts).map(|e| (e as f64).powf(-args.exponent)).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|weight| weight / sum).collect()
 }
 
 /// What a rank measured.

@@ -80,8 +80,14 @@ impl TorchOps for LibTorch {
 
     fn differentiate<const N: usize>(recorded: Recorded<Self, N>, grad: TchTensor) -> [TchTensor; N] {
         let Recorded { inputs, output } = recorded;
-        // tch takes no gradient of an output: that of this product is `grad` times 1.
-        let sum = tch::with_grad(|| output.tensor.flatten(0, -1).dot(&grad.tensor.flatten(0, -1)));
+        // tch takes no gradient of an output: that of this product is `grad` times 1. In the order of the memory, since
+        // attention's output has its heads inside the sequence there: nothing is copied.
+        let swap_heads = !output.tensor.is_contiguous();
+        let flat = |tensor: &tch::Tensor| match swap_heads {
+            true => tensor.transpose(1, 2).flatten(0, -1),
+            false => tensor.flatten(0, -1),
+        };
+        let sum = tch::with_grad(|| flat(&output.tensor).dot(&flat(&grad.tensor)));
         let leaves: Vec<_> = inputs.into_iter().map(|input| input.tensor).collect();
         let grads = tch::Tensor::run_backward(&[sum], &leaves, false, false);
         let grads: Vec<_> = grads.into_iter().map(TchTensor::new).collect();

@@ -203,7 +203,7 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
 fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, case: &ParityCase) -> Tensor<1> {
     let ParityCase { config, tokens, .. } = case;
     let (experts, ranks) = (config.num_moe_experts, tokens.len() as f64);
-    let chosen = dense.router.forward(x.clone()).unwrap().experts;
+    let chosen: Vec<i64> = dense.router.forward(x.clone()).unwrap().experts.into_data().iter().collect();
     let mut shares = vec![0.0f32; experts];
     chosen.iter().for_each(|&e| shares[e as usize] += 1.0 / chosen.len() as f32);
     let shares = Tensor::<2>::from_data(TensorData::new(shares, [1, experts]), &device());

@@ -27,6 +27,23 @@ pub trait DeviceCommunicator {
         plan: &ExchangePlan,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError>;
 
+    /// Starts to concatenate all ranks' `len` bytes, in rank order, from `send` to `recv`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Communicator::all_gather`](super::Communicator::all_gather).
+    ///
+    /// # Safety
+    ///
+    /// As [`DeviceCommunicator::start_device_all_to_all_v`], of `len` and `N * len` bytes.
+    unsafe fn start_device_all_gather(
+        &self,
+        operation: Operation,
+        send: u64,
+        recv: u64,
+        len: usize,
+    ) -> Result<Box<dyn PendingDeviceExchange>, CommError>;
+
     /// Starts to replace `len` numbers in single precision on the GPU by their combination over ranks.
     ///
     /// All ranks get the same bits, but unlike those of

@@ -57,16 +57,16 @@ impl DenseMoE {
         let width = dims[R - 1];
         let num_tokens = dims[..R - 1].iter().product::<usize>();
         let tokens = hidden.reshape([num_tokens, width]);
-        let device = tokens.device();
         let topk = self.router.topk();
 
         let routed = self.router.forward(tokens.clone())?;
-        let assignments = Assignments::new(&routed.experts, self.weight.dims()[0], topk);
-        let [row_of, _, token_of] = assignments.to_device(&device);
+        let assignments = Assignments::new(routed.experts, self.weight.dims()[0]);
+        let counts = assignments.counts()?;
+        let Assignments { row_of, token_of, .. } = assignments;
         let rows = tokens.select(0, token_of);
         let mut start = 0;
         let mut outputs = Vec::new();
-        for (expert, &count) in assignments.counts.iter().enumerate() {
+        for (expert, &count) in counts.iter().enumerate() {
             let end = start + count as usize;
             if start < end {
                 outputs.push(self.expert(expert, rows.clone().slice([start..end, 0..width])));
@@ -78,7 +78,7 @@ impl DenseMoE {
         let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
 
         let balancing = (self.aux_loss_coeff > 0.0).then(|| {
-            let totals: Vec<u64> = assignments.counts.iter().map(|&n| u64::from(n)).collect();
+            let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
             load_balancing_loss(routed.scores, &totals, self.aux_loss_coeff)
         });
         let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);

@@ -105,12 +105,9 @@ impl FSEPMoE {
         let width = dims[R - 1];
         let num_tokens = dims[..R - 1].iter().product::<usize>();
         let tokens = hidden.reshape([num_tokens, width]);
-        let device = tokens.device();
 
-        let span = runtime.timeline().and_then(|timeline| timeline.wait(format!("routing, layer {layer}")));
         let routed = self.router.forward(tokens.clone())?;
-        drop(span);
-        let assignments = Assignments::new(&routed.experts, num_experts, topk);
+        let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(routed.experts, num_experts);
         let weights = self.experts.weight.val();
         let tracked =
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
@@ -122,7 +119,7 @@ impl FSEPMoE {
         let shards = weights.clone().inner();
         let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };
         let ahead = entry.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
-        let step = runtime.route(*layer, &assignments.counts, tracked, ahead)?;
+        let step = runtime.route(*layer, ends, tracked, ahead)?;
         let (counts, pass) = (step.counts.clone(), step.step_number);
         let restores = is_sharded.then(|| {
             let pass = RestorePass {
@@ -157,7 +154,6 @@ impl FSEPMoE {
         if tracked.any() && step.restores.is_some() {
             runtime.schedule().forwarded(&step);
         }
-        let [row_of, assignment_of, token_of] = assignments.to_device(&device);
         let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, step);
         if tracked.any() {
             runtime.remember_output(*layer, pass, &output);

@@ -46,8 +46,9 @@ pub struct TopKRouter {
 pub struct RouterOutput {
     /// Weights of the chosen experts, each row summing to 1. `[T, K]`
     pub probs: Tensor<2>,
-    /// The chosen experts, in host memory. `[T * K]`
-    pub experts: Vec<u32>,
+    /// The chosen experts, without autodiff; `E` for a token whose logits leave no probabilities (not a number, or
+    /// infinite). `[T, K]`
+    pub experts: Tensor<2, Int>,
     /// Probabilities of all experts. `[T, E]`
     pub scores: Tensor<2>,
     /// The router z-loss, if its coefficient is not 0. `[1]`
@@ -85,9 +86,7 @@ impl TopKRouter {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Shape`] if hidden size or element type are not the router's, [`FsepError::Config`] if a token's
-    /// logits leave no probabilities (not a number, or infinite), [`FsepError::Device`] if the choice cannot be read from
-    /// the device.
+    /// [`FsepError::Shape`] if hidden size or element type are not the router's.
     pub fn forward(&self, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
         let [num_tokens, width] = hidden.dims();
         let [expected, num_experts] = self.weight.dims();
@@ -117,50 +116,37 @@ impl TopKRouter {
         let scores = softmax(logits.cast(FloatDType::F32), 1);
         let (chosen, experts) = match &self.forcing {
             RouterForcing::Shares(shares) => {
-                let experts = choose_by_shares(shares, num_tokens, self.topk);
-                let ids: Vec<i32> = experts.iter().map(|&e| e as i32).collect();
-                let data = TensorData::new(ids, [num_tokens, self.topk]);
-                (Tensor::<2, Int>::from_data(data, &scores.device()), experts)
+                let data = TensorData::new(choose_by_shares(shares, num_tokens, self.topk), [num_tokens, self.topk]);
+                let chosen = Tensor::<2, Int>::from_data(data, &scores.device());
+                (chosen.clone(), chosen)
             }
             _ => {
                 let (best, chosen) = scores.clone().detach().topk_with_indices(self.topk, 1);
                 // Logits that are not finite give probabilities that are no numbers, and any expert: marked here, on the
-                // device, and noticed where the choice is read anyway.
-                let chosen = chosen.mask_fill(best.is_nan(), num_experts as i64);
-                let experts = read_experts(chosen.clone(), num_experts)?;
+                // device, and noticed where the counts are read anyway.
+                let experts = chosen.clone().mask_fill(best.is_nan(), num_experts as i64);
                 (chosen, experts)
             }
         };
         let probs = scores.clone().gather(1, chosen);
         let probs = probs.clone() / probs.sum_dim(1);
         let probs = probs.cast(dtype);
-        Ok(RouterOutput { probs, experts, scores, z_loss })
+        Ok(RouterOutput { probs, experts: experts.inner(), scores, z_loss })
     }
-}
-
-fn read_experts(chosen: Tensor<2, Int>, num_experts: usize) -> Result<Vec<u32>, FsepError> {
-    let data = chosen.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
-    let experts: Vec<u32> = data.iter::<i64>().map(|e| e as u32).collect();
-    if experts.iter().any(|&e| e as usize >= num_experts) {
-        return Err(FsepError::Config(
-            "the router's logits are not finite: its input or weights are not (did training diverge?)".into(),
-        ));
-    }
-    Ok(experts)
 }
 
 /// Experts of each token such that after any number of tokens the shares are as exact as whole numbers allow.
 /// `[E] -> [T * K]`
-fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<u32> {
+fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<i32> {
     let mut owed = vec![0.0f64; shares.len()];
-    let mut order: Vec<u32> = (0..shares.len() as u32).collect();
+    let mut order: Vec<i32> = (0..shares.len() as i32).collect();
     let mut chosen = Vec::with_capacity(num_tokens * topk);
     for _ in 0..num_tokens {
         for (owed, share) in owed.iter_mut().zip(shares) {
             *owed += share * topk as f64;
         }
         // Rounded, so that ties are ties whatever the rounding errors of the sums.
-        order.sort_by_key(|&e| (-(owed[e as usize] * 1e6f64).round() as i64, e));
+        order.select_nth_unstable_by_key(topk - 1, |&e| (-(owed[e as usize] * 1e6f64).round() as i64, e));
         for &expert in &order[..topk] {
             owed[expert as usize] -= 1.0;
             chosen.push(expert);

@@ -15,6 +15,7 @@ mod kernels;
 mod libtorch;
 mod moe;
 mod reduce;
+mod routing;
 mod step;
 mod weights;
 
@@ -26,6 +27,8 @@ pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOu
 #[cfg(all(feature = "libtorch", feature = "train"))]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
+pub use routing::RoutingOps;
+pub(crate) use routing::{NOT_FINITE, counts_of};
 pub use step::{MoeStep, Tracked, WeightStorage};
 pub(crate) use step::{Restores, token_exchange};
 pub use weights::ExpertWeights;

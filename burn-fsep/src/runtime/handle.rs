@@ -8,7 +8,7 @@ use std::{
 use burn::{
     backend::Dispatch,
     module::{Module, ModuleVisitor, Param, ParamId},
-    tensor::{FloatDType, Tensor},
+    tensor::{FloatDType, Int, Tensor},
 };
 use burn_fsep_planner::{Layout, Topology, correction::Correction, dispatch::Dispatcher};
 use parking_lot::{Mutex, RwLock};
@@ -373,17 +373,18 @@ impl FsepRuntime {
         layers.get(layer).unwrap_or_else(|| panic!("there is no layer {layer}: the runtime has {count}")).clone()
     }
 
-    /// Exchanges the routing counts of a layer and plans its dispatch. `counts`: `[E]`
+    /// Exchanges the routing counts of a layer and plans its dispatch. `ends`: `[E + 1]`, where the rows of each expert, and
+    /// those of none, end.
     /// `ahead` is the fingerprint of the layout under which the layer's experts were prefetched, if they were.
     pub(crate) fn route(
         &self,
         layer: usize,
-        counts: &[u32],
+        ends: Tensor<1, Int>,
         tracked: Tracked,
         ahead: Option<u64>,
     ) -> Result<RoutedStep, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
-        let routed = self.layer(layer).route(layer, self.comm(), &self.inner.topology, counts, tracked, ahead)?;
+        let routed = self.layer(layer).route(layer, &self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
         #[cfg(feature = "train")]
         if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
             observer.observe(layer, routed.step_number, &routed.counts);

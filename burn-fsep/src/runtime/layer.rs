@@ -1,6 +1,9 @@
 use std::{ops::Range, sync::Arc, time::Instant};
 
-use burn::tensor::{FloatDType, Tensor};
+use burn::{
+    backend::Dispatch,
+    tensor::{FloatDType, Int, Tensor},
+};
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
     correction::Correction,
@@ -12,7 +15,7 @@ use super::LayerStats;
 use crate::{
     FsepError,
     comm::{Communicator, ExchangePlan, Operation},
-    ops::{Tracked, token_exchange},
+    ops::{NOT_FINITE, RoutingOps, Tracked, counts_of, token_exchange},
     schedule::Restore,
     shard::{ExpertShape, UnshardPlan},
 };
@@ -45,7 +48,7 @@ pub(crate) struct RoutedStep {
 pub(crate) struct LayerState {
     config: LayerConfig,
     active: RwLock<Active>,
-    dispatch: Mutex<Dispatch>,
+    dispatch: Mutex<Dispatching>,
     last: Mutex<Last>,
     /// What static expert parallelism would do with the same tokens: the baseline of the statistics.
     static_layout: Layout,
@@ -69,7 +72,7 @@ impl Active {
     }
 }
 
-struct Dispatch {
+struct Dispatching {
     dispatcher: Box<dyn Dispatcher>,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
     correction: Option<Correction>,
@@ -100,7 +103,7 @@ impl LayerState {
         let unshard = UnshardPlan::new(&layout, config.shape.shard_len(ranks));
         Ok(Self {
             active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
-            dispatch: Mutex::new(Dispatch {
+            dispatch: Mutex::new(Dispatching {
                 dispatcher,
                 correction: correction.filter(|_| !config.fixed_layout),
                 plan: DispatchPlan::new(),
@@ -159,18 +162,18 @@ impl LayerState {
     pub fn route(
         &self,
         layer: usize,
-        comm: &dyn Communicator,
+        comm: &Arc<dyn Communicator>,
         topology: &Topology,
-        counts: &[u32],
+        ends: Tensor<1, Int>,
         tracked: Tracked,
         ahead: Option<u64>,
     ) -> Result<RoutedStep, FsepError> {
         let layout = self.layout();
-        let counts = self.gather_counts(layer, comm, &layout, counts, tracked, ahead)?;
+        let counts = self.gather_counts(layer, comm, &layout, ends, tracked, ahead)?;
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatch { dispatcher, correction, plan, static_plan } = &mut *dispatch;
+        let Dispatching { dispatcher, correction, plan, static_plan } = &mut *dispatch;
         // Every rank repairs for itself, from the same counts and layout.
         if let (true, Some(correction)) = (tracked.any(), correction)
             && let Some(repaired) = correction.repair(topology, &layout, &counts)?
@@ -203,31 +206,31 @@ impl LayerState {
         Ok(RoutedStep { layout, unshard, tokens, slot_rows, counts, step_number: last.training_steps })
     }
 
-    /// All ranks' counts. `[E] -> [N, E]`
+    /// All ranks' counts. `[E + 1] -> [N, E]`
     fn gather_counts(
         &self,
         layer: usize,
-        comm: &dyn Communicator,
+        comm: &Arc<dyn Communicator>,
         layout: &Layout,
-        counts: &[u32],
+        ends: Tensor<1, Int>,
         tracked: Tracked,
         ahead: Option<u64>,
     ) -> Result<Arc<RoutingCounts>, FsepError> {
         let fingerprint = layout.fingerprint();
         let LayerConfig { topk, shape, fixed_layout, compute_dtype, .. } = &self.config;
-        let mut message: Vec<u32> = [fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits()].into();
-        message.extend([*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout)]);
+        let mut header: Vec<u32> = [fingerprint as u32, (fingerprint >> 32) as u32, tracked.bits()].into();
+        header.extend([*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout)]);
         // No prefetch is a layout that no rank has.
         let (ahead, dtype) = (ahead.unwrap_or(0), compute_dtype.map_or(0, |dtype| dtype as u32 + 1));
-        message.extend([dtype, ahead as u32, (ahead >> 32) as u32]);
-        debug_assert_eq!(message.len(), HEADER);
-        message.extend_from_slice(counts);
-        let mut all = vec![0u32; message.len() * comm.size()];
-        let operation = Operation::of_layer("routing counts", layer);
-        comm.all_gather(operation, bytemuck::cast_slice(&message), bytemuck::cast_slice_mut(&mut all))?;
+        header.extend([dtype, ahead as u32, (ahead >> 32) as u32]);
+        debug_assert_eq!(header.len(), HEADER);
+        let (operation, num_experts) = (Operation::of_layer("routing counts", layer), self.config.num_experts);
+        let all = Dispatch::fsep_gather_ends(ends.into_dispatch(), header, comm.clone(), operation)?;
 
-        let mut table = Vec::with_capacity(comm.size() * counts.len());
-        for (peer, theirs) in all.chunks_exact(message.len()).enumerate() {
+        let messages: Vec<&[u32]> = all.chunks_exact(HEADER + num_experts + 1).collect();
+        let message = messages[comm.rank()];
+        let mut table = Vec::with_capacity(comm.size() * num_experts);
+        for (peer, theirs) in messages.iter().enumerate() {
             let diverges = |what, range: Range<usize>, describe: fn(&[u32]) -> String| {
                 (theirs[range.clone()] != message[range.clone()]).then(|| FsepError::Divergence {
                     what,
@@ -253,8 +256,12 @@ impl LayerState {
             if let Some(error) = layout.or(wanted).or(topk).or(sizes).or(owners).or(dtype).or(ahead) {
                 return Err(error);
             }
-            table.extend_from_slice(&theirs[HEADER..]);
+            let ends = &theirs[HEADER..];
+            if ends[num_experts] != ends[num_experts - 1] {
+                return Err(FsepError::Config(format!("the logits of rank {peer}'s router are {NOT_FINITE}")));
+            }
+            table.extend(counts_of(ends));
         }
-        Ok(Arc::new(RoutingCounts::new(comm.size(), counts.len(), table)?))
+        Ok(Arc::new(RoutingCounts::new(comm.size(), num_experts, table)?))
     }
 }

@@ -168,14 +168,13 @@ fn train(
 
 fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig {
     let parallel = &args.parallel;
-    let mut config =
-        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner.strategy() {
-            Strategy::MinMax => || Strategy::MinMax.dispatcher(),
-            _ => || Strategy::Paper.dispatcher(),
-        });
+    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner {
+        Planner::MinMax | Planner::Random => || Strategy::MinMax.dispatcher(),
+        Planner::Paper | Planner::Static => || Strategy::Paper.dispatcher(),
+    });
     config.ranks_per_node = parallel.ranks_per_node;
     config.timeline = timeline;
-    if parallel.planner != Planner::MinMax {
+    if matches!(parallel.planner, Planner::Paper | Planner::Static) {
         // As the paper has it: nothing is repaired in the step.
         config.correction = None;
     }

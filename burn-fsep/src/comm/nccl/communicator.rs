@@ -357,6 +357,23 @@ impl DeviceCommunicator for NcclCommunicator {
         self.start_on_device(operation, || self.enqueue_exchange(operation, Buffers { send, recv }, plan))
     }
 
+    unsafe fn start_device_all_gather(
+        &self,
+        operation: Operation,
+        send: u64,
+        recv: u64,
+        len: usize,
+    ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
+        self.check_signature(|| format!("all-gather `{operation}` of {len} bytes"))?;
+        self.start_on_device(operation, || {
+            self.enqueue(operation, |raw, stream| {
+                let (from, to) = (send as *const c_void, recv as *mut c_void);
+                // SAFETY: the caller vouches for both buffers.
+                unsafe { result::all_gather(from, to, len, ncclDataType_t::ncclUint8, raw, stream) }.map(drop)
+            })
+        })
+    }
+
     unsafe fn start_device_all_reduce(
         &self,
         operation: Operation,

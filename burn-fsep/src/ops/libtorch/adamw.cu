@@ -1,38 +1,58 @@
-// AdamW, four elements a thread at a time, computed in f32. Inputs and outputs may be the same memory. Appended to
+// AdamW, eight elements a thread at a time, computed in f32. Inputs and outputs may be the same memory. Appended to
 // kernels.cu, which has the types.
 
-__device__ void load4(const float *from, bool whole, int count, float *values) {
+__device__ void load(const float *from, bool whole, int count, float *values) {
     if (whole) {
-        float4 four = *(const float4 *)from;
-        values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+            float4 four = *(const float4 *)(from + j);
+            values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+        }
     } else {
         for (int j = 0; j < count; j++) values[j] = from[j];
     }
 }
 
-__device__ void load4(const bf16 *from, bool whole, int count, float *values) {
+__device__ void load(const bf16 *from, bool whole, int count, float *values) {
     if (whole) {
-        uint2 four = *(const uint2 *)from;
-        values[0] = low(four.x), values[1] = high(four.x), values[2] = low(four.y), values[3] = high(four.y);
+        Eight eight(*(const uint4 *)from);
+#pragma unroll
+        for (int j = 0; j < 8; j++) values[j] = eight.v[j];
     } else {
         for (int j = 0; j < count; j++) values[j] = low(from[j]);
     }
 }
 
-__device__ void store4(float *to, bool whole, int count, const float *values) {
+__device__ void store(float *to, bool whole, int count, const float *values) {
     if (whole) {
-        *(float4 *)to = make_float4(values[0], values[1], values[2], values[3]);
+#pragma unroll
+        for (int j = 0; j < 8; j += 4)
+            *(float4 *)(to + j) = make_float4(values[j], values[j + 1], values[j + 2], values[j + 3]);
     } else {
         for (int j = 0; j < count; j++) to[j] = values[j];
     }
 }
 
-__device__ void store4(bf16 *to, bool whole, int count, const float *values) {
+__device__ void store(bf16 *to, bool whole, int count, const float *values) {
     if (whole) {
-        *(uint2 *)to = make_uint2(pair(values[0], values[1]), pair(values[2], values[3]));
+        *(uint4 *)to = make_uint4(pair(values[0], values[1]), pair(values[2], values[3]), pair(values[4], values[5]),
+                                  pair(values[6], values[7]));
     } else {
         for (int j = 0; j < count; j++) to[j] = (bf16)round_bf16(values[j]);
     }
+}
+
+// m / correction_1 / (sqrt(v / correction_2) + epsilon)
+__device__ float delta(float m, float v, float epsilon, float correction_1, float correction_2, float *) {
+    return (m / correction_1) / (sqrtf(v / correction_2) + epsilon);
+}
+
+// Good to a few units in the last place of f32, far more than bf16 keeps: exact division and root would take longer than
+// the memory does.
+__device__ float delta(float m, float v, float epsilon, float correction_1, float correction_2, bf16 *) {
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(__fdividef(v, correction_2)));
+    return __fdividef(m, correction_1 * (root + epsilon));
 }
 
 // `correction_1` and `correction_2` are 1 - beta^time, `decay` is the learning rate times the weight decay. `aligned`: all
@@ -41,26 +61,26 @@ template <typename P, typename M>
 __device__ void adamw(const P *param, const P *grad, const M *moment_1, const M *moment_2, P *new_param, M *new_moment_1,
                       M *new_moment_2, size_t len, float beta_1, float beta_2, float epsilon, float correction_1,
                       float correction_2, float learning_rate, float decay, int cautious, int aligned) {
-    size_t stride = (size_t)gridDim.x * blockDim.x * 4;
-    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < len; i += stride) {
-        int count = len - i < 4 ? (int)(len - i) : 4;
-        bool whole = aligned && count == 4;
-        float p[4], g[4], m[4], v[4];
-        load4(param + i, whole, count, p);
-        load4(grad + i, whole, count, g);
-        load4(moment_1 + i, whole, count, m);
-        load4(moment_2 + i, whole, count, v);
-        for (int j = 0; j < count; j++) {
+    size_t stride = (size_t)gridDim.x * blockDim.x * 8;
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < len; i += stride) {
+        int count = len - i < 8 ? (int)(len - i) : 8;
+        bool whole = aligned && count == 8;
+        float p[8], g[8], m[8], v[8];
+        load(param + i, whole, count, p);
+        load(grad + i, whole, count, g);
+        load(moment_1 + i, whole, count, m);
+        load(moment_2 + i, whole, count, v);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
             m[j] = m[j] * beta_1 + g[j] * (1.0f - beta_1);
             v[j] = v[j] * beta_2 + g[j] * g[j] * (1.0f - beta_2);
-            float delta = (m[j] / correction_1) / (sqrtf(v[j] / correction_2) + epsilon);
             bool decays = !cautious || (p[j] >= 0.0f) == (m[j] >= 0.0f);
             if (decays) p[j] -= p[j] * decay;
-            p[j] -= delta * learning_rate;
+            p[j] -= delta(m[j], v[j], epsilon, correction_1, correction_2, (P *)0) * learning_rate;
         }
-        store4(new_param + i, whole, count, p);
-        store4(new_moment_1 + i, whole, count, m);
-        store4(new_moment_2 + i, whole, count, v);
+        store(new_param + i, whole, count, p);
+        store(new_moment_1 + i, whole, count, m);
+        store(new_moment_2 + i, whole, count, v);
     }
 }
 

@@ -160,8 +160,9 @@ fn launch(
     let cautious = i32::from(step.cautious);
     if len > 0 {
         const THREADS: u32 = 256;
+        const VECTOR: u64 = 8;
         // Enough to fill any GPU; the rest is a loop.
-        let blocks = len.div_ceil(u64::from(THREADS) * 4).min(1 << 14) as u32;
+        let blocks = len.div_ceil(u64::from(THREADS) * VECTOR).min(1 << 14) as u32;
         let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
         let mut args = kernels.stream.launch_builder(kernel);
         pointers.iter().for_each(|pointer| _ = args.arg(pointer));

@@ -193,7 +193,7 @@ impl Fused {
             plan.push(plan[plan.len() - 1] + rows.len() as i32);
         }
         plan.extend(rows_of.concat());
-        let plan = Tensor::f_from_slice(&plan)?.f_to(received.device())?;
+        let plan = upload(&plan, received.device())?;
         let sums = Tensor::f_empty([experts as i64, shard_len as i64], (to, received.device()))?;
         let starts = address(&plan);
         let pointers = [address(received), address(&sums), starts, starts + 4 * (experts as u64 + 1)];
@@ -233,6 +233,12 @@ impl Fused {
         // reuses their memory in the order of the same stream.
         unsafe { args.launch(config) }.map(drop).map_err(|error| TchError::Torch(error.to_string()))
     }
+}
+
+/// A few numbers on a device, without a wait for what the device is doing: CUDA sets them aside before the call returns.
+pub(super) fn upload(numbers: &[i32], device: Device) -> Result<Tensor, TchError> {
+    const NON_BLOCKING: bool = true;
+    Tensor::f_from_slice(numbers)?.f_internal_to_copy((Kind::Int, device), NON_BLOCKING)
 }
 
 /// The address of a contiguous tensor's first element.

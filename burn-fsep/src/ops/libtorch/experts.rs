@@ -81,7 +81,7 @@ impl<'a> Products<'a> {
             && cuda::has_grouped_products(tokens.device())
         {
             let ends: Vec<i32> = slot_rows.iter().map(|rows| rows.end as i32).collect();
-            return Ok(Self::Grouped(Tensor::f_from_slice(&ends)?.f_to(tokens.device())?));
+            return Ok(Self::Grouped(cuda::upload(&ends, tokens.device())?));
         }
         Ok(Self::BySlot(slot_rows))
     }

@@ -7,7 +7,16 @@ typedef unsigned short bf16;
 __device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Rounds to the nearest, ties to even; NaN stays NaN.
+// Round to the nearest, ties to even; NaN stays NaN.
+#if __CUDA_ARCH__ >= 800
+__device__ u32 pair(float first, float second) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
+__device__ u32 round_bf16(float value) { return pair(value, 0.0f) & 0xffffu; }
+#else
 __device__ u32 round_bf16(float value) {
     u32 bits = __float_as_uint(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
@@ -15,6 +24,10 @@ __device__ u32 round_bf16(float value) {
 }
 
 __device__ u32 pair(float first, float second) { return round_bf16(first) | (round_bf16(second) << 16); }
+#endif
+
+// Good to a few units in the last place of f32, far more than bf16 keeps.
+__device__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + __expf(-value)); }
 
 struct Eight {
     float v[8];
@@ -39,7 +52,7 @@ extern "C" __global__ void swiglu(const uint4 *gate_up, uint4 *hidden, int width
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         Eight gate(gates[i]), up(gates[width + i]), result;
 #pragma unroll
-        for (int j = 0; j < 8; j++) result.v[j] = gate.v[j] / (1.0f + __expf(-gate.v[j])) * up.v[j];
+        for (int j = 0; j < 8; j++) result.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
         out[i] = result.raw();
     }
 }
@@ -54,11 +67,11 @@ extern "C" __global__ void swiglu_backward(const uint4 *gate_up, const uint4 *gr
         Eight gate(gates[i]), up(gates[width + i]), g(grad[row + i]), d_gate, d_up, result;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float sigmoid = 1.0f / (1.0f + __expf(-gate.v[j]));
-            float silu = gate.v[j] * sigmoid;
+            float s = sigmoid(gate.v[j]);
+            float silu = gate.v[j] * s;
             result.v[j] = silu * up.v[j];
             d_up.v[j] = g.v[j] * silu;
-            d_gate.v[j] = g.v[j] * up.v[j] * (sigmoid + silu * (1.0f - sigmoid));
+            d_gate.v[j] = g.v[j] * up.v[j] * (s + silu * (1.0f - s));
         }
         d_gates[i] = d_gate.raw();
         d_gates[width + i] = d_up.raw();

@@ -11,6 +11,7 @@ mod cuda;
 mod exchange;
 mod experts;
 mod reduce;
+mod routing;
 
 #[cfg(feature = "train")]
 pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};

@@ -32,7 +32,8 @@ pub struct ParallelArgs {
     /// Experts that a rank restores at once [default: just enough for all experts, plus one].
     #[arg(long)]
     pub slots: Option<usize>,
-    /// How experts are laid out over ranks: by the paper's planner, by ours, or fixed (static expert parallelism).
+    /// How experts are laid out over ranks: by the paper's planner, by ours, fixed (static expert parallelism), or anew in each
+    /// step.
     #[arg(long, value_enum, default_value_t = Planner::MinMax)]
     pub planner: Planner,
     /// Wait for the planner in each step, so that a run can be repeated bit for bit.
@@ -96,6 +97,8 @@ pub enum Planner {
     Paper,
     /// Robust layouts and exact dispatch.
     MinMax,
+    /// As many replicas as loads want, at places that are drawn anew for each step, and exact dispatch: for tests.
+    Random,
     /// Static expert parallelism with resident experts.
     Static,
 }
@@ -105,6 +108,7 @@ impl Planner {
         match self {
             Planner::Paper => Strategy::Paper,
             Planner::MinMax => Strategy::MinMax,
+            Planner::Random => Strategy::Random,
             Planner::Static => Strategy::Static,
         }
     }

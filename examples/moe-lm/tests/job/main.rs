@@ -14,4 +14,6 @@ mod mpi;
 mod processes;
 #[cfg(target_os = "linux")]
 mod ranks;
+#[cfg(target_os = "linux")]
+mod soak;
 mod training;

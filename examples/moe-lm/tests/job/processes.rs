@@ -19,16 +19,21 @@ fn launcher() {
     std::process::exit(code.into());
 }
 
-/// Starts a command as ranks.
-fn launch(ranks: usize, command: &Command) -> Output {
+/// A launcher that starts a command as ranks.
+pub fn launcher_of(ranks: usize, command: &Command) -> Command {
     let words = [command.get_program()].into_iter().chain(command.get_args());
     let words: Vec<String> = words.map(|word| word.to_str().unwrap().to_string()).collect();
-    Command::new(std::env::current_exe().unwrap())
+    let mut launcher = Command::new(std::env::current_exe().unwrap());
+    launcher
         .args(["processes::launcher", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
         .env("MOE_LM_COMMAND", serde_json::to_string(&words).unwrap())
-        .env("MOE_LM_RANKS", ranks.to_string())
-        .output()
-        .unwrap()
+        .env("MOE_LM_RANKS", ranks.to_string());
+    launcher
+}
+
+/// Starts a command as ranks and waits for its end.
+fn launch(ranks: usize, command: &Command) -> Output {
+    launcher_of(ranks, command).output().unwrap()
 }
 
 /// A shell that gives one rank other options than the rest.

@@ -1,0 +1,112 @@
+use std::sync::Arc;
+
+use burn::backend::LibTorch;
+use burn_tch::TchTensor;
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{
+    super::{RoutingOps, routing::gather_through_host},
+    cuda::upload,
+    device_error,
+};
+use crate::{
+    FsepError,
+    comm::{Communicator, DeviceCommunicator, Operation},
+};
+
+impl RoutingOps for LibTorch {
+    fn fsep_sort_assignments(
+        experts: TchTensor,
+        num_experts: usize,
+        topk: usize,
+    ) -> (TchTensor, TchTensor, TchTensor, TchTensor) {
+        let sorted = sort(&experts.tensor, num_experts as i64, topk as i64);
+        let [row_of, assignment_of, token_of, ends] =
+            sorted.unwrap_or_else(|error| panic!("{error}")).map(TchTensor::new);
+        (row_of, assignment_of, token_of, ends)
+    }
+
+    fn fsep_gather_ends(
+        ends: TchTensor,
+        header: Vec<u32>,
+        comm: Arc<dyn Communicator>,
+        operation: Operation,
+    ) -> Result<Vec<u32>, FsepError> {
+        let on_gpu = match ends.tensor.device() {
+            Device::Cuda(index) => comm.device().filter(|device| device.gpu() == index && comm.size() > 1),
+            _ => None,
+        };
+        let Some(device) = on_gpu else {
+            return gather_through_host::<Self>(ends, header, comm.as_ref(), operation);
+        };
+        let gathered = gather_on_gpu(&ends.tensor, &header, device, comm.size(), operation)?;
+        // If a rank was lost meanwhile, what was read is garbage.
+        match comm.failure() {
+            Some(failure) => Err(failure.seen_from(&operation.to_string()).into()),
+            None => Ok(gathered),
+        }
+    }
+}
+
+/// Header and ends go out together: no wait for this rank's own numbers comes before that for all.
+fn gather_on_gpu(
+    ends: &Tensor,
+    header: &[u32],
+    comm: &dyn DeviceCommunicator,
+    ranks: usize,
+    operation: Operation,
+) -> Result<Vec<u32>, FsepError> {
+    let message = || {
+        let header = upload(bytemuck::cast_slice(header), ends.device())?;
+        Tensor::f_cat(&[header, ends.f_to_kind(Kind::Int)?], 0)
+    };
+    let message = message().map_err(device_error)?;
+    let len = message.numel();
+    let all = Tensor::f_empty([(len * ranks) as i64], (Kind::Int, ends.device())).map_err(device_error)?;
+    let (send, recv) = (message.data_ptr() as u64, all.data_ptr() as u64);
+    // SAFETY: contiguous tensors of `len` and `ranks * len` numbers of four bytes on the communicator's GPU, both alive until
+    // the exchange was waited for; LibTorch's allocator reuses their memory in the order of the default stream.
+    unsafe { comm.start_device_all_gather(operation, send, recv, 4 * len) }?.wait()?;
+    let numbers = Vec::<i32>::try_from(&all).map_err(device_error)?;
+    Ok(bytemuck::cast_vec(numbers))
+}
+
+/// Queued on the device: the host waits for nothing.
+fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Tensor; 4], TchError> {
+    let (len, device) = (experts.numel() as i64, experts.device());
+    // Radix sort takes a pass for every few bits; `ends` compares with E + 1.
+    let kind = match num_experts + 1 {
+        ..=255 => Kind::Uint8,
+        256..=32_767 => Kind::Int16,
+        _ => Kind::Int,
+    };
+    let (sorted, assignment_of) = experts.f_to_kind(kind)?.f_sort_stable(true, 0, false)?;
+    let rows = Tensor::f_arange(len, (Kind::Int64, device))?;
+    let row_of = rows.f_empty_like()?.f_scatter_(0, &assignment_of, &rows)?;
+    let token_of = assignment_of.f_floor_divide_scalar(topk)?;
+    let bounds = Tensor::f_arange_start(1, num_experts + 2, (kind, device))?;
+    let ends = bounds.f_searchsorted(&sorted, false, false, "left", None::<Tensor>)?;
+    Ok([row_of, assignment_of, token_of, ends])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equals_the_order_found_in_host_memory() {
+        for (num_experts, len) in [(1, 0), (4, 1), (8, 1000), (254, 3000), (255, 3000), (40_000, 5000)] {
+            let experts = Tensor::randint(num_experts + 1, [len], (Kind::Int64, tch::Device::Cpu));
+            let [row_of, assignment_of, token_of, ends] = sort(&experts, num_experts, 2).unwrap();
+            let numbers = |tensor: &Tensor| Vec::<i64>::try_from(tensor).unwrap();
+            let chosen = numbers(&experts);
+            let mut order: Vec<i64> = (0..len).collect();
+            order.sort_by_key(|&assignment| chosen[assignment as usize]);
+            assert_eq!(numbers(&assignment_of), order);
+            assert_eq!(numbers(&token_of), order.iter().map(|assignment| assignment / 2).collect::<Vec<_>>());
+            assert!(order.iter().enumerate().all(|(row, &of)| numbers(&row_of)[of as usize] == row as i64));
+            let count = |expert| chosen.iter().filter(|&&e| e <= expert).count() as i64;
+            assert!((0..=num_experts).zip(numbers(&ends)).all(|(expert, end)| end == count(expert)));
+        }
+    }
+}
