@@ -25,36 +25,10 @@ const STEPS: usize = 12;
 
 /// Few tokens and many parameters, so that reshard and optimizer take a share of a step; layouts change, and checkpoints are
 /// written most of the time.
-const OPTIONS: [&str; 27] = [
-    "--batch",
-    "12",
-    "--context",
-    "8",
-    "--hidden",
-    "64",
-    "--ffn",
-    "192",
-    "--experts",
-    "8",
-    "--steps",
-    "12",
-    "--lr",
-    "2e-2",
-    "--valid-batches",
-    "1",
-    "--sample",
-    "4",
-    "--synchronous",
-    "--checkpoint-every",
-    "2",
-    "--keep",
-    "2",
-    "--resume",
-    "auto",
-    // How long a rank waits for one that was killed before it could say that it is there.
-    "--timeout",
-    "20",
-];
+///
+/// The timeout is how long a rank waits for one that was killed before it could say that it is there.
+const OPTIONS: &str = "--batch 12 --context 8 --hidden 64 --ffn 192 --experts 8 --steps 12 --lr 2e-2 --valid-batches 1 --sample 4 \
+                       --synchronous --checkpoint-every 2 --keep 2 --resume auto --timeout 20";
 
 /// When a rank is killed. Shares are of what the phase takes in an undisturbed job.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +45,8 @@ enum Moment {
         share: f64,
     },
 }
+
+type Draw = fn(&mut StdRng) -> Moment;
 
 /// What a rank was doing when it was killed, as the operation shows that the others wait for it in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -198,7 +174,7 @@ fn trains(folder: &Path, rank: usize) -> bool {
 }
 
 fn start(Kind { engine, size, planner }: Kind, folder: &Path) -> Ranks {
-    let mut job: Command = small_job(folder, &OPTIONS);
+    let mut job: Command = small_job(folder, &OPTIONS.split_whitespace().collect::<Vec<_>>());
     job.args(["--planner", planner]);
     // Of an earlier job in this folder.
     (0..size).for_each(|rank| drop(fs::remove_dir_all(folder.join(format!("out/rank-{rank}")))));
@@ -337,7 +313,7 @@ fn newest(folder: &Path) -> u64 {
 
 /// Kills a rank at each of the moments, one job after the other in one folder; then lets a job go on to the end, and
 /// compares.
-fn round(name: &str, rng: &mut StdRng, times: &Undisturbed, moments: &[fn(&mut StdRng) -> Moment]) -> Vec<Kill> {
+fn round(name: &str, rng: &mut StdRng, times: &Undisturbed, moments: &[Draw]) -> Vec<Kill> {
     let folder = tempfile::tempdir().unwrap();
     let (kind, folder) = (times.kind, folder.path());
     let mut kills = Vec::new();
@@ -388,14 +364,14 @@ fn a_kill_at_start_in_a_step_and_in_a_checkpoint_costs_nothing_but_steps() {
     round("short", &mut StdRng::seed_from_u64(0), &times, &[start_up, training, write]);
 }
 
-/// `cargo test --release -p moe-lm --features mpi --test job kills -- --ignored --nocapture`. One round again:
+/// `cargo test -p moe-lm --features moe-lm/mpi --test job kills -- --ignored --nocapture`. One round again:
 /// `MOE_LM_ROUND=17`; others: `MOE_LM_SEED=2`.
 #[test]
 #[ignore = "takes minutes"]
 fn fifty_random_kills() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let (seed, only) = (number("MOE_LM_SEED").unwrap_or(1), number("MOE_LM_ROUND"));
-    let rounds: [&[fn(&mut StdRng) -> Moment]; 9] = [
+    let rounds: [&[Draw]; 9] = [
         &[start_up],
         &[training],
         &[write],
