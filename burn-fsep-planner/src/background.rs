@@ -24,11 +24,13 @@ pub struct BackgroundPlanner {
 }
 
 #[derive(Debug)]
-struct Request {
-    layer: usize,
-    step: u64,
-    counts: Arc<RoutingCounts>,
+enum Request {
+    Plan { layer: usize, step: u64, counts: Arc<RoutingCounts> },
+    Save(mpsc::Sender<Result<PlannerStates, PlannerError>>),
 }
+
+/// What planners have learned, by layer; see [`LayerPlanner::save`].
+pub type PlannerStates = BTreeMap<usize, Vec<u8>>;
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -76,7 +78,7 @@ impl BackgroundPlanner {
     pub fn submit(&self, layer: usize, step: u64, counts: Arc<RoutingCounts>) {
         if let Some(requests) = &self.requests {
             // Fails only if the thread is gone, which `newest_steps` reports.
-            let _ = requests.send(Request { layer, step, counts });
+            let _ = requests.send(Request::Plan { layer, step, counts });
         }
     }
 
@@ -118,6 +120,21 @@ impl BackgroundPlanner {
         ready.front().filter(|(s, _)| *s == step).map(|(_, layout)| layout.clone())
     }
 
+    /// What the planners have learned from all counts that were handed over; waits until they have.
+    ///
+    /// # Errors
+    ///
+    /// The error that stopped the planner, if one did; [`PlannerError::State`] if a state cannot be written.
+    pub fn save(&self) -> Result<PlannerStates, PlannerError> {
+        let (reply, states) = mpsc::channel();
+        let asked = self.requests.as_ref().is_some_and(|requests| requests.send(Request::Save(reply)).is_ok());
+        if let (true, Ok(states)) = (asked, states.recv()) {
+            return states;
+        }
+        self.shared.lock().check()?;
+        Err(PlannerError::Stopped("its thread ended".into()))
+    }
+
     /// How long each planned layer's last solution took, in layer order.
     pub fn solve_times(&self) -> Vec<(usize, Duration)> {
         self.shared.lock().layers.iter().map(|(&layer, results)| (layer, results.solve_time)).collect()
@@ -151,7 +168,16 @@ impl Results {
 }
 
 fn serve(mut planners: BTreeMap<usize, LayerPlanner>, inbox: &mpsc::Receiver<Request>, shared: &Shared) {
-    while let Ok(Request { layer, step, counts }) = inbox.recv() {
+    while let Ok(request) = inbox.recv() {
+        let (layer, step, counts) = match request {
+            Request::Plan { layer, step, counts } => (layer, step, counts),
+            Request::Save(reply) => {
+                let states = planners.iter().map(|(&layer, planner)| Ok((layer, planner.save()?))).collect();
+                // Nobody waits any more if the training has ended.
+                let _ = reply.send(states);
+                continue;
+            }
+        };
         let Some(planner) = planners.get_mut(&layer) else { continue };
         let start = Instant::now();
         let planned = catch_unwind(AssertUnwindSafe(|| planner.plan(&counts).cloned()));

@@ -1,6 +1,6 @@
 //! What a training loop and the planner tell each other between steps.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{collections::BTreeMap, error::Error, fmt, sync::Arc};
 
 use thiserror::Error;
 
@@ -64,6 +64,16 @@ impl<'a> StepContext<'a> {
 
 /// Something that a training loop calls between steps, on every rank.
 pub trait TrainingCallback: Send {
+    /// Called before [`on_train_start`](Self::on_train_start) where training goes on from a checkpoint, with its records:
+    /// those of [`on_checkpoint`](Self::on_checkpoint) are among them if the callback was there.
+    ///
+    /// # Errors
+    ///
+    /// An error ends the training.
+    fn on_resume(&mut self, _records: &BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+        Ok(())
+    }
+
     /// Called before the first step.
     ///
     /// # Errors
@@ -79,6 +89,16 @@ pub trait TrainingCallback: Send {
     ///
     /// An error ends the training.
     fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError>;
+
+    /// Called when a checkpoint is made after a step, on rank 0, whose records are saved: adds what the callback has to know
+    /// again to go on as if training had not stopped.
+    ///
+    /// # Errors
+    ///
+    /// An error ends the training.
+    fn on_checkpoint(&mut self, _records: &mut BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+        Ok(())
+    }
 
     /// Called after the last step.
     ///

@@ -98,6 +98,9 @@ pub enum PlannerError {
     /// A dispatch plan that breaks one of its promises.
     #[error("invalid dispatch plan: {0}")]
     InvalidPlan(String),
+    /// Bytes that are no state of a planner.
+    #[error("cannot read or write the planner's state: {0}")]
+    State(String),
     /// The background planner's thread is gone.
     #[error("the background planner stopped: {0}")]
     Stopped(String),

@@ -34,6 +34,7 @@ pub mod replay;
 mod rng;
 mod routing;
 pub mod simulator;
+mod state;
 #[cfg(test)]
 mod test_cases;
 mod topology;

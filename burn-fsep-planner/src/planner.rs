@@ -12,6 +12,7 @@ use crate::{
         Eplb, EvenOverAll, FlexMoe, LayoutRequest, LayoutSolver, PaperPlanner, RandomPlacement, RobustPlanner, StaticEp,
     },
     predictor::{Adaptive, LastStep, MovingSum, Predictor},
+    state,
 };
 
 /// A way to plan, by name.
@@ -158,7 +159,52 @@ impl LayerPlanner {
         }
         Ok(&self.produced)
     }
+
+    /// What this planner has learned, for [`load`](Self::load).
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if it cannot be written.
+    pub fn save(&self) -> Result<Vec<u8>, PlannerError> {
+        let mut state = Vec::new();
+        state::put(&mut state, &self.kind())?;
+        state::put(&mut state, self.produced.as_slice())?;
+        self.predictor.save(&mut state)?;
+        self.solver.save(&mut state)?;
+        Ok(state)
+    }
+
+    /// Takes what a planner has learned, and from then on plans as that one. Returns whether it did: the state of another
+    /// strategy, world size, number of slots or experts, or of another version, is of no use.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if `state` is none of a planner; then this one is not to be used any more.
+    pub fn load(&mut self, mut state: &[u8]) -> Result<bool, PlannerError> {
+        let state = &mut state;
+        if state::take::<(u32, String, String, [usize; 3])>(state)? != self.kind() {
+            return Ok(false);
+        }
+        let (ranks, experts) = (self.produced.num_ranks(), self.produced.num_experts());
+        self.produced = Layout::new(ranks, self.slots_per_rank, experts, state::take(state)?)?;
+        self.predictor.load(state)?;
+        self.solver.load(state)?;
+        let fits = |counts: RoutingCounts| (counts.num_ranks(), counts.num_experts()) == (ranks, experts);
+        if !state.is_empty() || !self.predictor.predict().is_none_or(fits) {
+            return Err(PlannerError::State(format!("it is not that of {ranks} ranks and {experts} experts")));
+        }
+        Ok(true)
+    }
+
+    /// What a state has to be of: version, predictor, solver, `N`, `C`, `E`.
+    fn kind(&self) -> (u32, String, String, [usize; 3]) {
+        let sizes = [self.produced.num_ranks(), self.slots_per_rank, self.produced.num_experts()];
+        (STATE_VERSION, self.predictor.name().to_string(), self.solver.name().to_string(), sizes)
+    }
 }
+
+/// Changes with what predictors and solvers save.
+const STATE_VERSION: u32 = 1;
 
 #[cfg(test)]
 mod tests {
@@ -174,6 +220,62 @@ mod tests {
             error.to_string(),
             "there is no planner `best`; choose one of static, paper, eplb, eplb-hierarchical, flex-moe, random, min-max"
         );
+    }
+
+    /// Counts of a step: loads that drift, and jump.
+    fn drifting(step: u32, sources: usize) -> RoutingCounts {
+        let row = |source: u32| (0..6).map(move |e| 5 + (e * e * 7 + step * (e + 3) + step / 9 * e * 31 + source) % 83);
+        RoutingCounts::from_rows(&(0..sources as u32).map(|s| row(s).collect()).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn planner_of(strategy: Strategy, ranks: usize) -> LayerPlanner {
+        let initial = Layout::static_ep(ranks, 3, 6).unwrap();
+        let topology = Topology::single_node(ranks).unwrap();
+        LayerPlanner::new(topology, initial, strategy.predictor(), strategy.solver(5))
+    }
+
+    #[test]
+    fn a_planner_with_the_state_of_another_plans_as_that_one() {
+        let mut forgetful = Vec::new();
+        for strategy in Strategy::ALL {
+            let (mut planner, mut other) = (planner_of(strategy, 4), planner_of(strategy, 4));
+            for step in 0..25 {
+                planner.plan(&drifting(step, 4)).unwrap();
+            }
+            assert!(other.load(&planner.save().unwrap()).unwrap(), "{strategy}");
+            let mut anew = planner_of(strategy, 4);
+            for step in 25..60 {
+                let counts = drifting(step, 4);
+                let expected = planner.plan(&counts).unwrap();
+                assert_eq!(other.plan(&counts).unwrap(), expected, "{strategy}, step {step}");
+                if anew.plan(&counts).unwrap() != expected {
+                    forgetful.push(strategy);
+                }
+            }
+            assert_eq!(other.save(), planner.save(), "{strategy}");
+        }
+        for strategy in [Strategy::Paper, Strategy::Random, Strategy::FlexMoe, Strategy::MinMax] {
+            assert!(forgetful.contains(&strategy), "the comparison sees nothing: {strategy}");
+        }
+    }
+
+    #[test]
+    fn a_state_of_other_sizes_is_not_taken_and_a_broken_one_is_an_error() {
+        let mut planner = planner_of(Strategy::MinMax, 4);
+        planner.plan(&drifting(0, 4)).unwrap();
+        let state = planner.save().unwrap();
+        for mut other in [planner_of(Strategy::MinMax, 3), planner_of(Strategy::Paper, 4)] {
+            let (fresh, before) = (other.save().unwrap(), other.load(&state).unwrap());
+            assert_eq!((before, other.save().unwrap()), (false, fresh));
+        }
+        for cut in 0..state.len() {
+            assert!(
+                matches!(planner_of(Strategy::MinMax, 4).load(&state[..cut]), Err(PlannerError::State(_))),
+                "{cut}"
+            );
+        }
+        let longer = [&state[..], &[0]].concat();
+        assert!(matches!(planner_of(Strategy::MinMax, 4).load(&longer), Err(PlannerError::State(_))));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use derive_new::new;
 
 use crate::{
     RoutingCounts,
-    background::BackgroundPlanner,
+    background::{BackgroundPlanner, PlannerStates},
     callback::{CallbackError, PlannerHost, RoutingObserver, StepContext, TrainingCallback},
     planner::{LayerPlanner, Strategy},
 };
@@ -42,7 +42,12 @@ impl PlannerConfig {
 
     /// The callback.
     pub fn init(&self) -> PlannerCallback {
-        PlannerCallback { config: self.clone(), running: None, report: PlannerReport::default() }
+        PlannerCallback {
+            config: self.clone(),
+            running: None,
+            learned: PlannerStates::new(),
+            report: PlannerReport::default(),
+        }
     }
 }
 
@@ -86,6 +91,8 @@ impl PlannerReport {
 pub struct PlannerCallback {
     config: PlannerConfig,
     running: Option<Running>,
+    /// From a checkpoint, until training starts.
+    learned: PlannerStates,
     report: PlannerReport,
 }
 
@@ -126,23 +133,40 @@ impl PlannerCallback {
         self.report.clone()
     }
 
-    fn start(&self, host: &dyn PlannerHost) -> Result<Running, CallbackError> {
+    fn start(&mut self, host: &dyn PlannerHost) -> Result<Running, CallbackError> {
         let strategy = self.config.strategy;
-        let planners = (0..host.num_layers())
-            .filter(|&layer| host.is_plannable(layer) && strategy != Strategy::Static)
-            .map(|layer| {
-                let initial = host.layout(layer).as_ref().clone();
-                let solver = strategy.solver(self.config.seed.wrapping_add(layer as u64));
-                (layer, LayerPlanner::new(host.topology(), initial, strategy.predictor(), solver))
-            });
-        let background = Arc::new(BackgroundPlanner::start(planners.collect())?);
+        let learned = std::mem::take(&mut self.learned);
+        let mut planners = BTreeMap::new();
+        for layer in 0..host.num_layers() {
+            if !host.is_plannable(layer) || strategy == Strategy::Static {
+                continue;
+            }
+            let initial = host.layout(layer).as_ref().clone();
+            let solver = strategy.solver(self.config.seed.wrapping_add(layer as u64));
+            let mut planner = LayerPlanner::new(host.topology(), initial, strategy.predictor(), solver);
+            if let Some(state) = learned.get(&layer) {
+                // Of no use with another number of ranks, for example: then it begins anew.
+                planner.load(state)?;
+            }
+            planners.insert(layer, planner);
+        }
+        let background = Arc::new(BackgroundPlanner::start(planners)?);
         let forwarder = Arc::new(Forwarder { background: Arc::downgrade(&background), seen: Mutex::default() });
         host.set_observer(Some(forwarder.clone()));
         Ok(Running { background, forwarder, in_use: BTreeMap::new() })
     }
 }
 
+/// What the names of the planner's records begin with; the layer's number follows.
+const RECORD: &str = "planner.layer-";
+
 impl TrainingCallback for PlannerCallback {
+    fn on_resume(&mut self, records: &BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+        let layer = |name: &str| name.strip_prefix(RECORD)?.parse().ok();
+        self.learned = records.iter().filter_map(|(name, state)| Some((layer(name)?, state.clone()))).collect();
+        Ok(())
+    }
+
     fn on_train_start(&mut self, host: &dyn PlannerHost) -> Result<(), CallbackError> {
         self.running = Some(self.start(host)?);
         Ok(())
@@ -178,6 +202,16 @@ impl TrainingCallback for PlannerCallback {
         }
         data.solve_time = background.solve_times().into_iter().map(|(_, time)| time).sum();
         *self.report.0.lock().unwrap_or_else(PoisonError::into_inner) = data;
+        Ok(())
+    }
+
+    fn on_checkpoint(&mut self, records: &mut BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+        // Those of a checkpoint that this training went on from may be of layers that are not planned any more.
+        records.retain(|name, _| !name.starts_with(RECORD));
+        if let Some(Running { background, .. }) = &self.running {
+            let states = background.save()?;
+            records.extend(states.into_iter().map(|(layer, state)| (format!("{RECORD}{layer}"), state)));
+        }
         Ok(())
     }
 
@@ -260,6 +294,38 @@ mod tests {
         assert_ne!(host.layout(0), before);
         assert!(host.layout(0).replicas(0) > before.replicas(0));
         assert_eq!((callback.report().adopted(), callback.report().late()), (1, 0));
+    }
+
+    #[test]
+    fn a_callback_that_goes_on_from_a_checkpoint_plans_as_the_one_that_stopped() {
+        let counts = |step: u64| {
+            let row = (0..4).map(|e| 10 + (step as u32 * (e + 3) + e * e * 17) % 61).collect::<Vec<_>>();
+            Arc::new(RoutingCounts::from_rows(&vec![row; 4]).unwrap())
+        };
+        let step = |host: &Host, callback: &mut PlannerCallback, number: u64, step: u64| {
+            host.observer.lock().unwrap().as_ref().unwrap().observe(0, number, &counts(step));
+            callback.on_step_end(&StepContext::new(1, step as usize, host)).unwrap();
+        };
+        let host = Host::new(0);
+        let mut stopped = callback(&host);
+        (1..=20).for_each(|number| step(&host, &mut stopped, number, number));
+        let mut records = BTreeMap::from([("planner.layer-7".to_string(), vec![1]), ("of the user".into(), vec![2])]);
+        stopped.on_checkpoint(&mut records).unwrap();
+        assert_eq!(records.keys().collect::<Vec<_>>(), ["of the user", "planner.layer-0"]);
+
+        let other = Host::new(0);
+        *other.layout.lock().unwrap() = host.layout(0);
+        let mut resumed = PlannerConfig::new(Strategy::MinMax).with_synchronous(true).init();
+        resumed.on_resume(&records).unwrap();
+        resumed.on_train_start(&other).unwrap();
+        let mut layouts = std::collections::BTreeSet::new();
+        for number in 1..=20 {
+            step(&host, &mut stopped, 20 + number, 20 + number);
+            step(&other, &mut resumed, number, 20 + number);
+            assert_eq!(other.layout(0), host.layout(0), "step {number}");
+            layouts.insert(host.layout(0).as_slice().to_vec());
+        }
+        assert!(layouts.len() > 2, "the layout hardly changes");
     }
 
     #[test]

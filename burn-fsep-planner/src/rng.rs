@@ -1,6 +1,8 @@
+use serde::{Deserialize, Serialize};
+
 /// SplitMix64: a small generator that is the same on every platform and in every version, since all ranks must draw
 /// the same numbers.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Rng(u64);
 
 impl Rng {

@@ -17,7 +17,10 @@ use burn_fsep::{
     },
     train::{clip_grad_norm, sync_gradients},
 };
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::{
+    Strategy,
+    callback::{CallbackError, PlannerHost},
+};
 use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch};
 
 const RANKS: usize = 3;
@@ -63,7 +66,7 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
                     continue;
                 }
                 let RankError::Failed { error, .. } = error else { panic!("{fault:?}: {error}") };
-                let FsepError::Comm(CommError::PeerFailed { rank, operation, reason }) = error else {
+                let FsepError::Comm(CommError::PeerFailed { rank, operation, reason, lost: false }) = error else {
                     panic!("{fault:?}: {error}")
                 };
                 assert_eq!(rank, fault.rank);
@@ -96,7 +99,7 @@ fn a_panic_between_two_layers_is_reported() {
         let Err(RankError::Failed { error, .. }) = result else { panic!("{result:?}") };
         match error {
             FsepError::Panicked(message) if rank == 2 => assert_eq!(message, "the model of rank 2 is broken"),
-            FsepError::Comm(CommError::PeerFailed { rank: 2, operation, reason }) if rank != 2 => {
+            FsepError::Comm(CommError::PeerFailed { rank: 2, operation, reason, lost: false }) if rank != 2 => {
                 assert!(operation.contains("of layer 1"), "{operation}");
                 assert!(reason.contains("the model of rank 2 is broken"), "{reason}");
             }
@@ -245,6 +248,22 @@ fn a_failed_group_stays_failed() {
         assert!(first.to_string().contains("out of luck") && second.to_string().contains("out of luck"));
         assert!(comm.failure().is_some());
         Ok::<_, CommError>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn a_rank_that_fails_while_layouts_are_agreed_on_is_a_typed_error() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        if runtime.rank() == 1 {
+            runtime.comm().abort("out of luck");
+            return Ok(());
+        }
+        let Err(CallbackError::Host(error)) = runtime.agree_min(&[1]) else { panic!("an error") };
+        let error = *error.downcast::<FsepError>().expect("the runtime's own");
+        assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
+        Ok(())
     });
     assert!(results.iter().all(Result::is_ok), "{results:?}");
 }

@@ -87,13 +87,13 @@ fn refusals_say_why_and_harm_nobody() {
         const SECRET: &str = "the secret of this test";
         for (what, bytes, code) in [
             ("another version", hello(9, 3, 1, SECRET), 1),
-            ("another token", hello(1, 3, 1, "the secret of that test"), 2),
-            ("a longer token", hello(1, 3, 1, "the secret of this test "), 2),
-            ("no token", hello(1, 3, 1, ""), 2),
-            ("another world size", hello(1, 4, 1, SECRET), 3),
-            ("a second rank 0", hello(1, 3, 0, SECRET), 4),
-            ("a rank out of range", hello(1, 3, 3, SECRET), 5),
-            ("the largest rank", hello(1, 3, u32::MAX, SECRET), 5),
+            ("another token", hello(2, 3, 1, "the secret of that test"), 2),
+            ("a longer token", hello(2, 3, 1, "the secret of this test "), 2),
+            ("no token", hello(2, 3, 1, ""), 2),
+            ("another world size", hello(2, 4, 1, SECRET), 3),
+            ("a second rank 0", hello(2, 3, 0, SECRET), 4),
+            ("a rank out of range", hello(2, 3, 3, SECRET), 5),
+            ("the largest rank", hello(2, 3, u32::MAX, SECRET), 5),
         ] {
             let answer = say(address, &bytes);
             assert_eq!(answer.get(..9), Some([b"FSEPrank".as_slice(), &[code]].concat().as_slice()), "{what}");
@@ -217,7 +217,7 @@ fn a_member_that_sends_garbage_ends_the_group_with_an_error() {
         std::thread::scope(|scope| {
             let host = scope.spawn(move || config.run(|comm| comm.barrier(OP)));
             let mut stream = TcpStream::connect(address).unwrap();
-            stream.write_all(&hello(1, 2, 1, "the secret of this test")).unwrap();
+            stream.write_all(&hello(2, 2, 1, "the secret of this test")).unwrap();
             // Welcome, the table of two addresses; then "ready", and "go".
             stream.read_exact(&mut [0; 13 + 13 + 2 * 18]).unwrap();
             stream.write_all(b"R").unwrap();

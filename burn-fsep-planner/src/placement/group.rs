@@ -16,7 +16,7 @@ pub(super) struct GroupSolver {
     pub candidates: usize,
     /// How many exchanges may be tried for a group, times its slots: each costs a flow.
     pub exchanges: usize,
-    rng: Rng,
+    pub rng: Rng,
     flow: Flow,
 }
 

@@ -80,4 +80,22 @@ pub trait LayoutSolver: Send + std::fmt::Debug {
     ///
     /// As [`LayoutRequest::check`].
     fn solve(&mut self, request: &LayoutRequest<'_>) -> Result<Layout, PlannerError>;
+
+    /// Appends to `state` what its next layouts depend on beside requests; by default nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if it cannot be written.
+    fn save(&self, _state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        Ok(())
+    }
+
+    /// Takes from `state` what a solver that was made like this one has saved; from then on it solves as that one.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if that is not what comes next there.
+    fn load(&mut self, _state: &mut &[u8]) -> Result<(), PlannerError> {
+        Ok(())
+    }
 }

@@ -6,6 +6,7 @@ use crate::{
     cost::{CommunicationModel, CostConstants, CostModel},
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
     rng::Rng,
+    state,
 };
 
 /// The planner of LAER-MoE (section 3.3): replica counts in proportion to load, greedy placement, and a few candidates
@@ -76,6 +77,15 @@ impl LayoutSolver for PaperPlanner {
             // Greedy placement can paint itself into a corner; the static layout always exists.
             None => Layout::static_ep(topology.world_size(), request.slots_per_rank, loads.len()),
         }
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.rng)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.rng = state::take(state)?;
+        Ok(())
     }
 }
 

@@ -1,5 +1,5 @@
 use super::{LayoutRequest, LayoutSolver, builder::LayoutBuilder, replicas::replicate};
-use crate::{Layout, PlannerError, rng::Rng};
+use crate::{Layout, PlannerError, rng::Rng, state};
 
 /// A baseline that knows how many replicas an expert needs but not where: counts in proportion to load, places at random.
 ///
@@ -43,6 +43,15 @@ impl LayoutSolver for RandomPlacement {
             }
         }
         builder.finish()
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.rng)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.rng = state::take(state)?;
+        Ok(())
     }
 }
 

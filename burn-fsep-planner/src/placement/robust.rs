@@ -2,7 +2,7 @@ use super::{
     LayoutRequest, LayoutSolver,
     group::{EXCHANGES, GroupSolver},
 };
-use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow};
+use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow, state};
 
 /// Layouts that exact dispatch can balance even though the prediction is somewhat wrong.
 ///
@@ -56,6 +56,15 @@ impl LayoutSolver for RobustPlanner {
             return Ok(across);
         }
         self.solve_groups(nodes, request, EXCHANGES / topology.num_nodes())
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.groups.rng)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.groups.rng = state::take(state)?;
+        Ok(())
     }
 }
 

@@ -1,5 +1,5 @@
 use super::{LastStep, MovingAverage, MovingSum, Predictor, Recurring, distance};
-use crate::{PlannerError, RoutingCounts};
+use crate::{PlannerError, RoutingCounts, state};
 
 /// Chooses among predictors by their past errors: after a jump the last step is the best guess, in noise an average is,
 /// and which of them it is may change at any time.
@@ -68,6 +68,20 @@ impl Predictor for Adaptive {
 
     fn predict(&self) -> Option<RoutingCounts> {
         self.chosen().predict()
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.errors)?;
+        self.predictors.iter().try_for_each(|predictor| predictor.save(state))
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        let errors: Vec<f64> = state::take(state)?;
+        if errors.len() != self.predictors.len() {
+            return Err(PlannerError::State(format!("{} predictors, not {}", errors.len(), self.predictors.len())));
+        }
+        self.errors = errors;
+        self.predictors.iter_mut().try_for_each(|predictor| predictor.load(state))
     }
 }
 

@@ -1,5 +1,5 @@
 use super::{Predictor, check_sizes};
-use crate::{PlannerError, RoutingCounts};
+use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like the last.
 #[derive(Debug, Clone, Default)]
@@ -27,5 +27,14 @@ impl Predictor for LastStep {
 
     fn predict(&self) -> Option<RoutingCounts> {
         self.last.clone()
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.last)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.last = state::take(state)?;
+        Ok(())
     }
 }

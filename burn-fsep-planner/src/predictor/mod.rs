@@ -28,6 +28,20 @@ pub trait Predictor: Send + std::fmt::Debug {
 
     /// The prediction for the next step; `None` before the first observation.
     fn predict(&self) -> Option<RoutingCounts>;
+
+    /// Appends what it has learned to `state`.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if it cannot be written.
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError>;
+
+    /// Takes from `state` what a predictor that was made like this one has learned; from then on it predicts as that one.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::State`] if that is not what comes next there.
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError>;
 }
 
 /// Share of assignments that go to another expert in one than in the other: 0 for proportional totals, 1 for disjoint

@@ -1,5 +1,5 @@
 use super::{Predictor, check_sizes};
-use crate::{PlannerError, RoutingCounts};
+use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like an exponential moving average: best where steps scatter around a level that drifts slowly.
 #[derive(Debug, Clone)]
@@ -56,6 +56,15 @@ impl Predictor for MovingAverage {
         // Rounding up may exceed what counts can hold, if they are that large.
         let mean = RoutingCounts::from_loads(last.num_ranks(), last.num_experts(), &self.mean);
         Some(mean.unwrap_or_else(|_| last.clone()))
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &(&self.mean, &self.last))
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        (self.mean, self.last) = state::take(state)?;
+        Ok(())
     }
 }
 

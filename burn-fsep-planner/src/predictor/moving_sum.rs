@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use super::{Predictor, check_sizes};
-use crate::{PlannerError, RoutingCounts};
+use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like the mean of the last few: the paper's predictor, which sums the last 5 (LAER-MoE, section
 /// 3.3).
@@ -58,6 +58,15 @@ impl Predictor for MovingSum {
         // Rounding up may exceed what counts can hold, if they are that large.
         let mean = RoutingCounts::new(last.num_ranks(), last.num_experts(), mean);
         Some(mean.unwrap_or_else(|_| last.clone()))
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.history)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.history = state::take(state)?;
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use super::{Predictor, check_sizes, distance};
-use crate::{PlannerError, RoutingCounts};
+use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like the one that followed the past step most like the last: right where routing repeats itself, with
 /// the phases of a data mix for example.
@@ -53,6 +53,15 @@ impl Predictor for Recurring {
             far(a).total_cmp(&far(b))
         });
         like.map_or(Some(last), |step| self.history.get(step + 1)).cloned()
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        state::put(state, &self.history)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.history = state::take(state)?;
+        Ok(())
     }
 }
 

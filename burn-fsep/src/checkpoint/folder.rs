@@ -53,11 +53,13 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
 /// order.
 pub(super) fn begin(folder: &Path, step: u64) -> Result<u64, CheckpointError> {
     fs::create_dir_all(folder).map_err(CheckpointError::io("create", folder))?;
-    for (name, path) in entries(folder)? {
-        if name.starts_with(PARTIAL) || name.starts_with(DELETED) {
-            // Tried again before the next checkpoint.
-            let _ = fs::remove_dir_all(path);
-        }
+    let left = entries(folder)?;
+    for (_, path) in left.iter().filter(|(name, _)| name.starts_with(DELETED)) {
+        // Tried again before the next checkpoint.
+        let _ = fs::remove_dir_all(path);
+    }
+    for (_, path) in left.iter().filter(|(name, _)| name.starts_with(PARTIAL)) {
+        let _ = delete(path);
     }
     let sequence = checkpoints(folder)?.last().map_or(1, |(newest, _)| newest.saturating_add(1));
     let partial = partial(folder, sequence, step);
@@ -80,16 +82,26 @@ pub(super) fn commit(folder: &Path, sequence: u64, step: u64) -> Result<PathBuf,
     Ok(path)
 }
 
-/// Deletes all but the `keep` newest checkpoints. Each is renamed first: none is ever there in part.
+/// Deletes all but the `keep` newest checkpoints.
 pub(super) fn retain(folder: &Path, keep: usize) -> Result<(), CheckpointError> {
     let all = checkpoints(folder)?;
-    for (_, path) in &all[..all.len().saturating_sub(keep)] {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let deleted = folder.join(format!("{DELETED}{name}"));
-        fs::rename(path, &deleted).map_err(CheckpointError::io("delete", path))?;
-        // What cannot be deleted now (files that are open, on a network file system) goes before the next checkpoint.
-        let _ = fs::remove_dir_all(&deleted);
-    }
+    all[..all.len().saturating_sub(keep)].iter().try_for_each(|(_, path)| delete(path))
+}
+
+/// Deletes what was written of a checkpoint, unless it has its name already.
+pub(super) fn discard(folder: &Path, sequence: u64, step: u64) {
+    // If it cannot be deleted now, it goes before the next checkpoint.
+    let _ = delete(&partial(folder, sequence, step));
+}
+
+/// Deletes a checkpoint, or what was written of one. It is renamed first: none is ever there in part, also if its last file
+/// is being written at this moment and it is about to get its name.
+fn delete(path: &Path) -> Result<(), CheckpointError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let deleted = path.with_file_name(format!("{DELETED}{}", name.trim_start_matches(PARTIAL)));
+    fs::rename(path, &deleted).map_err(CheckpointError::io("delete", path))?;
+    // What cannot be deleted now (files that are open, on a network file system) goes before the next checkpoint.
+    let _ = fs::remove_dir_all(&deleted);
     Ok(())
 }
 
@@ -126,6 +138,34 @@ mod tests {
         }
         assert_eq!(names(&folder), ["000002-step-00000010", "000003-step-00000020"]);
         assert_eq!(entries(&folder).unwrap().len(), 2, "nothing is left of what was deleted");
+    }
+
+    /// A rank that hears of a loss gives up a checkpoint, while its own thread may be about to complete it.
+    #[test]
+    fn a_checkpoint_that_is_given_up_as_it_gets_its_name_is_whole_or_not_there() {
+        let temp = tempfile::tempdir().unwrap();
+        let folder = temp.path();
+        let mut outcomes = std::collections::BTreeSet::new();
+        for round in 0..400 {
+            let sequence = begin(folder, 1).unwrap();
+            let files: Vec<_> = (0..12).map(|file| file.to_string()).collect();
+            files.iter().for_each(|file| fs::write(partial(folder, sequence, 1).join(file), file).unwrap());
+            let delay = || (0..round * 20).for_each(|_| std::hint::spin_loop());
+            let committed = std::thread::scope(|scope| {
+                let commit = scope.spawn(|| {
+                    delay();
+                    fs::rename(partial(folder, sequence, 1), folder.join(checkpoint_name(sequence, 1)))
+                });
+                discard(folder, sequence, 1);
+                commit.join().unwrap().is_ok()
+            });
+            let path = folder.join(checkpoint_name(sequence, 1));
+            let left = fs::read_dir(&path).map_or(0, Iterator::count);
+            assert_eq!(left, if committed { files.len() } else { 0 }, "round {round}");
+            outcomes.insert(committed);
+            let _ = fs::remove_dir_all(path);
+        }
+        assert!(outcomes.contains(&false), "it was never given up in time");
     }
 
     #[test]

@@ -234,8 +234,7 @@ impl Checkpoints {
     /// Removes what was written of a checkpoint that failed.
     fn discard(&self, sequence: u64, step: u64) {
         if self.runtime.rank() == 0 {
-            // If it cannot be removed now, it goes before the next checkpoint.
-            let _ = fs::remove_dir_all(folder::partial(&self.config.folder, sequence, step));
+            folder::discard(&self.config.folder, sequence, step);
         }
     }
 }

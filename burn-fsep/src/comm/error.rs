@@ -15,6 +15,8 @@ pub enum CommError {
         operation: String,
         /// What the failing rank said, or how its loss was noticed.
         reason: String,
+        /// Whether it is gone without saying why: it was killed, its machine is lost, or its program left the group.
+        lost: bool,
     },
     /// Some ranks did not come in time.
     #[error(
@@ -72,9 +74,12 @@ impl CommError {
     /// A group's failure as a rank in `operation` sees it.
     pub(crate) fn seen_from(&self, operation: &str) -> Self {
         match self {
-            CommError::PeerFailed { rank, reason, .. } => {
-                CommError::PeerFailed { rank: *rank, operation: operation.to_string(), reason: reason.clone() }
-            }
+            CommError::PeerFailed { rank, reason, lost, .. } => CommError::PeerFailed {
+                rank: *rank,
+                operation: operation.to_string(),
+                reason: reason.clone(),
+                lost: *lost,
+            },
             other => other.clone(),
         }
     }

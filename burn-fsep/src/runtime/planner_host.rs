@@ -8,7 +8,10 @@ use burn_fsep_planner::{
 };
 
 use super::FsepRuntime;
-use crate::comm::{Operation, all_gather_u64};
+use crate::{
+    FsepError,
+    comm::{Operation, all_gather_u64},
+};
 
 impl PlannerHost for FsepRuntime {
     fn num_layers(&self) -> usize {
@@ -40,7 +43,7 @@ impl PlannerHost for FsepRuntime {
             return Ok(Vec::new());
         }
         let all = all_gather_u64(self.comm(), Operation::new("agreement on layouts"), values)
-            .map_err(|error| CallbackError::Host(Box::new(error)))?;
+            .map_err(|error| CallbackError::Host(Box::new(FsepError::from(error))))?;
         let mut smallest = values.to_vec();
         for theirs in all.chunks_exact(values.len()) {
             for (a, &b) in smallest.iter_mut().zip(theirs) {

@@ -41,28 +41,27 @@ impl LearnerCheckpoints {
         Ok(Self { checkpoints, every: config.and_then(|config| config.every), event_store, progress, saved })
     }
 
-    /// After a batch and its callbacks: saves a checkpoint if one is due, and completes one whose files are written.
-    pub fn after_batch<M: LearnerModel>(
-        &mut self,
-        learner: &Learner<M>,
-        nothing_accumulated: bool,
-    ) -> Result<(), FsepError> {
-        let is_due = self.every.is_some_and(|every| self.progress.step.is_multiple_of(every));
-        if is_due && nothing_accumulated {
-            return self.save(learner);
-        }
+    /// Whether a checkpoint is due after a step.
+    pub fn is_due(&self) -> bool {
+        self.every.is_some_and(|every| self.progress.step.is_multiple_of(every))
+    }
+
+    /// Completes a checkpoint whose files are written.
+    pub fn poll(&mut self) -> Result<(), FsepError> {
         if let Some(checkpoints) = &mut self.checkpoints {
             checkpoints.poll()?;
         }
         Ok(())
     }
 
-    /// Saves a checkpoint, unless the newest one is of this step.
+    /// Whether there is nothing to save: no checkpoints are wanted, or the newest one is of this step.
+    pub fn is_saved(&self) -> bool {
+        self.checkpoints.is_none() || self.saved == Some(self.progress.step)
+    }
+
+    /// Saves a checkpoint.
     pub fn save<M: LearnerModel>(&mut self, learner: &Learner<M>) -> Result<(), FsepError> {
         let Some(checkpoints) = &mut self.checkpoints else { return Ok(()) };
-        if self.saved == Some(self.progress.step) {
-            return Ok(());
-        }
         let (model, optimizer, scheduler) = records(learner, &self.event_store)?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
         checkpoints.save_records(&learner.model(), model, optimizer, &progress)?;

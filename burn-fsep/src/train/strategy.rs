@@ -128,6 +128,21 @@ impl FsepStrategy {
         Ok(())
     }
 
+    /// Saves a checkpoint, unless the newest one is of this step.
+    fn save<M: LearnerModel>(
+        &self,
+        checkpoints: &mut LearnerCheckpoints,
+        learner: &Learner<M>,
+    ) -> Result<(), FsepError> {
+        if checkpoints.is_saved() {
+            return Ok(());
+        }
+        if self.runtime.rank() == 0 {
+            self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
+        }
+        checkpoints.save(learner)
+    }
+
     fn optimize<M: LearnerModel>(&self, learner: &mut Learner<M>, mut grads: GradientsParams) -> Result<(), FsepError> {
         let model = learner.model();
         match &self.buckets {
@@ -188,7 +203,11 @@ impl FsepStrategy {
             checkpoints.progress.iteration = iteration as u64;
             checkpoints.progress.step += u64::from(accumulated == 0);
             self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
-            checkpoints.after_batch(learner, accumulated == 0)?;
+            if accumulated == 0 && checkpoints.is_due() {
+                self.save(checkpoints, learner)?;
+            } else {
+                checkpoints.poll()?;
+            }
             let item = TrainingItem::new(output.item, progress, Some(iteration), Some(learner.lr_current()));
             interrupter.fail_on_error(events.process_train(LearnerEvent::ProcessedItem(item)));
         }
@@ -272,6 +291,9 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
             }
             let (config, event_store) = (self.checkpoints.as_ref(), components.event_store.clone());
             let mut checkpoints = LearnerCheckpoints::new(config, &self.runtime, progress, event_store)?;
+            if self.start.step > 0 {
+                self.each_callback(|callback| callback.on_resume(&self.start.records))?;
+            }
             self.each_callback(|callback| callback.on_train_start(&self.runtime))?;
             for epoch in checkpoints.progress.epoch as usize..=components.num_epochs {
                 let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
@@ -296,13 +318,13 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
                     .as_mut()
                     .is_some_and(|strategy| strategy.should_stop(epoch, &components.event_store));
                 checkpoints.progress = checkpoints.progress.clone().with_epoch(epoch as u64 + 1, 0);
-                checkpoints.save(&learner)?;
+                self.save(&mut checkpoints, &learner)?;
                 if !self.agree_to_go_on(&interrupter, !stops_early)? {
                     break;
                 }
             }
             // Where training was stopped in an epoch; elsewhere it is there already.
-            checkpoints.save(&learner)?;
+            self.save(&mut checkpoints, &learner)?;
             checkpoints.finish()?;
             self.each_callback(|callback| callback.on_train_end(&self.runtime))
         };

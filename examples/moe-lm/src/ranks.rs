@@ -139,16 +139,13 @@ fn run_process<T>(
     let (rank, first_reports) = (environment.rank, Cell::new(false));
     let run = || {
         config.run(|comm| {
-            // Its errors reach the first rank, unless that one is lost itself.
             let result = program(comm.clone());
-            let is_first_lost = match (comm.failure(), &result) {
-                // What both found out, the first rank has said.
-                (Some(CommError::PeerFailed { rank: 0, reason, .. }), Err(error)) => reason != error.to_string(),
-                _ => false,
-            };
+            // Of a rank that did not say why it is gone, every other one says what it knows; all else reaches the first rank.
+            let is_loss =
+                matches!(comm.failure(), Some(CommError::PeerFailed { lost: true, .. } | CommError::Timeout { .. }));
             // mpirun kills the others, the first rank too, as soon as it sees a rank end with an error of its own.
             let speaks_itself = args.comm == Comm::Mpi && lost_peer(&*comm).is_none();
-            first_reports.set(rank != 0 && !(rank == 1 && is_first_lost) && !speaks_itself);
+            first_reports.set(rank != 0 && !is_loss && !speaks_itself);
             result
         })
     };

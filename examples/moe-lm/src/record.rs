@@ -152,6 +152,10 @@ impl Output {
         self.file.flush()
     }
 
+    fn failed(&self, error: std::io::Error) -> CallbackError {
+        CallbackError::Host(format!("{}: {error}", self.path.display()).into())
+    }
+
     fn write(&mut self, row: &StepRow) -> std::io::Result<()> {
         serde_json::to_writer(&mut self.file, row)?;
         writeln!(self.file)?;
@@ -237,17 +241,24 @@ impl TrainingCallback for Recorder {
         };
         self.last = now;
         if let Some(output) = &mut self.output {
-            let written = output.write(&row);
-            written.map_err(|error| CallbackError::Host(format!("{}: {error}", output.path.display()).into()))?;
+            output.write(&row).map_err(|error| output.failed(error))?;
         }
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
         Ok(())
     }
 
+    /// A job that goes on from the checkpoint keeps the rows up to there.
+    fn on_checkpoint(&mut self, _: &mut BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+        match &mut self.output {
+            Some(output) => output.file.flush().map_err(|error| output.failed(error)),
+            None => Ok(()),
+        }
+    }
+
     fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
         if let Some(output) = &mut self.output {
             output.bar.finish();
-            output.file.flush().map_err(|error| CallbackError::Host(Box::new(error)))?;
+            output.file.flush().map_err(|error| output.failed(error))?;
         }
         Ok(())
     }

@@ -226,6 +226,7 @@ impl Communicator for LocalCommunicator {
             rank: self.rank(),
             operation: "abort".into(),
             reason: reason.into(),
+            lost: false,
         });
     }
 

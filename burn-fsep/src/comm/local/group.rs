@@ -119,6 +119,7 @@ impl Group {
                     rank: gone,
                     operation: operation.to_string(),
                     reason: "it left the group (its thread ended or it dropped its communicator)".into(),
+                    lost: true,
                 };
                 state.failure.get_or_insert(error.clone());
                 self.changed.notify_all();

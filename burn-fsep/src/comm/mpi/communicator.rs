@@ -215,7 +215,7 @@ impl Communicator for MpiCommunicator {
         if self.group.failure().is_none() {
             self.group.control.abort(reason);
         }
-        self.group.fail(CommError::PeerFailed { rank, operation, reason: reason.into() });
+        self.group.fail(CommError::PeerFailed { rank, operation, reason: reason.into(), lost: false });
     }
 
     fn failure(&self) -> Option<CommError> {

@@ -42,8 +42,8 @@ struct Member {
 impl Drop for Member {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let (rank, operation) = (self.group.rank, "abort".into());
-            self.group.fail(CommError::PeerFailed { rank, operation, reason: "its program panicked".into() });
+            let (rank, operation, reason) = (self.group.rank, "abort".into(), "its program panicked".into());
+            self.group.fail(CommError::PeerFailed { rank, operation, reason, lost: false });
         }
         self.group.leave();
     }
@@ -261,6 +261,7 @@ impl Communicator for ProcessCommunicator {
             rank: self.rank(),
             operation: "abort".into(),
             reason: reason.into(),
+            lost: false,
         });
     }
 

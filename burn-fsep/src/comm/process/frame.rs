@@ -187,9 +187,10 @@ fn encode_error(error: &CommError) -> Vec<u8> {
         out.extend_from_slice(text.as_bytes());
     };
     match error {
-        CommError::PeerFailed { rank, operation, reason } => {
+        CommError::PeerFailed { rank, operation, reason, lost } => {
             number(&mut out, 0);
             number(&mut out, *rank as u64);
+            number(&mut out, u64::from(*lost));
             text(&mut out, operation);
             text(&mut out, reason);
         }
@@ -236,7 +237,10 @@ fn decode_error(bytes: &mut &[u8]) -> io::Result<CommError> {
         String::from_utf8(read_bytes(bytes, len.min(MAX_ERROR))?).map_err(|_| garbled())
     };
     Ok(match take_u64(bytes)? {
-        0 => CommError::PeerFailed { rank: size(bytes)?, operation: text(bytes)?, reason: text(bytes)? },
+        0 => {
+            let (rank, lost) = (size(bytes)?, take_u64(bytes)? != 0);
+            CommError::PeerFailed { rank, operation: text(bytes)?, reason: text(bytes)?, lost }
+        }
         1 => {
             let operation = text(bytes)?;
             let nanos = |nanos: u64| u32::try_from(nanos).ok().filter(|&n| n < 1_000_000_000).ok_or_else(garbled);
@@ -286,7 +290,8 @@ mod tests {
     fn errors_arrive_as_they_were() {
         let (operation, reason) = (String::from("sum of layer 3"), String::from("außer Atem"));
         for error in [
-            CommError::PeerFailed { rank: 7, operation: operation.clone(), reason: reason.clone() },
+            CommError::PeerFailed { rank: 7, operation: operation.clone(), reason: reason.clone(), lost: false },
+            CommError::PeerFailed { rank: 0, operation: operation.clone(), reason: reason.clone(), lost: true },
             CommError::Timeout { operation: operation.clone(), waited: Duration::MAX, missing: vec![1, 2] },
             CommError::Mismatch {
                 sequence: 5,

@@ -95,7 +95,7 @@ impl Group {
             let Some((stream, receiver)) = queue else { continue };
             if let Err(error) = link::start(&group, peer, stream, receiver) {
                 let reason = format!("no threads for its connections: {error}");
-                group.fail(CommError::PeerFailed { rank, operation: "start".into(), reason });
+                group.fail(CommError::PeerFailed { rank, operation: "start".into(), reason, lost: false });
                 group.leave();
                 return Err(system("threads for the connections")(error));
             }
@@ -194,7 +194,7 @@ impl Group {
         }
         if let Some(&gone) = missing.iter().find(|&&peer| matches!(standing(peer), Standing::Left)) {
             let reason = "it left the group (its program ended or it dropped its communicator)".into();
-            let error = CommError::PeerFailed { rank: gone, operation: operation.into(), reason };
+            let error = CommError::PeerFailed { rank: gone, operation: operation.into(), reason, lost: true };
             return Err(self.end(state, error, true));
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -261,7 +261,7 @@ impl Group {
             state.peers[peer].standing = Standing::Ended;
             if !state.has_left {
                 let operation = "waiting for its peers".into();
-                self.end(&mut state, CommError::PeerFailed { rank: peer, operation, reason }, false);
+                self.end(&mut state, CommError::PeerFailed { rank: peer, operation, reason, lost: true }, false);
             }
         }
     }

@@ -1,7 +1,7 @@
 use super::token::{self, JobToken};
 
 /// Grows with every change of what ranks send each other. Ranks of different byte order do not understand each other either.
-pub(super) const VERSION: u32 = 1 | if cfg!(target_endian = "big") { 1 << 31 } else { 0 };
+pub(super) const VERSION: u32 = 2 | if cfg!(target_endian = "big") { 1 << 31 } else { 0 };
 
 /// What every connection of the engine begins with.
 pub(super) const MAGIC: [u8; 8] = *b"FSEPrank";

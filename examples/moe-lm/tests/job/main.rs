@@ -3,6 +3,8 @@
 mod bad_input;
 mod checkpoints;
 mod common;
+#[cfg(target_os = "linux")]
+mod kills;
 mod launch_files;
 #[cfg(feature = "libtorch")]
 mod libtorch;
@@ -10,6 +12,8 @@ mod libtorch;
 mod mpi;
 #[cfg(unix)]
 mod processes;
+#[cfg(target_os = "linux")]
+mod ranks;
 #[cfg(target_os = "linux")]
 mod soak;
 mod training;
