@@ -30,7 +30,7 @@ use burn_fsep::{
 };
 use burn_fsep_benches::{
     Times,
-    fused::{attention, rms_norm},
+    fused::{BackwardMark, BackwardSpan, attention, rms_norm},
 };
 use burn_fsep_planner::{
     PlannerConfig, Strategy,
@@ -162,7 +162,9 @@ impl Transformer {
             let prepared = buckets.map(|buckets| buckets.prepare(block, &x));
             let block = prepared.as_ref().unwrap_or(block);
             let span = runtime.timeline().and_then(|timeline| timeline.compute("attention"));
-            let normed = rms_norm(x.clone(), block.attention_norm.val());
+            // All that backward computes between the experts of this layer and those of the one before.
+            let backward = BackwardSpan::new("attention in backward", runtime.timeline());
+            let normed = rms_norm(x.clone(), block.attention_norm.val(), BackwardMark::Ends(backward.clone()));
             let heads = |linear: &Linear| {
                 linear.forward(normed.clone()).reshape([sequences, length, heads, HEAD]).swap_dims(1, 2)
             };
@@ -170,7 +172,7 @@ impl Transformer {
             let attended = attended.swap_dims(1, 2).reshape([tokens, hidden]);
             let x = x + block.output.forward(attended);
             drop(span);
-            x.clone() + block.moe.forward(rms_norm(x, block.moe_norm.val()))
+            x.clone() + block.moe.forward(rms_norm(x, block.moe_norm.val(), BackwardMark::Begins(backward)))
         })
     }
 }

@@ -1,6 +1,8 @@
 //! Attention and normalisation of LibTorch with their own backward passes, for benchmarks: Burn's autodiff computes both
 //! with operations so small that they, not the layer under test, would fill the step.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use burn::{
     backend::{
         Autodiff, Backend, Dispatch, LibTorch,
@@ -14,6 +16,7 @@ use burn::{
     },
     tensor::Tensor,
 };
+use burn_fsep::{Timeline, TimelineSpan};
 use burn_tch::TchTensor;
 
 /// Causal attention. `[B, H, L, D / H]`, three times and once
@@ -24,8 +27,50 @@ pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4
 }
 
 /// RMS normalisation with a weight, `[D]`. `[T, D] -> [T, D]`
-pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>) -> Tensor<2> {
-    Tensor::from_dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), weight.into_dispatch()))
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, mark: BackwardMark) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), weight.into_dispatch(), mark))
+}
+
+/// What an operation does to a span of a timeline in backward.
+#[derive(Debug, Clone)]
+pub enum BackwardMark {
+    /// Begins it, before it computes.
+    Begins(BackwardSpan),
+    /// Ends it, when it has computed.
+    Ends(BackwardSpan),
+}
+
+/// A span of backward, between two operations.
+#[derive(Debug, Clone)]
+pub struct BackwardSpan {
+    name: &'static str,
+    timeline: Option<Timeline>,
+    open: Arc<Mutex<Option<TimelineSpan>>>,
+}
+
+impl BackwardSpan {
+    /// A span of compute of this name.
+    pub fn new(name: &'static str, timeline: Option<&Timeline>) -> Self {
+        Self { name, timeline: timeline.cloned(), open: Arc::default() }
+    }
+
+    fn set(&self, span: Option<TimelineSpan>) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = span;
+    }
+}
+
+impl BackwardMark {
+    fn before(&self) {
+        if let Self::Begins(span) = self {
+            span.set(span.timeline.as_ref().and_then(|timeline| timeline.compute(span.name)));
+        }
+    }
+
+    fn after(&self) {
+        if let Self::Ends(span) = self {
+            span.set(None);
+        }
+    }
 }
 
 /// Both operations, with autodiff.
@@ -36,7 +81,7 @@ pub trait FusedOps: Backend {
     -> FloatTensor<Self>;
 
     /// [`rms_norm`]
-    fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, mark: BackwardMark) -> FloatTensor<Self>;
 }
 
 /// An operation that LibTorch differentiates by itself.
@@ -110,7 +155,7 @@ impl FusedOps for LibTorch {
         Self::detached(&Self::run([query, key, value], torch_attention))
     }
 
-    fn fused_rms_norm(x: TchTensor, weight: TchTensor) -> TchTensor {
+    fn fused_rms_norm(x: TchTensor, weight: TchTensor, _mark: BackwardMark) -> TchTensor {
         Self::detached(&Self::run([x, weight], torch_rms_norm))
     }
 }
@@ -119,27 +164,30 @@ impl FusedOps for LibTorch {
 struct TorchBackward;
 
 impl<B: TorchOps, const N: usize> Backward<B, N> for TorchBackward {
-    type State = Recorded<B, N>;
+    type State = (Recorded<B, N>, Option<BackwardMark>);
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        for (node, gradient) in ops.parents.into_iter().zip(B::differentiate(ops.state, grad)) {
+        let (recorded, mark) = ops.state;
+        mark.iter().for_each(BackwardMark::before);
+        for (node, gradient) in ops.parents.into_iter().zip(B::differentiate(recorded, grad)) {
             if let Some(node) = node {
                 grads.register::<B>(node.id, gradient);
             }
         }
+        mark.iter().for_each(BackwardMark::after);
     }
 }
 
 /// Runs `function` with autodiff.
 macro_rules! differentiable {
-    ($inputs:expr, $function:expr) => {{
+    ($inputs:expr, $function:expr, $mark:expr) => {{
         let inputs = $inputs;
         let nodes = inputs.each_ref().map(|input| input.node());
         let recorded = B::run(inputs.map(|input| input.into_primitive()), $function);
         let output = B::detached(&recorded);
         match TorchBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(recorded, output),
+            OpsKind::Tracked(prep) => prep.finish((recorded, $mark), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }};
@@ -151,10 +199,10 @@ impl<B: TorchOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        differentiable!([query, key, value], torch_attention)
+        differentiable!([query, key, value], torch_attention, None)
     }
 
-    fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        differentiable!([x, weight], torch_rms_norm)
+    fn fused_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, mark: BackwardMark) -> FloatTensor<Self> {
+        differentiable!([x, weight], torch_rms_norm, Some(mark))
     }
 }
