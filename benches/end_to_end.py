@@ -67,6 +67,7 @@ def parse():
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--slots", type=int, help="of a rank under FSEP [default: just enough for all experts, plus one]")
+    parser.add_argument("--loss-tolerance", type=float, default=1e-3, help="largest relative difference of the sides' losses; more in bf16")
     parser.add_argument("options", nargs="*", help="further options of moe-lm, after `--`")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -179,7 +180,7 @@ def main():
             f"{case:9}{', '.join(f'{s:.0f}' for s in speeds[0]):>20}{', '.join(f'{s:.0f}' for s in speeds[1]):>20}{ratio:7.2f}x"
             f"{before:9.3f}{after:9.3f}{worst:12.3f}{difference:17.1e}   {verdict(case, ratio, before, after)}"
         )
-        if difference > 1e-3:
+        if difference > args.loss_tolerance:
             sys.exit(f"{case}: the two sides do not train the same model")
 
 
