@@ -186,7 +186,8 @@ impl LayerPlanner {
             return Ok(false);
         }
         let (ranks, experts) = (self.produced.num_ranks(), self.produced.num_experts());
-        self.produced = Layout::new(ranks, self.slots_per_rank, experts, state::take(state)?)?;
+        self.produced = Layout::new(ranks, self.slots_per_rank, experts, state::take(state)?)
+            .map_err(|error| PlannerError::State(error.to_string()))?;
         self.predictor.load(state)?;
         self.solver.load(state)?;
         let fits = |counts: RoutingCounts| (counts.num_ranks(), counts.num_experts()) == (ranks, experts);
@@ -276,6 +277,35 @@ mod tests {
         }
         let longer = [&state[..], &[0]].concat();
         assert!(matches!(planner_of(Strategy::MinMax, 4).load(&longer), Err(PlannerError::State(_))));
+    }
+
+    /// Any byte of a state may be another: it is an error, or a state that can be planned with.
+    #[test]
+    fn a_corrupted_state_never_panics() {
+        for strategy in [Strategy::Paper, Strategy::MinMax] {
+            let mut planner = planner_of(strategy, 4);
+            for step in 0..3 {
+                planner.plan(&drifting(step, 4)).unwrap();
+            }
+            let state = planner.save().unwrap();
+            let (mut rejected, mut taken) = (0, 0);
+            for at in 0..state.len() {
+                for byte in [0x00, 0x01, 0x7f, 0x90, 0xc0, 0xcb, 0xff, state[at] ^ 1, state[at].wrapping_add(1)] {
+                    let mut corrupted = state.clone();
+                    corrupted[at] = byte;
+                    let mut other = planner_of(strategy, 4);
+                    match other.load(&corrupted) {
+                        Ok(_) => {
+                            (3..5).for_each(|step| _ = other.plan(&drifting(step, 4)).unwrap());
+                            taken += 1;
+                        }
+                        Err(PlannerError::State(_)) => rejected += 1,
+                        Err(error) => panic!("{strategy}, byte {at} as {byte:#x}: {error}"),
+                    }
+                }
+            }
+            assert!(rejected > 100 && taken > 100, "{strategy}: {rejected} {taken}");
+        }
     }
 
     #[test]

@@ -5,11 +5,29 @@ use crate::PlannerError;
 /// Routing counts `n[s, e]` of one layer in one step: how many assignments (token, expert) the tokens of source
 /// rank `s` have to expert `e`. Shape `[N, E]`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct RoutingCounts {
     num_ranks: usize,
     num_experts: usize,
     /// Row-major `[N, E]`.
     counts: Vec<u32>,
+}
+
+/// What is read may be anything.
+#[derive(Deserialize)]
+#[serde(rename = "RoutingCounts")]
+struct Unchecked {
+    num_ranks: usize,
+    num_experts: usize,
+    counts: Vec<u32>,
+}
+
+impl TryFrom<Unchecked> for RoutingCounts {
+    type Error = PlannerError;
+
+    fn try_from(Unchecked { num_ranks, num_experts, counts }: Unchecked) -> Result<Self, PlannerError> {
+        Self::new(num_ranks, num_experts, counts)
+    }
 }
 
 impl RoutingCounts {
@@ -26,10 +44,10 @@ impl RoutingCounts {
         if num_experts == 0 {
             return Err(PlannerError::Zero { what: "number of experts" });
         }
-        if counts.len() != num_ranks * num_experts {
+        if num_ranks.checked_mul(num_experts) != Some(counts.len()) {
             return Err(PlannerError::Shape {
                 what: format!("routing counts for {num_ranks} ranks x {num_experts} experts"),
-                expected: num_ranks * num_experts,
+                expected: num_ranks.saturating_mul(num_experts),
                 actual: counts.len(),
             });
         }

@@ -81,7 +81,15 @@ impl Predictor for Adaptive {
             return Err(PlannerError::State(format!("{} predictors, not {}", errors.len(), self.predictors.len())));
         }
         self.errors = errors;
-        self.predictors.iter_mut().try_for_each(|predictor| predictor.load(state))
+        self.predictors.iter_mut().try_for_each(|predictor| predictor.load(state))?;
+        // All have seen the same steps.
+        let mut predictions = self.predictors.iter().map(|predictor| predictor.predict());
+        let sizes = |counts: RoutingCounts| (counts.num_ranks(), counts.num_experts());
+        let first = predictions.next().flatten().map(sizes);
+        if predictions.any(|prediction| prediction.map(sizes) != first) || self.errors.iter().any(|e| !e.is_finite()) {
+            return Err(PlannerError::State("its predictors have not seen the same steps".into()));
+        }
+        Ok(())
     }
 }
 

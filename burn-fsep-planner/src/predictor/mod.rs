@@ -12,7 +12,9 @@ pub use moving_average::MovingAverage;
 pub use moving_sum::MovingSum;
 pub use recurring::Recurring;
 
-use crate::{PlannerError, RoutingCounts};
+use std::collections::VecDeque;
+
+use crate::{PlannerError, RoutingCounts, state};
 
 /// Predicts a layer's routing counts. Deterministic: the same history gives the same prediction on every rank.
 pub trait Predictor: Send + std::fmt::Debug {
@@ -63,6 +65,15 @@ fn check_sizes(last: Option<&RoutingCounts>, counts: &RoutingCounts) -> Result<(
         }
     }
     Ok(())
+}
+
+/// The past steps that come next in a state: at most `window`, of the same sizes.
+fn take_history(state: &mut &[u8], window: usize) -> Result<VecDeque<RoutingCounts>, PlannerError> {
+    let history: VecDeque<RoutingCounts> = state::take(state)?;
+    if history.len() > window || history.iter().any(|counts| check_sizes(history.back(), counts).is_err()) {
+        return Err(PlannerError::State(format!("it has no history of at most {window} steps of the same sizes")));
+    }
+    Ok(history)
 }
 
 #[cfg(test)]

@@ -64,6 +64,10 @@ impl Predictor for MovingAverage {
 
     fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
         (self.mean, self.last) = state::take(state)?;
+        let loads = self.last.as_ref().map_or(0, |last| last.as_slice().len());
+        if self.mean.len() != loads || self.mean.iter().any(|&mean| !(mean.is_finite() && mean >= 0.0)) {
+            return Err(PlannerError::State(format!("it has no mean of {loads} loads")));
+        }
         Ok(())
     }
 }

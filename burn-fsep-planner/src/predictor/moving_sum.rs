@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use super::{Predictor, check_sizes};
+use super::{Predictor, check_sizes, take_history};
 use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like the mean of the last few: the paper's predictor, which sums the last 5 (LAER-MoE, section
@@ -65,7 +65,7 @@ impl Predictor for MovingSum {
     }
 
     fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
-        self.history = state::take(state)?;
+        self.history = take_history(state, self.window)?;
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use super::{Predictor, check_sizes, distance};
+use super::{Predictor, check_sizes, distance, take_history};
 use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like the one that followed the past step most like the last: right where routing repeats itself, with
@@ -60,7 +60,7 @@ impl Predictor for Recurring {
     }
 
     fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
-        self.history = state::take(state)?;
+        self.history = take_history(state, self.window)?;
         Ok(())
     }
 }
