@@ -174,13 +174,13 @@ def main():
         before = mean(row["imbalance"] for row in counted(static))
         after = mean(row["imbalance"] for row in counted(fsep))
         worst = max(row["imbalance_max"] for row in counted(fsep))
-        pairs = [(a["loss"], b["loss"]) for ours, theirs in zip(static, fsep) for a, b in zip(ours, theirs)]
+        pairs = [(a["loss"], b["loss"]) for ours, theirs in zip(static, fsep) for a, b in zip(ours, theirs, strict=True)]
         difference = max(abs(a - b) / a for a, b in pairs)
         print(
             f"{case:9}{', '.join(f'{s:.0f}' for s in speeds[0]):>20}{', '.join(f'{s:.0f}' for s in speeds[1]):>20}{ratio:7.2f}x"
             f"{before:9.3f}{after:9.3f}{worst:12.3f}{difference:17.1e}   {verdict(case, ratio, before, after)}"
         )
-        if difference > args.loss_tolerance:
+        if not difference <= args.loss_tolerance:
             sys.exit(f"{case}: the two sides do not train the same model")
 
 

@@ -267,6 +267,20 @@ fn inputs_of_another_type_are_refused() {
 }
 
 #[test]
+fn inputs_without_tokens_are_empty_outputs_or_refused() {
+    let runtime = FsepRuntime::single();
+    let config = FSEPMoEConfig::new(HIDDEN, 6, 4);
+    let layer = config.try_init(&runtime, &device()).unwrap();
+    let output = layer.try_forward(Tensor::<3>::zeros([0, 3, HIDDEN], &device())).unwrap().hidden;
+    assert_eq!(output.dims(), [0, 3, HIDDEN]);
+    let input = || Tensor::<3>::zeros([3, 0, HIDDEN], &device());
+    let dense = config.init_dense(5, 0, &device()).unwrap();
+    for error in [layer.try_forward(input()).unwrap_err(), dense.try_forward(input()).unwrap_err()] {
+        assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("without a token")), "{error}");
+    }
+}
+
+#[test]
 fn logits_that_are_not_finite_are_refused_on_every_rank() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let results = ranks(2, |comm| {

@@ -102,7 +102,7 @@ pub fn load<M: Module>(
     let (model, optimizer) = agree(comm, APPLY, applied)?;
     for (layer, layout) in layouts {
         let failed = |error: crate::FsepError| CheckpointError::Config(error.to_string());
-        runtime.set_layout(layer, Arc::new(layout)).map_err(failed)?;
+        runtime.resume_layout(layer, Arc::new(layout)).map_err(failed)?;
     }
     let progress = TrainingProgress { records, ..manifest.progress() };
     Ok(Loaded { model, optimizer, progress, path, skipped: Vec::new() })

@@ -3,7 +3,7 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::silu},
 };
 
-use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::load_balancing_loss};
+use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::load_balancing_loss, tokens::token_rows};
 use crate::{
     FsepError,
     shard::{ExpertShape, expert_parameters},
@@ -54,9 +54,8 @@ impl DenseMoE {
     /// As [`TopKRouter::forward`].
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         let dims = hidden.dims();
-        let width = dims[R - 1];
-        let num_tokens = dims[..R - 1].iter().product::<usize>();
-        let tokens = hidden.reshape([num_tokens, width]);
+        let tokens = token_rows(hidden)?;
+        let [num_tokens, width] = tokens.dims();
         let topk = self.router.topk();
 
         let routed = self.router.forward(tokens.clone())?;

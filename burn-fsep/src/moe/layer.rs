@@ -5,7 +5,7 @@ use burn::{
     tensor::{FloatDType, Tensor},
 };
 
-use super::{FsepExperts, TopKRouter, assignments::Assignments, losses::load_balancing_loss};
+use super::{FsepExperts, TopKRouter, assignments::Assignments, losses::load_balancing_loss, tokens::token_rows};
 use crate::{
     FsepError, FsepRuntime,
     ops::{self, MoeStep, Tracked, WeightStorage},
@@ -102,9 +102,7 @@ impl FSEPMoE {
         let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff, compute_dtype } = &self.settings;
         let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
         let dims = hidden.dims();
-        let width = dims[R - 1];
-        let num_tokens = dims[..R - 1].iter().product::<usize>();
-        let tokens = hidden.reshape([num_tokens, width]);
+        let tokens = token_rows(hidden)?;
 
         let routed = self.router.forward(tokens.clone())?;
         let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(routed.experts, num_experts);

@@ -7,6 +7,7 @@ mod experts;
 mod layer;
 mod losses;
 mod router;
+mod tokens;
 
 pub use config::{ExpertParallelism, FSEPMoEConfig};
 pub use dense::DenseMoE;

@@ -213,6 +213,13 @@ impl FsepRuntime {
         state.set_layout(layout)
     }
 
+    /// A layer goes on with the layout of a checkpoint: nothing has moved since the step before.
+    pub(crate) fn resume_layout(&self, layer: usize, layout: Arc<Layout>) -> Result<(), FsepError> {
+        self.set_layout(layer, layout)?;
+        self.layer(layer).forget_moved_slots();
+        Ok(())
+    }
+
     /// What the layers' last training forward passes looked like.
     pub fn stats(&self) -> StepStats {
         StepStats { layers: self.inner.layers.read().iter().filter_map(|layer| layer.stats()).collect() }

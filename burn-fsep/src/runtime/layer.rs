@@ -14,7 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use super::LayerStats;
 use crate::{
     FsepError,
-    comm::{Communicator, ExchangePlan, Operation},
+    comm::{CommError, Communicator, ExchangePlan, Operation},
     ops::{NOT_FINITE, RoutingOps, Tracked, counts_of, token_exchange},
     schedule::Restore,
     shard::{ExpertShape, UnshardPlan},
@@ -158,6 +158,11 @@ impl LayerState {
         Ok(())
     }
 
+    /// The layout in use counts as the one before: it came from a checkpoint.
+    pub fn forget_moved_slots(&self) {
+        self.active.write().moved_slots = 0;
+    }
+
     /// Gathers the counts of all ranks, checks that all mean the same layer, and plans the dispatch.
     pub fn route(
         &self,
@@ -257,6 +262,10 @@ impl LayerState {
                 return Err(error);
             }
             let ends = &theirs[HEADER..];
+            if !ends.is_sorted() {
+                let reason = format!("what came from rank {peer} are no counts");
+                return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
+            }
             if ends[num_experts] != ends[num_experts - 1] {
                 return Err(FsepError::Config(format!("the logits of rank {peer}'s router are {NOT_FINITE}")));
             }

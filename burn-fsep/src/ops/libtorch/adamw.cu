@@ -65,7 +65,7 @@ __device__ void adamw(const P *param, const P *grad, const M *moment_1, const M 
     for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < len; i += stride) {
         int count = len - i < 8 ? (int)(len - i) : 8;
         bool whole = aligned && count == 8;
-        float p[8], g[8], m[8], v[8];
+        float p[8] = {}, g[8] = {}, m[8] = {}, v[8] = {};
         load(param + i, whole, count, p);
         load(grad + i, whole, count, g);
         load(moment_1 + i, whole, count, m);

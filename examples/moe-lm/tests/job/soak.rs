@@ -13,7 +13,8 @@ use crate::{common::small_job, processes::launcher_of};
 const RANKS: usize = 4;
 /// What memory may grow from the early to the late steps. The curves that a job keeps to draw them at its end take about 0.3 KiB
 /// a step, 0.4 MiB between the two parts of 2,000 steps; the allocator's own reuse varies by some 0.1 MiB. The least tensor of
-/// this job is 2 KiB, a layer's restored experts are 72: what is leaked in every step, or in every fourth, exceeds this.
+/// this job is 2 KiB, a layer's restored experts are 72: a leak in every one of 2,000 steps exceeds this. The 200 steps of the
+/// usual tests see threads, files and leaked layers.
 const TOLERANCE_KIB: usize = 1024;
 
 /// What a process has at some step.
