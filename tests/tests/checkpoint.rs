@@ -116,6 +116,21 @@ fn the_same_ranks_go_on_bit_for_bit() {
 }
 
 #[test]
+fn the_layouts_of_a_checkpoint_count_as_no_move() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, _) = train_and_save(&config(3), 3, folder.path());
+    let moved = on_ranks(3, |runtime| {
+        let before = runtime.layout(0);
+        let mut trainer = load(&config(3), runtime, &path)?;
+        assert_ne!(before, runtime.layout(0));
+        let steps = [(); 2].map(|()| trainer.train(&items(), BATCH, 1).map(|_| runtime.stats().moved_slots()));
+        let [first, second] = steps;
+        Ok((first?, second?))
+    });
+    assert!(moved.iter().all(|(first, second)| *first == 0 && *second > 0), "{moved:?}");
+}
+
+#[test]
 fn any_number_of_ranks_goes_on_from_any_other() {
     let fewest = |ranks| (ranks, config(fewest_slots(ranks)));
     let more = |ranks| (ranks, config((fewest_slots(ranks) + 2).min(8)));
