@@ -30,5 +30,6 @@ export MASTER_ADDR MASTER_PORT BURN_FSEP_TOKEN
 
 # Tasks see all GPUs of their node (no --gpus-per-task) and take the one of their SLURM_LOCALID.
 srun --kill-on-bad-exit=1 "${MOE_LM:-target/release/moe-lm}" \
-    --comm nccl --backend libtorch --device cuda --mixed-precision --ranks-per-node 8 --timeout 300 \
+    --comm nccl --backend libtorch --device cuda --mixed-precision --ranks-per-node 8 \
+    --timeout 300 --rendezvous-timeout 300 \
     --batch 64 --out "out/$SLURM_JOB_NAME" --checkpoint-every 500 --resume auto "$@"

@@ -135,7 +135,8 @@ fn run_process<T>(
     args: &ParallelArgs,
     program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, MoeLmError>,
 ) -> Result<T, MoeLmError> {
-    let config = environment.process_config()?.with_timeout(args.timeout()).with_rendezvous_timeout(args.timeout());
+    let config = environment.process_config()?;
+    let config = config.with_timeout(args.timeout()).with_rendezvous_timeout(args.rendezvous_timeout());
     let (rank, first_reports) = (environment.rank, Cell::new(false));
     let run = || {
         config.run(|comm| {

@@ -23,9 +23,12 @@ pub struct ParallelArgs {
     /// cpu; cuda: a GPU for each rank of a machine; or cuda:N: this GPU for all.
     #[arg(long, value_name = "cpu|cuda|cuda:N", default_value = "cpu")]
     pub device: DeviceArg,
-    /// Seconds that a rank waits for the others.
+    /// Seconds that a rank waits for the others in a collective.
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u32).range(1..))]
     pub timeout: u32,
+    /// Seconds that the processes of a job wait for each other at its start. More, where a scheduler starts them far apart.
+    #[arg(long, value_name = "SECONDS", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rendezvous_timeout: u32,
     /// Ranks on a node [default: all].
     #[arg(long)]
     pub ranks_per_node: Option<usize>,
@@ -120,6 +123,10 @@ const MAX_RANKS: usize = 1025;
 impl ParallelArgs {
     pub(crate) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout.into())
+    }
+
+    pub(crate) fn rendezvous_timeout(&self) -> Duration {
+        Duration::from_secs(self.rendezvous_timeout.into())
     }
 
     pub(super) fn check(&self) -> Result<(), MoeLmError> {
