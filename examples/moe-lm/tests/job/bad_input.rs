@@ -172,9 +172,21 @@ const ENVIRONMENT: &[(&str, &str, &str)] = &[
     ("OMPI_COMM_WORLD_SIZE=4", "--ranks 4", "a launcher started several processes"),
     // Ranks that do not meet.
     ("WORLD_SIZE=2", "--comm process --rendezvous-timeout 1", "rank 0 could not be reached at `127.0.0.1:1`"),
-    ("MASTER_ADDR=no.such.host.invalid", "--comm process --rendezvous-timeout 1", "`no.such.host.invalid:1`, cannot be resolved"),
-    ("RANK=0 LOCAL_RANK=0 MASTER_ADDR=192.0.2.1", "--comm process --rendezvous-timeout 1", "cannot listen on `192.0.2.1:1`"),
-    ("RANK=0 LOCAL_RANK=0 MASTER_PORT=29871", "--comm process --rendezvous-timeout 1", "rank(s) [1] did not come within 1s"),
+    (
+        "MASTER_ADDR=no.such.host.invalid",
+        "--comm process --rendezvous-timeout 1",
+        "`no.such.host.invalid:1`, cannot be resolved",
+    ),
+    (
+        "RANK=0 LOCAL_RANK=0 MASTER_ADDR=192.0.2.1",
+        "--comm process --rendezvous-timeout 1",
+        "cannot listen on `192.0.2.1:1`",
+    ),
+    (
+        "RANK=0 LOCAL_RANK=0 MASTER_PORT=29871",
+        "--comm process --rendezvous-timeout 1",
+        "rank(s) [1] did not come within 1s",
+    ),
     ("RANK=1 WORLD_SIZE=2000", "--comm process --batch 2000", "1024 the largest world size"),
 ];
 
