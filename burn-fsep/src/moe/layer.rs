@@ -175,7 +175,7 @@ mod tests {
 
     /// Compares on the scale of the largest value: single values may be differences of much larger ones.
     fn assert_close(actual: &TensorData, expected: &TensorData) {
-        assert_eq!(actual.shape, expected.shape);
+        assert_eq!(actual.shape(), expected.shape());
         let largest = expected.iter::<f32>().fold(0.0, |largest: f32, value| largest.max(value.abs()));
         for (actual, expected) in actual.iter::<f32>().zip(expected.iter::<f32>()) {
             assert!(
