@@ -6,6 +6,6 @@ mod gauge;
 mod plan;
 
 pub(crate) use expert::mix;
-pub use expert::{ExpertShape, expert_parameters, shard_of};
+pub use expert::{ExpertShape, expert_parameters};
 pub use gauge::{RestoredGauge, RestoredGuard};
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};
