@@ -12,10 +12,9 @@ mod engine;
 mod faults;
 mod layouts;
 mod model;
-#[cfg(feature = "mpi")]
-mod mpirun;
 mod parity;
-mod processes;
+mod rank_processes;
+mod rank_test;
 mod trainer;
 mod training;
 
@@ -28,12 +27,11 @@ pub use engine::launch;
 pub use faults::{Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
-#[cfg(feature = "mpi")]
-pub use mpirun::{RankProcesses, rank_over_mpi};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
-#[cfg(not(feature = "mpi"))]
-pub use processes::RankProcesses;
-pub use processes::{RankOutput, rank_of_process};
+pub use rank_processes::{Launcher, RankProcesses};
+pub use rank_test::rank_of_process;
+#[cfg(feature = "mpi")]
+pub use rank_test::rank_over_mpi;
 pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand};
 

@@ -1,7 +1,6 @@
 //! The MPI engine, with ranks that mpirun starts. Parity, training and the loss of a rank are in `rank_processes.rs`.
 
 use std::{
-    process::ExitStatus,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,7 +14,7 @@ use burn_fsep::{
     },
 };
 use burn_fsep_tests::{
-    RankOutput, RankProcesses, check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions,
+    Launcher, RankProcesses, check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions,
     check_wrong_arguments, rank_of_process, rank_over_mpi,
 };
 
@@ -159,23 +158,18 @@ fn more_expected_rank() {
     unequal_rank(21);
 }
 
-fn run(ranks: usize, test: &str) -> Vec<RankOutput> {
-    let folder = tempfile::tempdir().unwrap();
-    RankProcesses::start(ranks, test, folder.path()).wait(PATIENCE)
+fn start(ranks: usize, test: &str) -> RankProcesses {
+    RankProcesses::start_test(Launcher::RECOVERING_MPIRUN, ranks, test)
 }
 
 #[test]
 fn collectives() {
-    for (rank, output) in run(4, "collectives_rank").iter().enumerate() {
-        assert!(output.succeeded, "rank {rank}: {}", output.text);
-    }
+    start(4, "collectives_rank").wait_until_passed(PATIENCE);
 }
 
 #[test]
 fn without_comparison_all_works_and_lengths_are_compared() {
-    for (rank, output) in run(4, "unchecked_rank").iter().enumerate() {
-        assert!(output.succeeded, "rank {rank}: {}", output.text);
-    }
+    start(4, "unchecked_rank").wait_until_passed(PATIENCE);
     for (test, expects, sends) in [
         ("less_expected_rank", "expects 19 bytes in all", "sends more"),
         ("more_expected_rank", "expects 21 bytes in all", "sends 20 bytes"),
@@ -211,12 +205,8 @@ fn computing_rank() {
 #[test]
 fn exchanges_travel_behind_compute() {
     // Over TCP, for which the sender has to do something; memory is read by the receiver alone.
-    let folder = tempfile::tempdir().unwrap();
-    let options = ["--mca", "btl", "tcp,self"];
-    let outputs = RankProcesses::start_with(2, "computing_rank", folder.path(), &options).wait(PATIENCE);
-    for (rank, output) in outputs.iter().enumerate() {
-        assert!(output.succeeded, "rank {rank}: {}", output.text);
-    }
+    let launcher = Launcher::Mpirun(&["--mca", "btl", "tcp,self"]);
+    RankProcesses::start_test(launcher, 2, "computing_rank").wait_until_passed(PATIENCE);
 }
 
 /// A rank that compares signatures and waits for a short time only.
@@ -298,11 +288,11 @@ fn leaving_rank() {
 
 /// Runs ranks that must all end with an error; returns what they say.
 fn fail(ranks: usize, test: &str) -> Vec<String> {
-    let outputs = run(ranks, test);
-    for (rank, output) in outputs.iter().enumerate() {
-        assert!(output.text.contains("panicked"), "rank {rank}: {}", output.text);
-    }
-    outputs.into_iter().map(|output| output.text).collect()
+    let mut processes = start(ranks, test);
+    processes.wait(PATIENCE);
+    let said: Vec<_> = (0..ranks).map(|rank| processes.said(rank)).collect();
+    said.iter().enumerate().for_each(|(rank, said)| assert!(said.contains("panicked"), "rank {rank}: {said}"));
+    said
 }
 
 #[test]
@@ -357,11 +347,11 @@ fn starting_rank() {
 
 #[test]
 fn a_rank_lost_before_mpi_starts_is_named() {
-    let start = Instant::now();
-    let outputs = run(3, "starting_rank");
-    assert!(start.elapsed() < Duration::from_secs(20), "as late as a timeout");
+    let mut processes = start(3, "starting_rank");
+    assert!(processes.wait(PATIENCE) < Duration::from_secs(20), "as late as a timeout");
     for rank in [0, 2] {
-        assert!(outputs[rank].text.contains("PeerFailed { rank: 1,"), "rank {rank}: {}", outputs[rank].text);
+        let said = processes.said(rank);
+        assert!(said.contains("PeerFailed { rank: 1,"), "rank {rank}: {said}");
     }
 }
 
@@ -369,9 +359,9 @@ fn a_rank_lost_before_mpi_starts_is_named() {
 #[test]
 #[ignore = "a rank of the test below"]
 fn waiting_rank() {
-    rank_of_process(|comm, folder| {
+    rank_of_process(|comm, _| {
         comm.barrier(OP)?;
-        std::fs::write(folder.join(format!("alive-{}", comm.rank())), "").unwrap();
+        println!("all are here");
         let start = Instant::now();
         while comm.failure().is_none() && start.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
@@ -382,31 +372,29 @@ fn waiting_rank() {
     });
 }
 
-fn lose_rank_2(options: &[&str]) -> (Vec<RankOutput>, ExitStatus, String) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut processes = RankProcesses::start_with(4, "waiting_rank", folder.path(), options);
-    let start = Instant::now();
-    while !(0..4).all(|rank| folder.path().join(format!("alive-{rank}")).exists()) {
-        assert!(start.elapsed() < PATIENCE, "the ranks do not meet");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    processes.kill(2);
-    processes.wait_for_mpirun(PATIENCE)
+fn lose_rank_2(launcher: Launcher) -> RankProcesses {
+    let mut processes = RankProcesses::start_test(launcher, 4, "waiting_rank");
+    (0..4).for_each(|rank| processes.wait_for(rank, "all are here", PATIENCE));
+    assert!(processes.kill(2));
+    processes.wait(PATIENCE);
+    processes
 }
 
 #[test]
 fn survivors_can_say_who_was_lost_if_mpirun_lets_them() {
     // Of mpirun's own status this says nothing: it is 0 then.
-    let (outputs, _, _) = lose_rank_2(&["--enable-recovery"]);
+    let processes = lose_rank_2(Launcher::RECOVERING_MPIRUN);
     for rank in [0, 1, 3] {
-        let named = "rank 2 failed while this rank was in `meeting of layer 4`";
-        assert!(outputs[rank].text.contains(named), "rank {rank}: {}", outputs[rank].text);
+        let (said, named) = (processes.said(rank), "rank 2 failed while this rank was in `meeting of layer 4`");
+        assert!(said.contains(named), "rank {rank}: {said}");
     }
     // Without, it ends them, and names the rank that was lost by itself.
-    let (outputs, status, said) = lose_rank_2(&[]);
-    assert!(!status.success());
+    let mut processes = lose_rank_2(Launcher::Mpirun(&[]));
+    let (code, said) = processes.mpirun();
+    assert_ne!(code, Some(0));
     assert!(said.contains("process rank 2") && said.contains("signal 9"), "{said}");
     for rank in [0, 1, 3] {
-        assert!(!outputs[rank].text.contains("rank 2 failed"), "rank {rank}: {}", outputs[rank].text);
+        let said = processes.said(rank);
+        assert!(!said.contains("rank 2 failed"), "rank {rank}: {said}");
     }
 }

@@ -5,9 +5,9 @@
 use std::{
     collections::VecDeque,
     fs,
-    io::{BufRead, BufReader, Read, Write},
-    net::{TcpListener, TcpStream},
-    process::{Child, ChildStdout, Command, Stdio},
+    io::Write,
+    net::TcpStream,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -17,115 +17,48 @@ use burn_fsep::{
     launcher::LauncherConfig,
 };
 use burn_fsep_planner::Strategy;
-use burn_fsep_tests::{GradientSync, HandTraining, LayoutSource, launch, task_items, train_by_hand};
+use burn_fsep_tests::{
+    GradientSync, HandTraining, Launcher, LayoutSource, RankProcesses, launch, task_items, train_by_hand,
+};
 
 /// Within this time a survivor has to have ended. Much shorter than any timeout, so that it was no timeout.
 const LIMIT: Duration = Duration::from_secs(10);
+/// What anything else may take.
+const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The processes of a job; killed when dropped.
-struct Job {
-    port: u16,
-    ranks: Vec<Option<Rank>>,
+/// A rank that does this, with these variables.
+fn command(task: &str, variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rank"));
+    command.arg(task).envs(variables.iter().copied());
+    command
 }
 
-struct Rank {
-    child: Child,
-    output: BufReader<ChildStdout>,
+/// All ranks of a job.
+fn start(size: usize, task: &str) -> RankProcesses {
+    RankProcesses::start(Launcher::Direct, size, &command(task, &[]))
 }
 
-impl Job {
-    /// A job of `size` ranks, none of which runs yet.
-    fn new(size: usize) -> Self {
-        let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
-        Self { port, ranks: (0..size).map(|_| None).collect() }
-    }
-
-    /// All ranks of a job.
-    fn start(size: usize, task: &str) -> Self {
-        let mut job = Self::new(size);
-        (0..size).for_each(|rank| job.start_rank(rank, task, &[]));
-        job
-    }
-
-    fn start_rank(&mut self, rank: usize, task: &str, variables: &[(&str, &str)]) {
-        let size = self.ranks.len().to_string();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_rank"))
-            .arg(task)
-            .envs([("RANK", rank.to_string()), ("WORLD_SIZE", size), ("LOCAL_RANK", rank.to_string())])
-            .envs([("MASTER_ADDR", "127.0.0.1".to_string()), ("MASTER_PORT", self.port.to_string())])
-            .env(TOKEN_VARIABLE, "the secret of this test")
-            .envs(variables.iter().copied())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        self.ranks[rank] = Some(Rank { child, output });
-    }
-
-    fn rank(&mut self, rank: usize) -> &mut Rank {
-        self.ranks[rank].as_mut().expect("a rank that runs")
-    }
-
-    /// Waits until a rank says that it has come to `task`.
-    fn wait_for(&mut self, rank: usize, task: &str) {
-        let mut line = String::new();
-        self.rank(rank).output.read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), format!("at {task}"), "rank {rank}");
-    }
-
-    fn kill(&mut self, rank: usize) {
-        self.rank(rank).child.kill().unwrap();
-        self.rank(rank).child.wait().unwrap();
-        self.ranks[rank] = None;
-    }
-
-    /// Waits until a rank has ended, which it has to do within `limit`; returns its exit code and what it said.
-    fn end(&mut self, rank: usize, limit: Duration) -> (Option<i32>, String) {
-        let start = Instant::now();
-        let Rank { mut child, mut output } = self.ranks[rank].take().expect("a rank that runs");
-        let status = loop {
-            match child.try_wait().unwrap() {
-                Some(status) => break status,
-                None if start.elapsed() > limit => {
-                    child.kill().unwrap();
-                    panic!("rank {rank} still runs after {limit:?}");
-                }
-                None => std::thread::sleep(Duration::from_millis(5)),
-            }
-        };
-        let mut said = String::new();
-        output.read_to_string(&mut said).unwrap();
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-
-    fn expect_error(&mut self, rank: usize, parts: &[&str]) {
-        let (code, said) = self.end(rank, LIMIT);
-        assert_eq!(code, Some(1), "rank {rank}: {said}");
-        assert!(parts.iter().all(|part| said.contains(part)), "rank {rank} does not say {parts:?}: {said}");
-    }
+/// Waits until a rank has come to `task`.
+fn wait_for(job: &mut RankProcesses, rank: usize, task: &str) {
+    job.wait_for(rank, &format!("at {task}\n"), PATIENCE);
 }
 
-impl Drop for Job {
-    fn drop(&mut self) {
-        for rank in self.ranks.iter_mut().flatten() {
-            let _ = rank.child.kill();
-            let _ = rank.child.wait();
-        }
-    }
+fn expect_error(job: &mut RankProcesses, rank: usize, parts: &[&str]) {
+    let (code, said) = (job.end(rank, LIMIT), job.said(rank));
+    assert_eq!(code, Some(1), "rank {rank}: {said}");
+    assert!(parts.iter().all(|part| said.contains(part)), "rank {rank} does not say {parts:?}: {said}");
 }
 
 #[test]
 fn survivors_name_the_rank_that_was_killed_and_what_they_were_doing() {
     for task in ["gathers", "sums", "exchanges", "computing"] {
         for victim in [0, 2] {
-            let mut job = Job::start(3, task);
-            (0..3).for_each(|rank| job.wait_for(rank, task));
-            job.kill(victim);
+            let mut job = start(3, task);
+            (0..3).for_each(|rank| wait_for(&mut job, rank, task));
+            assert!(job.kill(victim));
             for rank in (0..3).filter(|&rank| rank != victim) {
                 let named = format!("rank {victim} failed while this rank was in `meeting of layer 4`");
-                job.expect_error(rank, &[&named, "its process ended without notice"]);
+                expect_error(&mut job, rank, &[&named, "its process ended without notice"]);
             }
         }
     }
@@ -133,32 +66,32 @@ fn survivors_name_the_rank_that_was_killed_and_what_they_were_doing() {
 
 #[test]
 fn a_rank_that_waits_for_another_hears_of_the_loss_of_a_third() {
-    let mut job = Job::start(3, "third");
-    (0..2).for_each(|rank| job.wait_for(rank, "third"));
-    job.kill(1);
-    job.expect_error(0, &["rank 1 failed while this rank was in `meeting of layer 4`"]);
-    job.expect_error(2, &["rank 1 failed"]);
+    let mut job = start(3, "third");
+    (0..2).for_each(|rank| wait_for(&mut job, rank, "third"));
+    assert!(job.kill(1));
+    expect_error(&mut job, 0, &["rank 1 failed while this rank was in `meeting of layer 4`"]);
+    expect_error(&mut job, 2, &["rank 1 failed"]);
 }
 
 #[test]
 fn a_rank_that_hangs_does_not_keep_the_loss_of_another_secret() {
     use nix::{sys::signal, unistd::Pid};
-    let mut job = Job::start(3, "third");
-    (0..2).for_each(|rank| job.wait_for(rank, "third"));
-    signal::kill(Pid::from_raw(job.rank(2).child.id() as i32), signal::Signal::SIGSTOP).unwrap();
-    job.kill(1);
-    job.expect_error(0, &["rank 1 failed while this rank was in `meeting of layer 4`"]);
+    let mut job = start(3, "third");
+    (0..2).for_each(|rank| wait_for(&mut job, rank, "third"));
+    signal::kill(Pid::from_raw(job.process(2).unwrap() as i32), signal::Signal::SIGSTOP).unwrap();
+    assert!(job.kill(1));
+    expect_error(&mut job, 0, &["rank 1 failed while this rank was in `meeting of layer 4`"]);
 }
 
 #[test]
 fn a_training_job_that_loses_a_rank_ends() {
     for victim in 0..2 {
-        let mut job = Job::start(2, "endless training");
-        (0..2).for_each(|rank| job.wait_for(rank, "endless training"));
+        let mut job = start(2, "endless training");
+        (0..2).for_each(|rank| wait_for(&mut job, rank, "endless training"));
         // Somewhere within the steps.
         std::thread::sleep(Duration::from_millis(300 + 50 * victim as u64));
-        job.kill(victim);
-        job.expect_error(1 - victim, &[&format!("rank {victim} failed while this rank was in")]);
+        assert!(job.kill(victim));
+        expect_error(&mut job, 1 - victim, &[&format!("rank {victim} failed while this rank was in")]);
     }
 }
 
@@ -166,12 +99,12 @@ fn a_training_job_that_loses_a_rank_ends() {
 fn a_rank_killed_while_the_ranks_meet_is_named() {
     for (victim, survivor) in [(1, 0), (0, 1)] {
         // Rank 2 is never started.
-        let mut job = Job::new(3);
-        (0..2).for_each(|rank| job.start_rank(rank, "meeting", &[]));
-        (0..2).for_each(|rank| job.wait_for(rank, "meeting"));
+        let mut job = RankProcesses::new(3);
+        (0..2).for_each(|rank| job.start_rank(rank, &command("meeting", &[])));
+        (0..2).for_each(|rank| wait_for(&mut job, rank, "meeting"));
         std::thread::sleep(Duration::from_millis(300));
-        job.kill(victim);
-        job.expect_error(survivor, &[&format!("rank {victim} was lost while the ranks were connecting")]);
+        assert!(job.kill(victim));
+        expect_error(&mut job, survivor, &[&format!("rank {victim} was lost while the ranks were connecting")]);
     }
 }
 
@@ -179,12 +112,12 @@ fn a_rank_killed_while_the_ranks_meet_is_named() {
 fn a_rank_killed_at_any_moment_of_the_start_is_named() {
     for round in 0..20 {
         let victim = round % 3;
-        let mut job = Job::new(3);
-        (0..3).for_each(|rank| job.start_rank(rank, "gathers", &[("RENDEZVOUS_SECONDS", "3")]));
+        let mut job = RankProcesses::new(3);
+        (0..3).for_each(|rank| job.start_rank(rank, &command("gathers", &[("RENDEZVOUS_SECONDS", "3")])));
         std::thread::sleep(Duration::from_millis(2 * round as u64));
-        job.kill(victim);
+        assert!(job.kill(victim));
         for rank in (0..3).filter(|&rank| rank != victim) {
-            let (code, said) = job.end(rank, LIMIT + Duration::from_secs(3));
+            let (code, said) = (job.end(rank, LIMIT + Duration::from_secs(3)), job.said(rank));
             assert_eq!(code, Some(1), "rank {rank}: {said}");
             // Whoever had not met the victim yet waited for it.
             let lost =
@@ -199,14 +132,14 @@ fn a_rank_killed_at_any_moment_of_the_start_is_named() {
 #[test]
 fn ranks_that_were_never_started_are_named() {
     let variables = [("RENDEZVOUS_SECONDS", "1")];
-    let mut job = Job::new(4);
-    [0, 2].into_iter().for_each(|rank| job.start_rank(rank, "meeting", &variables));
+    let mut job = RankProcesses::new(4);
+    [0, 2].into_iter().for_each(|rank| job.start_rank(rank, &command("meeting", &variables)));
     for rank in [0, 2] {
-        job.expect_error(rank, &["rank(s) [1, 3] did not come within 1s"]);
+        expect_error(&mut job, rank, &["rank(s) [1, 3] did not come within 1s"]);
     }
-    let mut job = Job::new(2);
-    job.start_rank(1, "meeting", &variables);
-    job.expect_error(1, &["rank 0 could not be reached at `127.0.0.1:"]);
+    let mut job = RankProcesses::new(2);
+    job.start_rank(1, &command("meeting", &variables));
+    expect_error(&mut job, 1, &["rank 0 could not be reached at `127.0.0.1:"]);
 }
 
 /// Open files and resident memory (KiB) of a process.
@@ -221,10 +154,10 @@ fn resources(pid: u32) -> (usize, usize) {
 #[test]
 #[cfg(target_os = "linux")]
 fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
-    let mut job = Job::new(3);
-    job.start_rank(0, "meeting", &[("RENDEZVOUS_SECONDS", "120")]);
-    job.wait_for(0, "meeting");
-    let (address, start) = (("127.0.0.1", job.port), Instant::now());
+    let mut job = RankProcesses::new(3);
+    job.start_rank(0, &command("meeting", &[("RENDEZVOUS_SECONDS", "120")]));
+    wait_for(&mut job, 0, "meeting");
+    let (address, start) = (("127.0.0.1", job.port()), Instant::now());
     let connect = || loop {
         match TcpStream::connect(address) {
             Ok(stream) => break stream,
@@ -232,7 +165,7 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
         }
     };
     drop(connect());
-    let pid = job.rank(0).child.id();
+    let pid = job.process(0).unwrap();
     let (files, memory) = resources(pid);
     let flood = |bytes: &'static [u8]| {
         let mut open = VecDeque::new();
@@ -262,34 +195,34 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
         assert!(*most_memory <= memory + 4096, "{most_memory} KiB, {memory} before");
     }
     // The last of the strangers are still there.
-    (1..3).for_each(|rank| job.start_rank(rank, "meeting", &[]));
+    (1..3).for_each(|rank| job.start_rank(rank, &command("meeting", &[])));
     for rank in 0..3 {
-        let (code, said) = job.end(rank, LIMIT);
+        let (code, said) = (job.end(rank, LIMIT), job.said(rank));
         assert_eq!(code, Some(0), "rank {rank}: {said}");
     }
 }
 
 #[test]
 fn a_rank_that_leaves_or_panics_says_so() {
-    let mut job = Job::start(3, "leaving");
-    job.expect_error(0, &["rank 1 failed while this rank was in `meeting of layer 4`", "it left the group"]);
-    assert_eq!(job.end(1, LIMIT).0, Some(0));
-    job.expect_error(2, &["rank 1 failed while this rank was in `meeting of layer 4`", "it left the group"]);
+    let mut job = start(3, "leaving");
+    expect_error(&mut job, 0, &["rank 1 failed while this rank was in `meeting of layer 4`", "it left the group"]);
+    assert_eq!(job.end(1, LIMIT), Some(0));
+    expect_error(&mut job, 2, &["rank 1 failed while this rank was in `meeting of layer 4`", "it left the group"]);
 
-    let mut job = Job::start(3, "panicking");
+    let mut job = start(3, "panicking");
     for rank in [0, 2] {
-        job.expect_error(rank, &["rank 1 failed", "`meeting of layer 4`", "panicked: rank 1 is broken"]);
+        expect_error(&mut job, rank, &["rank 1 failed", "`meeting of layer 4`", "panicked: rank 1 is broken"]);
     }
-    assert_eq!(job.end(1, LIMIT).0, Some(101));
+    assert_eq!(job.end(1, LIMIT), Some(101));
 }
 
 #[test]
 fn a_process_without_its_variables_says_which() {
-    let mut job = Job::new(1);
-    job.start_rank(0, "meeting", &[(TOKEN_VARIABLE, "short")]);
-    job.expect_error(0, &["BURN_FSEP_TOKEN: a job token has 16 to 64 bytes, this one has 5"]);
-    job.start_rank(0, "meeting", &[("WORLD_SIZE", "none")]);
-    job.expect_error(0, &["WORLD_SIZE is `none`"]);
+    let mut job = RankProcesses::new(1);
+    job.start_rank(0, &command("meeting", &[(TOKEN_VARIABLE, "short")]));
+    expect_error(&mut job, 0, &["BURN_FSEP_TOKEN: a job token has 16 to 64 bytes, this one has 5"]);
+    job.start_rank(0, &command("meeting", &[("WORLD_SIZE", "none")]));
+    expect_error(&mut job, 0, &["WORLD_SIZE is `none`"]);
 }
 
 /// From what a rank says: their bits.
@@ -300,13 +233,13 @@ fn losses_of(said: &str) -> Vec<f32> {
 
 #[test]
 fn processes_train_as_threads_do() {
-    let mut job = Job::start(3, "training");
+    let mut job = start(3, "training");
     let losses: Vec<String> = (0..3)
         .map(|rank| {
-            job.wait_for(rank, "training");
-            let (code, said) = job.end(rank, Duration::from_secs(120));
+            wait_for(&mut job, rank, "training");
+            let (code, said) = (job.end(rank, PATIENCE), job.said(rank));
             assert_eq!(code, Some(0), "{said}");
-            said.trim().to_string()
+            said.lines().last().unwrap().to_string()
         })
         .collect();
     let training = HandTraining {

@@ -4,18 +4,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
+    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant, SystemTime},
 };
 
 use burn_fsep::checkpoint::{list, verify};
+use burn_fsep_tests::{Launcher, RankProcesses};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::{
-    common::small_job,
-    ranks::{Engine, Ranks, kill},
-};
+use crate::common::small_job;
 
 /// Within this time all others have to have ended.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -114,7 +113,7 @@ struct Kill {
 /// A kind of job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
-    engine: Engine,
+    launcher: Launcher,
     size: usize,
     planner: &'static str,
 }
@@ -171,12 +170,13 @@ fn trains(folder: &Path, rank: usize) -> bool {
     folder.join(format!("out/rank-{rank}/train")).is_dir()
 }
 
-fn start(Kind { engine, size, planner }: Kind, folder: &Path) -> Ranks {
+fn start(Kind { launcher, size, planner }: Kind, folder: &Path) -> RankProcesses {
     let mut job: Command = small_job(folder, &OPTIONS.split_whitespace().collect::<Vec<_>>());
-    job.args(["--planner", planner]);
+    let comm = if launcher == Launcher::Direct { "process" } else { "mpi" };
+    job.args(["--planner", planner, "--comm", comm]);
     // Of an earlier job in this folder.
     (0..size).for_each(|rank| drop(fs::remove_dir_all(folder.join(format!("out/rank-{rank}")))));
-    Ranks::start(engine, size, &job, &folder.join("said"))
+    RankProcesses::start(launcher, size, &job)
 }
 
 /// Runs a job to its end.
@@ -230,10 +230,10 @@ fn undisturbed(kind: Kind) -> Undisturbed {
 }
 
 /// Kills a rank at a moment. `false` if the job was over before.
-fn strike(ranks: &mut Ranks, folder: &Path, victim: usize, moment: Moment, times: &Undisturbed) -> bool {
+fn strike(ranks: &mut RankProcesses, folder: &Path, victim: usize, moment: Moment, times: &Undisturbed) -> bool {
     let begun = Instant::now();
     let mut seen = BTreeSet::new();
-    let mut is_there = |ranks: &Ranks| match moment {
+    let mut is_there = |ranks: &mut RankProcesses| match moment {
         Moment::StartUp { .. } => ranks.process(victim).is_some(),
         Moment::Training { .. } => trains(folder, victim),
         Moment::Write { number, .. } => {
@@ -248,17 +248,12 @@ fn strike(ranks: &mut Ranks, folder: &Path, victim: usize, moment: Moment, times
         }
         std::thread::sleep(Duration::from_micros(300));
     }
-    let Some(process) = ranks.process(victim) else { return false };
     std::thread::sleep(match moment {
         Moment::StartUp { share } => times.start.mul_f64(share).saturating_sub(begun.elapsed()),
         Moment::Training { share } => times.training.mul_f64(share),
         Moment::Write { share, .. } => times.write.mul_f64(share),
     });
-    if ranks.process(victim) != Some(process) {
-        return false;
-    }
-    kill(process);
-    true
+    ranks.kill(victim)
 }
 
 /// Starts a job and kills a rank; checks what all others do then. `None` if the job was over before.
@@ -276,6 +271,8 @@ fn lose(folder: &Path, victim: usize, moment: Moment, times: &Undisturbed) -> Op
     };
     let is_writing = partial(folder).iter().any(is_new);
     let took = ranks.wait(LIMIT);
+    let port = ranks.port();
+    assert!(TcpListener::bind(("127.0.0.1", port)).is_ok(), "port {port} is in use after the job");
     let survivors: Vec<_> = (0..times.kind.size).filter(|&rank| rank != victim).collect();
     let said: Vec<_> = survivors.iter().map(|&rank| ranks.said(rank)).collect();
     if said.iter().all(|said| !said.contains("error: ")) && trains(folder, victim) {
@@ -358,7 +355,7 @@ fn write(rng: &mut StdRng) -> Moment {
 
 #[test]
 fn a_kill_at_start_in_a_step_and_in_a_checkpoint_costs_nothing_but_steps() {
-    let times = undisturbed(Kind { engine: Engine::Tcp, size: 3, planner: "min-max" });
+    let times = undisturbed(Kind { launcher: Launcher::Direct, size: 3, planner: "min-max" });
     round("short", &mut StdRng::seed_from_u64(0), &times, &[start_up, training, write]);
 }
 
@@ -384,7 +381,7 @@ fn fifty_random_kills() {
     let (mut kills, mut undisturbed_jobs) = (Vec::new(), HashMap::new());
     let begun = Instant::now();
     // Fifty, and as many more as it takes until each phase has had some.
-    let covers = |kills: &[(Engine, Kill)], least: usize| {
+    let covers = |kills: &[(Launcher, Kill)], least: usize| {
         Phase::ALL.iter().all(|phase| kills.iter().filter(|(_, kill)| kill.phase == *phase).count() >= least)
     };
     for number in 0..200 {
@@ -393,21 +390,21 @@ fn fifty_random_kills() {
         }
         let mut rng = StdRng::seed_from_u64(seed << 32 | number);
         let is_mpi = cfg!(feature = "mpi") && number % 4 == 3;
-        let engine = if is_mpi { Engine::Mpi } else { Engine::Tcp };
+        let launcher = if is_mpi { Launcher::RECOVERING_MPIRUN } else { Launcher::Direct };
         let planner = ["min-max", "paper"][number as usize / 4 % 2];
-        let kind = Kind { engine, size: rng.random_range(2..=4), planner };
+        let kind = Kind { launcher, size: rng.random_range(2..=4), planner };
         if only.is_none_or(|only| number == only) {
             let times = undisturbed_jobs.entry(kind).or_insert_with(|| undisturbed(kind));
             let moments = rounds[number as usize % rounds.len()];
             let killed = round(&format!("round {number}, seed {seed}"), &mut rng, times, moments);
-            kills.extend(killed.into_iter().map(|kill| (engine, kill)));
+            kills.extend(killed.into_iter().map(|kill| (launcher, kill)));
         }
     }
     println!("\n{} kills in {:.0?}\n{:24}kills  MPI  slowest end of the others", kills.len(), begun.elapsed(), "phase");
     let row = |name: &str, is_it: &dyn Fn(&Kill) -> bool| {
         let these: Vec<_> = kills.iter().filter(|(_, kill)| is_it(kill)).collect();
         let slowest = these.iter().map(|(_, kill)| kill.took).max().unwrap_or_default();
-        let over_mpi = these.iter().filter(|(engine, _)| *engine == Engine::Mpi).count();
+        let over_mpi = these.iter().filter(|(launcher, _)| *launcher != Launcher::Direct).count();
         println!("{name:24}{:5}{over_mpi:5}  {slowest:.2?}", these.len());
     };
     Phase::ALL.iter().for_each(|phase| row(&format!("{phase:?}"), &|kill| kill.phase == *phase));

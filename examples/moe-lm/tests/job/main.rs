@@ -13,7 +13,5 @@ mod mpi;
 #[cfg(unix)]
 mod processes;
 #[cfg(target_os = "linux")]
-mod ranks;
-#[cfg(target_os = "linux")]
 mod soak;
 mod training;

@@ -1,29 +1,18 @@
 //! Ranks that mpirun starts.
 
-use std::{
-    net::TcpListener,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{path::Path, process::Command, time::Duration};
+
+use burn_fsep_tests::{Launcher, RankProcesses};
 
 use crate::common::{curve, losses, small_job, summary};
 
-/// Starts a command as ranks.
-fn mpirun(ranks: usize, command: &Command) -> Output {
-    // Free a moment ago: rank 0 binds it itself.
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap().port();
-    let mut mpirun = Command::new("mpirun");
-    mpirun
-        .args(["-n", &ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"])
-        .args(["-x", "MASTER_ADDR", "-x", "MASTER_PORT", "-x", "BURN_FSEP_TOKEN"])
-        .envs([("MASTER_ADDR", "127.0.0.1"), ("BURN_FSEP_TOKEN", "0123456789abcdef")])
-        .env("MASTER_PORT", port.to_string())
-        .arg(command.get_program())
-        .args(command.get_args());
-    for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"] {
-        mpirun.env_remove(name);
-    }
-    mpirun.output().expect("mpirun (Debian: openmpi-bin)")
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Starts a command as ranks, and waits for its end.
+fn run(launcher: Launcher, ranks: usize, command: &Command) -> RankProcesses {
+    let mut processes = RankProcesses::start(launcher, ranks, command);
+    processes.wait(PATIENCE);
+    processes
 }
 
 fn mpi_job(folder: &Path, options: &[&str]) -> Command {
@@ -39,8 +28,8 @@ fn mpi_trains_as_threads_do_bit_for_bit() {
     let threads = curve(folder.path());
     let file = folder.path().join("mpi.json");
     let mut job = mpi_job(folder.path(), &["--synchronous"]);
-    let output = mpirun(2, job.arg("--summary").arg(&file));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut ranks = run(Launcher::Mpirun(&[]), 2, job.arg("--summary").arg(&file));
+    assert_eq!(ranks.mpirun().0, Some(0), "{}", ranks.all_said());
     let over_mpi: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     assert_eq!((losses(&over_mpi), over_mpi["ranks"].as_u64()), (losses(&local), Some(2)));
     assert_eq!((curve(folder.path()), threads.len()), (threads, 12));
@@ -53,9 +42,9 @@ fn the_rank_that_fails_says_so_before_mpirun_kills_the_others() {
     let job = mpi_job(folder.path(), &["--batch", "6"]);
     std::fs::create_dir(folder.path().join("out")).unwrap();
     std::fs::write(folder.path().join("out/rank-2"), "not a folder").unwrap();
-    let output = mpirun(3, &job);
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{text}");
+    let mut ranks = run(Launcher::Mpirun(&[]), 3, &job);
+    let text = ranks.all_said();
+    assert_eq!(ranks.mpirun().0, Some(1), "{text}");
     let errors: Vec<&str> = text.lines().filter(|line| line.contains("error: ")).collect();
     // The first rank may live long enough to tell it, too.
     assert!(!errors.is_empty() && errors.len() <= 2 && errors.iter().all(|error| error.contains("rank-2")), "{text}");
@@ -65,16 +54,8 @@ fn the_rank_that_fails_says_so_before_mpirun_kills_the_others() {
 #[test]
 fn another_launcher_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap().port();
-    let rank = |rank: &str| {
-        let mut job = mpi_job(folder.path(), &["--timeout", "20"]);
-        job.envs([("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")]);
-        job.envs([("BURN_FSEP_TOKEN", "0123456789abcdef"), ("MASTER_PORT", &port.to_string())]);
-        job
-    };
-    let mut second = rank("1").stderr(std::process::Stdio::null()).spawn().unwrap();
-    let output = rank("0").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && text.contains("start all ranks by one mpirun"), "{text}");
-    assert_eq!(second.wait().unwrap().code(), Some(1));
+    let job = mpi_job(folder.path(), &["--timeout", "20"]);
+    let mut ranks = run(Launcher::Direct, 2, &job);
+    assert!(ranks.said(0).contains("start all ranks by one mpirun"), "{}", ranks.all_said());
+    assert_eq!([ranks.code(0), ranks.code(1)], [Some(1); 2], "{}", ranks.all_said());
 }
