@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     FsepRuntime,
     ops::WeightStorage,
-    shard::{ExpertShape, expert_parameters, shard_of},
+    shard::{ExpertShape, expert_parameters, shard_id, shard_of},
 };
 
 /// A rank's part of the experts' parameters.
@@ -49,7 +49,9 @@ impl FsepExperts {
             }
         };
         let info = ExpertsInfo { layer, num_experts, shape, storage };
-        Self { info, weight: Param::from_data(TensorData::new(values, dims), device) }
+        let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
+        weight.id = shard_id(rank, ranks);
+        Self { info, weight }
     }
 }
 

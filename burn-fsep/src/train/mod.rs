@@ -3,6 +3,7 @@
 mod adamw;
 mod broadcast;
 mod buckets;
+mod burn_checkpoints;
 mod checkpoints;
 mod clip;
 mod collector;
