@@ -1,4 +1,5 @@
 use std::{
+    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -25,9 +26,8 @@ pub struct FsepRuntimeConfig {
     /// Seed of the experts' and routers' initial values.
     #[new(default)]
     pub seed: u64,
-    /// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-    #[new(value = "default_dispatcher")]
-    pub dispatcher: fn() -> Box<dyn Dispatcher>,
+    #[new(default)]
+    pub(super) dispatcher: DispatcherFactory,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
     /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
     /// only the changed slots are restored once more.
@@ -41,8 +41,26 @@ pub struct FsepRuntimeConfig {
     pub timeline: Option<Timeline>,
 }
 
-fn default_dispatcher() -> Box<dyn Dispatcher> {
-    Box::new(MinMax::new())
+/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
+#[derive(Clone)]
+pub(super) struct DispatcherFactory(Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>);
+
+impl DispatcherFactory {
+    pub fn make(&self) -> Box<dyn Dispatcher> {
+        (self.0)()
+    }
+}
+
+impl Default for DispatcherFactory {
+    fn default() -> Self {
+        Self(Arc::new(|| Box::new(MinMax::new())))
+    }
+}
+
+impl fmt::Debug for DispatcherFactory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.make().name())
+    }
 }
 
 impl Default for FsepRuntimeConfig {
@@ -64,10 +82,13 @@ impl FsepRuntimeConfig {
         self
     }
 
-    /// Sets what decides, in the step, which replica computes which tokens. The dispatcher must be deterministic:
-    /// every rank runs its own and all must agree.
-    pub fn with_dispatcher(mut self, dispatcher: fn() -> Box<dyn Dispatcher>) -> Self {
-        self.dispatcher = dispatcher;
+    /// Sets what decides, in the step, which replica computes which tokens (the exact min-max dispatcher by default).
+    /// `dispatcher` is called once for each layer.
+    ///
+    /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
+    /// names are compared, not what the closure captured.
+    pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
+        self.dispatcher = DispatcherFactory(Arc::new(dispatcher));
         self
     }
 
@@ -113,7 +134,7 @@ impl FsepRuntimeConfig {
         let fields = [
             ("seed", self.seed),
             ("ranks_per_node", self.ranks_per_node.unwrap_or(comm.size()) as u64),
-            ("dispatcher", hash((self.dispatcher)().name())),
+            ("dispatcher", hash(self.dispatcher.make().name())),
             ("correction", hash(&format!("{:?}", self.correction))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
