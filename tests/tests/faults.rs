@@ -145,7 +145,7 @@ fn ranks_with_different_runtimes_are_told() {
     let base = FsepRuntimeConfig::new;
     for (what, theirs) in [
         ("seed", base().with_seed(1)),
-        ("ranks_per_node", base().with_ranks_per_node(1)),
+        ("topology", base().with_ranks_per_node(1)),
         ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
         ("correction", base().with_correction(None)),
     ] {

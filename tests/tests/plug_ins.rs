@@ -6,16 +6,23 @@ use std::sync::{
 };
 
 use burn::tensor::{Distribution, Tensor};
-use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, comm::local::LaunchConfig};
+use burn_fsep::{
+    FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
+    comm::local::{LaunchConfig, RankError},
+};
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
 };
 use burn_fsep_tests::{device, launch};
 
-/// A layer of 4 experts that has run forward and backward once.
-fn run_layer(runtime: &FsepRuntime) -> Result<(), FsepError> {
-    let layer = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(3)).try_init(runtime, &device())?;
+/// Makes a layer of 4 experts in 2 slots a rank, and runs it forward and backward once.
+fn run_layer(runtime: &FsepRuntime, layout: Option<Layout>) -> Result<(), FsepError> {
+    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(2)).with_moe_router_force_load_balancing(true);
+    let layer = config.try_init(runtime, &device())?;
+    if let Some(layout) = layout {
+        runtime.set_layout(0, Arc::new(layout))?;
+    }
     runtime.run(|| {
         let x = Tensor::<2>::random([20, 4], Distribution::Default, &device());
         let _ = layer.forward(x).sum().backward();
@@ -51,8 +58,43 @@ fn a_dispatcher_may_capture() {
         let config =
             FsepRuntimeConfig::new().with_dispatcher(move || Box::new(Counting(EvenSplit::new(), calls.clone())));
         assert!(format!("{config:?}").contains("dispatcher: counting"), "{config:?}");
-        run_layer(&config.init(comm)?)
+        run_layer(&config.init(comm)?, None)
     });
     results.into_iter().for_each(|result| result.unwrap());
     assert_eq!(calls.load(Ordering::Relaxed), 2, "one layer on each of two ranks");
+}
+
+#[test]
+fn nodes_may_have_different_numbers_of_ranks() {
+    let results = launch(&LaunchConfig::new(3), |comm| -> Result<_, FsepError> {
+        let uneven = Topology::new(&[1, 2])?;
+        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_correction(None);
+        let runtime = config.with_dispatcher(|| Box::new(EvenSplit::new())).init(comm)?;
+        assert_eq!(runtime.topology(), &uneven);
+        let layout = Layout::from_rows(4, &[vec![0, 1], vec![0, 1], vec![2, 3]])?;
+        run_layer(&runtime, Some(layout))?;
+        Ok(runtime.stats())
+    });
+    for stats in results.into_iter().map(Result::unwrap) {
+        let layer = &stats.layers[0];
+        // The second node has all experts, the first has none of 2 and 3.
+        let crossing = layer.counts.get(0, 2) + layer.counts.get(0, 3);
+        assert!(crossing > 0);
+        assert_eq!(layer.cross_node_tokens, u64::from(crossing));
+    }
+}
+
+#[test]
+fn a_topology_has_to_be_that_of_the_group_and_the_only_one() {
+    let base = FsepRuntimeConfig::new;
+    let three = || Topology::new(&[2, 1]).unwrap();
+    for (config, expected) in [
+        (base().with_topology(three()), "`topology` has 3 ranks, but the group has 2"),
+        (base().with_topology(three()).with_ranks_per_node(1), "`topology` and `ranks_per_node` both"),
+    ] {
+        for result in launch(&LaunchConfig::new(2), |comm| config.init(comm).map(|_| ())) {
+            let Err(RankError::Failed { error: FsepError::Config(message), .. }) = result else { panic!("{result:?}") };
+            assert!(message.contains(expected), "{message}");
+        }
+    }
 }

@@ -23,6 +23,9 @@ pub struct FsepRuntimeConfig {
     /// Ranks per node `G`; all ranks on one node if `None`.
     #[new(default)]
     pub ranks_per_node: Option<usize>,
+    /// Which ranks share a node, in place of `ranks_per_node`.
+    #[new(default)]
+    pub topology: Option<Topology>,
     /// Seed of the experts' and routers' initial values.
     #[new(default)]
     pub seed: u64,
@@ -70,9 +73,16 @@ impl Default for FsepRuntimeConfig {
 }
 
 impl FsepRuntimeConfig {
-    /// Sets the number of ranks on a node: tokens prefer experts of their own node.
+    /// Sets the number of ranks on a node: tokens prefer experts of their own node. The last node takes what remains.
     pub fn with_ranks_per_node(mut self, ranks_per_node: usize) -> Self {
         self.ranks_per_node = Some(ranks_per_node);
+        self
+    }
+
+    /// Sets which ranks share a node, for nodes of different sizes: `Topology::new(&[4, 3])?` has ranks 0 to 3 on one node
+    /// and 4 to 6 on another. Not together with [`with_ranks_per_node`](Self::with_ranks_per_node).
+    pub fn with_topology(mut self, topology: Topology) -> Self {
+        self.topology = Some(topology);
         self
     }
 
@@ -115,17 +125,31 @@ impl FsepRuntimeConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Config`] if the configuration is not equal on all
-    /// ranks, [`FsepError::Comm`] if the communicators cannot be made.
+    /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] if the topology is not one of `comm`'s ranks or the
+    /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
-        let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
+        let topology = self.topology_of(comm.size())?;
         let correction = self.correction.map(Correction::new).transpose()?;
-        self.check_equal(comm.as_ref())?;
+        self.check_equal(comm.as_ref(), &topology)?;
         FsepRuntime::from_parts(comm, topology, correction, self)
     }
 
+    fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
+        match (&self.topology, self.ranks_per_node) {
+            (Some(_), Some(_)) => Err(FsepError::Config(
+                "`topology` and `ranks_per_node` both say which ranks share a node: give one of them".into(),
+            )),
+            (Some(topology), None) if topology.world_size() != world_size => Err(FsepError::Config(format!(
+                "`topology` has {} ranks, but the group has {world_size}: give the ranks of each node, {world_size} in all",
+                topology.world_size()
+            ))),
+            (Some(topology), None) => Ok(topology.clone()),
+            (None, ranks_per_node) => Ok(Topology::uniform(world_size, ranks_per_node.unwrap_or(world_size))?),
+        }
+    }
+
     /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
-    fn check_equal(&self, comm: &dyn Communicator) -> Result<(), FsepError> {
+    fn check_equal(&self, comm: &dyn Communicator, topology: &Topology) -> Result<(), FsepError> {
         let hash = |text: &str| {
             let mut hasher = DefaultHasher::new();
             text.hash(&mut hasher);
@@ -133,7 +157,7 @@ impl FsepRuntimeConfig {
         };
         let fields = [
             ("seed", self.seed),
-            ("ranks_per_node", self.ranks_per_node.unwrap_or(comm.size()) as u64),
+            ("topology", hash(&format!("{topology:?}"))),
             ("dispatcher", hash(self.dispatcher.make().name())),
             ("correction", hash(&format!("{:?}", self.correction))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
