@@ -16,9 +16,9 @@ pub use bound::least_max_load;
 pub use eplb::Eplb;
 pub(crate) use even_over_all::EvenOverAll;
 pub use flex_moe::FlexMoe;
-pub use paper::PaperPlanner;
+pub use paper::PaperSolver;
 pub use random::RandomPlacement;
-pub use robust::RobustPlanner;
+pub use robust::RobustSolver;
 pub use static_ep::StaticEp;
 
 use crate::{Layout, PlannerError, RoutingCounts, Topology};

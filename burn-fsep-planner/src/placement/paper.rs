@@ -14,14 +14,14 @@ use crate::{
 ///
 /// Candidates are the proportional replica counts, even ones, and random exchanges of a replica between two experts.
 #[derive(Debug, Clone)]
-pub struct PaperPlanner {
+pub struct PaperSolver {
     cost: CostModel,
     exchanges: usize,
     rng: Rng,
     plan: DispatchPlan,
 }
 
-impl PaperPlanner {
+impl PaperSolver {
     /// The planner with a cost model and a seed for its random exchanges.
     pub fn new(cost: CostModel, seed: u64) -> Self {
         Self { cost, exchanges: 6, rng: Rng::new(seed), plan: DispatchPlan::new() }
@@ -34,14 +34,14 @@ impl PaperPlanner {
     }
 }
 
-impl Default for PaperPlanner {
+impl Default for PaperSolver {
     fn default() -> Self {
         let constants = CostConstants::paper_mixtral_8x7b();
         Self::new(CostModel { constants, communication: CommunicationModel::RankSum, recompute: false }, 0)
     }
 }
 
-impl LayoutSolver for PaperPlanner {
+impl LayoutSolver for PaperSolver {
     fn name(&self) -> &'static str {
         "paper"
     }
@@ -196,7 +196,7 @@ mod tests {
         let topology = Topology::single_node(4).unwrap();
         let counts = RoutingCounts::from_rows(&vec![vec![60, 10, 10, 10]; 4]).unwrap();
         let request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
-        let layout = PaperPlanner::default().solve(&request).unwrap();
+        let layout = PaperSolver::default().solve(&request).unwrap();
         assert!((0..4).all(|e| layout.replicas(e) <= layout.replicas(0)), "{layout:?}");
         assert!(layout.replicas(0) >= 3, "{layout:?}");
     }
@@ -210,8 +210,8 @@ mod tests {
                 predicted: &case.counts,
                 previous: Some(&case.layout),
             };
-            let layout = PaperPlanner::default().solve(&request).unwrap();
-            prop_assert_eq!(&layout, &PaperPlanner::default().solve(&request).unwrap());
+            let layout = PaperSolver::default().solve(&request).unwrap();
+            prop_assert_eq!(&layout, &PaperSolver::default().solve(&request).unwrap());
             prop_assert_eq!(layout.as_slice().len(), case.layout.as_slice().len());
         }
     }
