@@ -7,22 +7,25 @@ use std::sync::{
 
 use burn::tensor::{Distribution, Tensor};
 use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
+    FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::{LaunchConfig, RankError},
 };
 use burn_fsep_planner::{
-    Layout, PlannerError, RoutingCounts, Topology,
+    Layout, PlannerConfig, PlannerError, RoutingCounts, Strategy, Topology,
+    callback::{StepContext, TrainingCallback},
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+    placement::{LayoutRequest, LayoutSolver},
 };
 use burn_fsep_tests::{device, launch};
 
-/// Makes a layer of 4 experts in 2 slots a rank, and runs it forward and backward once.
-fn run_layer(runtime: &FsepRuntime, layout: Option<Layout>) -> Result<(), FsepError> {
+/// A layer of 4 experts in 2 slots a rank.
+fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
     let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(2)).with_moe_router_force_load_balancing(true);
-    let layer = config.try_init(runtime, &device())?;
-    if let Some(layout) = layout {
-        runtime.set_layout(0, Arc::new(layout))?;
-    }
+    config.try_init(runtime, &device())
+}
+
+/// Runs it forward and backward once.
+fn step(runtime: &FsepRuntime, layer: &FSEPMoE) -> Result<(), FsepError> {
     runtime.run(|| {
         let x = Tensor::<2>::random([20, 4], Distribution::Default, &device());
         let _ = layer.forward(x).sum().backward();
@@ -58,10 +61,47 @@ fn a_dispatcher_may_capture() {
         let config =
             FsepRuntimeConfig::new().with_dispatcher(move || Box::new(Counting(EvenSplit::new(), calls.clone())));
         assert!(format!("{config:?}").contains("dispatcher: counting"), "{config:?}");
-        run_layer(&config.init(comm)?, None)
+        let runtime = config.init(comm)?;
+        step(&runtime, &layer(&runtime)?)
     });
     results.into_iter().for_each(|result| result.unwrap());
     assert_eq!(calls.load(Ordering::Relaxed), 2, "one layer on each of two ranks");
+}
+
+/// Always answers with one layout.
+#[derive(Debug)]
+struct Fixed(Layout);
+
+impl LayoutSolver for Fixed {
+    fn name(&self) -> &'static str {
+        "fixed"
+    }
+
+    fn solve(&mut self, _: &LayoutRequest<'_>) -> Result<Layout, PlannerError> {
+        Ok(self.0.clone())
+    }
+}
+
+#[test]
+fn layouts_come_from_the_solver_that_is_given() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntimeConfig::new().with_correction(None).init(comm)?;
+        let layers = [layer(&runtime)?, layer(&runtime)?];
+        // Static expert parallelism starts with experts 0 and 1 on rank 0.
+        let wanted = [vec![vec![2, 3], vec![0, 1]], vec![vec![0, 2], vec![1, 3]]];
+        let wanted = wanted.map(|rows| Layout::from_rows(4, &rows).unwrap());
+        let given = wanted.clone();
+        let config = PlannerConfig::new(Strategy::MinMax).with_synchronous(true);
+        let mut planner = config.with_solver(move |layer| Box::new(Fixed(given[layer].clone()))).init();
+        planner.on_train_start(&runtime).unwrap();
+        layers.iter().try_for_each(|layer| step(&runtime, layer))?;
+        assert!((0..2).all(|layer| *runtime.layout(layer) != wanted[layer]));
+        planner.on_step_end(&StepContext::new(1, 1, &runtime)).unwrap();
+        assert!((0..2).all(|layer| *runtime.layout(layer) == wanted[layer]));
+        layers.iter().try_for_each(|layer| step(&runtime, layer))?;
+        Ok(runtime.stats().moved_slots())
+    });
+    results.into_iter().for_each(|moved| assert_eq!(moved.unwrap(), 4 + 2));
 }
 
 #[test]
@@ -71,8 +111,9 @@ fn nodes_may_have_different_numbers_of_ranks() {
         let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_correction(None);
         let runtime = config.with_dispatcher(|| Box::new(EvenSplit::new())).init(comm)?;
         assert_eq!(runtime.topology(), &uneven);
-        let layout = Layout::from_rows(4, &[vec![0, 1], vec![0, 1], vec![2, 3]])?;
-        run_layer(&runtime, Some(layout))?;
+        let layer = layer(&runtime)?;
+        runtime.set_layout(0, Arc::new(Layout::from_rows(4, &[vec![0, 1], vec![0, 1], vec![2, 3]])?))?;
+        step(&runtime, &layer)?;
         Ok(runtime.stats())
     });
     for stats in results.into_iter().map(Result::unwrap) {

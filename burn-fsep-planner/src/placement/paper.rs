@@ -9,10 +9,13 @@ use crate::{
     state,
 };
 
-/// The planner of LAER-MoE (section 3.3): replica counts in proportion to load, greedy placement, and a few candidates
-/// of which the cost model picks the best.
+/// The layout solver of LAER-MoE (section 3.3): replica counts in proportion to load, greedy placement, and a few
+/// candidates of which the cost model picks the best.
 ///
 /// Candidates are the proportional replica counts, even ones, and random exchanges of a replica between two experts.
+/// Which of them is best depends on how fast the cluster computes and communicates: [`PaperSolver::default`] has the
+/// constants of the paper's 32 A100, [`PaperSolver::new`] takes yours. `PlannerConfig::with_solver` brings the solver into
+/// training.
 #[derive(Debug, Clone)]
 pub struct PaperSolver {
     cost: CostModel,
@@ -22,7 +25,10 @@ pub struct PaperSolver {
 }
 
 impl PaperSolver {
-    /// The planner with a cost model and a seed for its random exchanges.
+    /// The solver with a cost model and a seed for its random exchanges.
+    ///
+    /// The model's constants are measured; for CPUs `fsep-planner calibrate` does it
+    /// ([`MeasuredConstants::cost_constants`](crate::simulator::MeasuredConstants::cost_constants)).
     pub fn new(cost: CostModel, seed: u64) -> Self {
         Self { cost, exchanges: 6, rng: Rng::new(seed), plan: DispatchPlan::new() }
     }
@@ -35,6 +41,8 @@ impl PaperSolver {
 }
 
 impl Default for PaperSolver {
+    /// The solver with the paper's own cost model: [`CostConstants::paper_mixtral_8x7b`], [`CommunicationModel::RankSum`], no
+    /// recomputation.
     fn default() -> Self {
         let constants = CostConstants::paper_mixtral_8x7b();
         Self::new(CostModel { constants, communication: CommunicationModel::RankSum, recompute: false }, 0)
