@@ -14,12 +14,12 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, ReduceBuffer, ReduceOp, all_gather_u64},
+    planner::{PlannerConfig, Strategy},
     train::{
         FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
         SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
     },
 };
-use burn_fsep_planner::{PlannerConfig, Strategy};
 
 use crate::{
     Args, DeviceArg, MoeLmError, Planner,
