@@ -230,6 +230,16 @@ fn different_collectives_name_both_sides() {
 }
 
 #[test]
+fn different_layouts_name_both_sides() {
+    let error = other_rank_does(|comm| {
+        let operation = Operation::of_layer("sum", 3).under_layout(0xbeef);
+        comm.all_reduce(operation, ReduceBuffer::F32(&mut [1.0, 2.0]), ReduceOp::Sum)
+    });
+    let CommError::Mismatch { peer_operation, .. } = &error else { panic!("{error}") };
+    assert!(peer_operation.contains("sum of layer 3 (layout 000000000000beef)"), "{error}");
+}
+
+#[test]
 fn different_sizes_name_both_sides() {
     let error = other_rank_does(|comm| {
         comm.all_reduce(Operation::of_layer("sum", 3), ReduceBuffer::F32(&mut [1.0]), ReduceOp::Sum)
