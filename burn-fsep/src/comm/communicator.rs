@@ -119,7 +119,10 @@ impl ExchangePlan {
     pub fn check(&self, operation: Operation, size: usize) -> Result<(), CommError> {
         for (what, blocks, len) in [("send", &self.sends, self.send_len), ("receive", &self.recvs, self.recv_len)] {
             for block in blocks {
-                if block.peer >= size || block.len == 0 || block.offset + block.len > len {
+                if block.peer >= size
+                    || block.len == 0
+                    || block.offset.checked_add(block.len).is_none_or(|end| end > len)
+                {
                     return Err(CommError::InvalidArgument {
                         operation: operation.to_string(),
                         reason: format!("{what} {block:?} does not fit {size} ranks and a buffer of {len}"),
