@@ -7,10 +7,8 @@ use thiserror::Error;
 
 use crate::{
     Layout, PlannerError, RoutingCounts, Topology,
-    dispatch::{Dispatcher, EvenSplit, MinMax},
-    placement::{
-        Eplb, EvenOverAll, FlexMoe, LayoutRequest, LayoutSolver, PaperSolver, RandomPlacement, RobustSolver, StaticEp,
-    },
+    dispatch::{Dispatcher, EvenOverAll, EvenSplit, MinMax},
+    placement::{Eplb, FlexMoe, LayoutRequest, LayoutSolver, PaperSolver, RandomPlacement, RobustSolver, StaticEp},
     predictor::{Adaptive, LastStep, MovingSum, Predictor},
     state,
 };

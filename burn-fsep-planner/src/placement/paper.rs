@@ -1,6 +1,6 @@
-use std::collections::BinaryHeap;
+use std::{cmp::Reverse, collections::BinaryHeap};
 
-use super::{LayoutRequest, LayoutSolver, builder::LayoutBuilder};
+use super::{LayoutRequest, LayoutSolver, builder::LayoutBuilder, replicas::PerReplica};
 use crate::{
     Layout, PlannerError, Topology,
     cost::{CommunicationModel, CostConstants, CostModel},
@@ -106,45 +106,22 @@ pub(super) fn proportional_replicas(loads: &[u64], topology: &Topology, slots: u
     let first = if loads.len() * nodes <= slots { nodes } else { 1 };
     let mut replicas = vec![first; loads.len()];
     let mut left = slots - first * loads.len();
-    // Load per replica as a fraction, so that order does not depend on rounding; ties go to the lower expert.
-    let mut heap: BinaryHeap<(Fraction, std::cmp::Reverse<usize>)> =
-        loads.iter().enumerate().map(|(e, &load)| (Fraction(load, first as u64), std::cmp::Reverse(e))).collect();
+    // Ties go to the lower expert.
+    let per_replica = |e: usize, count: usize| PerReplica { load: loads[e], replicas: count as u64 };
+    let mut heap: BinaryHeap<(PerReplica, Reverse<usize>)> =
+        (0..loads.len()).map(|e| (per_replica(e, first), Reverse(e))).collect();
     while left > 0 {
-        let Some((_, std::cmp::Reverse(expert))) = heap.pop() else { break };
+        let Some((_, Reverse(expert))) = heap.pop() else { break };
         let wanted = if replicas[expert] < nodes { 1 } else { nodes };
         let added = wanted.min(left).min(ranks - replicas[expert]);
         replicas[expert] += added;
         left -= added;
         if replicas[expert] < ranks {
-            heap.push((Fraction(loads[expert], replicas[expert] as u64), std::cmp::Reverse(expert)));
+            heap.push((per_replica(expert, replicas[expert]), Reverse(expert)));
         }
     }
     replicas
 }
-
-/// `a / b` in exact order.
-#[derive(Debug, Clone, Copy)]
-struct Fraction(u64, u64);
-
-impl Ord for Fraction {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (u128::from(self.0) * u128::from(other.1)).cmp(&(u128::from(other.0) * u128::from(self.1)))
-    }
-}
-
-impl PartialOrd for Fraction {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Fraction {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Fraction {}
 
 fn even_replicas(experts: usize, slots: usize) -> Vec<usize> {
     (0..experts).map(|e| slots / experts + usize::from(e < slots % experts)).collect()
@@ -160,7 +137,8 @@ pub(super) fn place(
 ) -> Option<Result<Layout, PlannerError>> {
     let ranks = topology.world_size();
     let mut order: Vec<usize> = (0..loads.len()).collect();
-    order.sort_by_key(|&e| (std::cmp::Reverse(Fraction(loads[e], replicas[e].max(1) as u64)), e));
+    let per_replica = |e: usize| PerReplica { load: loads[e], replicas: replicas[e].max(1) as u64 };
+    order.sort_by_key(|&e| (Reverse(per_replica(e)), e));
     let mut builder = LayoutBuilder::new(ranks, slots_per_rank, loads.len());
     let mut rank_loads = vec![0.0f64; ranks];
     for expert in order {
