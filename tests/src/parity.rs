@@ -85,7 +85,8 @@ impl ParityCase {
     /// If a gradient is missing.
     pub fn run_rank(&self, comm: Arc<dyn Communicator>) -> Result<Vec<ParityStep>, FsepError> {
         let (case, rank, ranks, hidden) = (self, comm.rank(), comm.size(), self.config.hidden_size);
-        let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(case.split.factory());
+        let split = case.split;
+        let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(move || split.dispatcher());
         let runtime = runtime.init(comm)?;
         let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
         let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;

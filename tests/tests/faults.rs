@@ -145,7 +145,7 @@ fn ranks_with_different_runtimes_are_told() {
     let base = FsepRuntimeConfig::new;
     for (what, theirs) in [
         ("seed", base().with_seed(1)),
-        ("ranks_per_node", base().with_ranks_per_node(1)),
+        ("topology", base().with_ranks_per_node(1)),
         ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
         ("correction", base().with_correction(None)),
     ] {
@@ -245,6 +245,16 @@ fn different_collectives_name_both_sides() {
     let error = other_rank_does(|comm| comm.barrier(Operation::new("somewhere else")));
     let CommError::Mismatch { operation, peer_operation, .. } = &error else { panic!("{error}") };
     assert!(operation.contains("sum of layer 3") && peer_operation.contains("somewhere else"), "{error}");
+}
+
+#[test]
+fn different_layouts_name_both_sides() {
+    let error = other_rank_does(|comm| {
+        let operation = Operation::of_layer("sum", 3).under_layout(0xbeef);
+        comm.all_reduce(operation, ReduceBuffer::F32(&mut [1.0, 2.0]), ReduceOp::Sum)
+    });
+    let CommError::Mismatch { peer_operation, .. } = &error else { panic!("{error}") };
+    assert!(peer_operation.contains("sum of layer 3 (layout 000000000000beef)"), "{error}");
 }
 
 #[test]

@@ -24,7 +24,7 @@ use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
     train::{
-        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset,
+        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, RankDataset,
         SilentRenderer, StaticImbalanceMetric,
     },
 };
@@ -88,7 +88,7 @@ fn the_learner_trains_on_four_ranks() {
                 LossMetric::new(),
                 ImbalanceMetric::new(),
                 StaticImbalanceMetric::new(),
-                LayerImbalanceMetric::new(),
+                ImbalanceP95Metric::new(),
                 MovedSlotsMetric::new(),
             ))
             .num_epochs(2)
