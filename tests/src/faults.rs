@@ -15,61 +15,80 @@ pub enum FaultMode {
     Error,
 }
 
-/// A fault of one rank at one of its collectives.
+/// What goes wrong.
 #[derive(Debug, Clone, Copy)]
-pub struct Fault {
-    /// The rank that fails.
-    pub rank: usize,
-    /// Which of its calls fails, from 0; waiting for an exchange is a call as starting it is.
-    pub at: usize,
-    /// How.
-    pub mode: FaultMode,
+pub enum Fault {
+    /// One rank fails at one of its collectives.
+    Failure {
+        /// The rank that fails.
+        rank: usize,
+        /// Which of its calls fails, from 0; waiting for an exchange is a call as starting it is.
+        at: usize,
+        /// How.
+        mode: FaultMode,
+    },
+    /// The first number that exchanges of this name bring to rank 0 changes its sign: the negative control of comparisons.
+    Corruption(&'static str),
 }
 
-/// A communicator that fails once.
+/// A communicator with a fault.
 #[derive(Debug)]
 pub struct FaultyCommunicator {
     inner: Arc<dyn Communicator>,
-    fault: Fault,
-    /// Calls of this rank so far, on all its communicators.
-    calls: Arc<AtomicUsize>,
+    calls: Calls,
 }
 
 impl FaultyCommunicator {
     /// Injects `fault`; the counter tells how many calls the rank made.
     pub fn new(inner: Arc<dyn Communicator>, fault: Fault) -> (Arc<Self>, Arc<AtomicUsize>) {
-        let calls = Arc::new(AtomicUsize::new(0));
-        (Arc::new(Self { inner, fault, calls: calls.clone() }), calls)
-    }
-
-    fn count(&self, operation: Operation) -> Result<(), CommError> {
-        count(&self.calls, (self.inner.rank() == self.fault.rank).then_some(self.fault), operation)
+        let calls = Calls { rank: inner.rank(), fault, made: Arc::default() };
+        let made = calls.made.clone();
+        (Arc::new(Self { inner, calls }), made)
     }
 }
 
-fn count(calls: &AtomicUsize, fault: Option<Fault>, operation: Operation) -> Result<(), CommError> {
-    let call = calls.fetch_add(1, Ordering::Relaxed);
-    match fault.filter(|fault| fault.at == call).map(|fault| fault.mode) {
-        None => Ok(()),
-        Some(FaultMode::Panic) => panic!("injected panic in {operation}"),
-        Some(FaultMode::Error) => {
-            Err(CommError::InvalidArgument { operation: operation.to_string(), reason: "injected error".into() })
+/// Calls of a rank so far, on all its communicators, and what goes wrong in one.
+#[derive(Debug, Clone)]
+struct Calls {
+    rank: usize,
+    fault: Fault,
+    made: Arc<AtomicUsize>,
+}
+
+impl Calls {
+    fn count(&self, operation: Operation) -> Result<(), CommError> {
+        let call = self.made.fetch_add(1, Ordering::Relaxed);
+        match self.fault {
+            Fault::Failure { rank, at, mode } if (rank, at) == (self.rank, call) => match mode {
+                FaultMode::Panic => panic!("injected panic in {operation}"),
+                FaultMode::Error => Err(CommError::InvalidArgument {
+                    operation: operation.to_string(),
+                    reason: "injected error".into(),
+                }),
+            },
+            _ => Ok(()),
         }
     }
 }
 
-/// An exchange of a faulty rank: waiting for it counts as a call of its own.
+/// An exchange with a fault: waiting for it counts as a call of its own.
 struct FaultyExchange {
     inner: Box<dyn PendingExchange>,
-    fault: Option<Fault>,
-    calls: Arc<AtomicUsize>,
+    calls: Calls,
     operation: Operation,
 }
 
 impl PendingExchange for FaultyExchange {
     fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
-        count(&self.calls, self.fault, self.operation)?;
-        self.inner.wait(recv)
+        let Self { inner, calls, operation } = *self;
+        calls.count(operation)?;
+        inner.wait(recv)?;
+        let is_corrupted = matches!(calls.fault, Fault::Corruption(name) if name == operation.name);
+        if is_corrupted && calls.rank == 0 && recv.len() >= 4 {
+            // The sign of the first f32.
+            recv[3] ^= 0x80;
+        }
+        Ok(())
     }
 }
 
@@ -88,27 +107,23 @@ impl Communicator for FaultyCommunicator {
         send: Arc<Bytes>,
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
-        self.count(operation)?;
-        Ok(Box::new(FaultyExchange {
-            inner: self.inner.start_all_to_all_v(operation, send, plan)?,
-            fault: (self.rank() == self.fault.rank).then_some(self.fault),
-            calls: self.calls.clone(),
-            operation,
-        }))
+        self.calls.count(operation)?;
+        let inner = self.inner.start_all_to_all_v(operation, send, plan)?;
+        Ok(Box::new(FaultyExchange { inner, calls: self.calls.clone(), operation }))
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        self.count(operation)?;
+        self.calls.count(operation)?;
         self.inner.all_gather(operation, send, recv)
     }
 
     fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
-        self.count(operation)?;
+        self.calls.count(operation)?;
         self.inner.all_reduce(operation, buffer, op)
     }
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        self.count(operation)?;
+        self.calls.count(operation)?;
         self.inner.broadcast(operation, buffer, root)
     }
 
@@ -121,80 +136,6 @@ impl Communicator for FaultyCommunicator {
     }
 
     fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
-        let inner = self.inner.duplicate(name)?;
-        Ok(Arc::new(Self { inner, fault: self.fault, calls: self.calls.clone() }))
-    }
-}
-
-/// A communicator that flips the sign of the first number that exchanges of one name bring to rank 0: the negative
-/// control of comparisons.
-#[derive(Debug)]
-pub struct CorruptingCommunicator {
-    inner: Arc<dyn Communicator>,
-    operation: &'static str,
-}
-
-impl CorruptingCommunicator {
-    /// Corrupts what the exchanges called `operation` bring.
-    pub fn new(inner: Arc<dyn Communicator>, operation: &'static str) -> Self {
-        Self { inner, operation }
-    }
-}
-
-struct CorruptingExchange(Box<dyn PendingExchange>);
-
-impl PendingExchange for CorruptingExchange {
-    fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
-        self.0.wait(recv)?;
-        // Flips the sign of the first f32.
-        if recv.len() >= 4 {
-            recv[3] ^= 0x80;
-        }
-        Ok(())
-    }
-}
-
-impl Communicator for CorruptingCommunicator {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn start_all_to_all_v(
-        &self,
-        operation: Operation,
-        send: Arc<Bytes>,
-        plan: ExchangePlan,
-    ) -> Result<Box<dyn PendingExchange>, CommError> {
-        let pending = self.inner.start_all_to_all_v(operation, send, plan)?;
-        let is_corrupted = operation.name == self.operation && self.rank() == 0;
-        Ok(if is_corrupted { Box::new(CorruptingExchange(pending)) } else { pending })
-    }
-
-    fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        self.inner.all_gather(operation, send, recv)
-    }
-
-    fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
-        self.inner.all_reduce(operation, buffer, op)
-    }
-
-    fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        self.inner.broadcast(operation, buffer, root)
-    }
-
-    fn abort(&self, reason: &str) {
-        self.inner.abort(reason);
-    }
-
-    fn failure(&self) -> Option<CommError> {
-        self.inner.failure()
-    }
-
-    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self { inner: self.inner.duplicate(name)?, operation: self.operation }))
+        Ok(Arc::new(Self { inner: self.inner.duplicate(name)?, calls: self.calls.clone() }))
     }
 }

@@ -25,7 +25,7 @@ pub use collectives::{
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
-pub use faults::{CorruptingCommunicator, Fault, FaultMode, FaultyCommunicator};
+pub use faults::{Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
 #[cfg(feature = "mpi")]

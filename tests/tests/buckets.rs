@@ -261,7 +261,7 @@ fn gradients_that_were_thrown_away_or_scaled() {
 
 #[test]
 fn nothing_is_reduced_twice() {
-    let never = Fault { rank: 0, at: usize::MAX, mode: FaultMode::Error };
+    let never = Fault::Failure { rank: 0, at: usize::MAX, mode: FaultMode::Error };
     ranks(2, |comm| {
         let (comm, calls) = FaultyCommunicator::new(comm, never);
         let runtime = FsepRuntime::new(comm)?;

@@ -46,7 +46,7 @@ fn step(comm: Arc<dyn Communicator>, fault: Fault) -> Result<usize, FsepError> {
 
 #[test]
 fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
-    let never = Fault { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
+    let never = Fault::Failure { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
     let calls = launch(&LaunchConfig::new(RANKS), |comm| step(comm, never));
     let calls = calls.into_iter().map(Result::unwrap).max().unwrap();
     // The runtime; two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
@@ -55,13 +55,14 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
 
     for mode in [FaultMode::Panic, FaultMode::Error] {
         for at in 0..calls {
-            let fault = Fault { rank: at % RANKS, at, mode };
+            let victim = at % RANKS;
+            let fault = Fault::Failure { rank: victim, at, mode };
             let start = Instant::now();
             let results = launch(&LaunchConfig::new(RANKS), |comm| step(comm, fault));
             assert!(start.elapsed() < LIMIT, "{fault:?} took {:?}", start.elapsed());
             for (rank, result) in results.into_iter().enumerate() {
                 let error = result.expect_err("no rank finishes the step");
-                if rank == fault.rank {
+                if rank == victim {
                     assert!(error.to_string().contains("injected"), "{fault:?}: {error}");
                     continue;
                 }
@@ -69,7 +70,7 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
                 let FsepError::Comm(CommError::PeerFailed { rank, operation, reason, lost: false }) = error else {
                     panic!("{fault:?}: {error}")
                 };
-                assert_eq!(rank, fault.rank);
+                assert_eq!(rank, victim);
                 assert!(!operation.is_empty() && reason.contains("injected"), "{fault:?}: {operation}: {reason}");
             }
         }

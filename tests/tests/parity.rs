@@ -1,10 +1,10 @@
 //! FSEP equals the dense layer: values and all gradients, for any world size, layout and dispatch.
 
-use std::sync::Arc;
-
 use burn::tensor::{Tensor, TensorData};
 use burn_fsep::{ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig};
-use burn_fsep_tests::{CorruptingCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch};
+use burn_fsep_tests::{
+    Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch,
+};
 
 const TOLERANCE: f64 = 1e-5;
 
@@ -128,7 +128,8 @@ fn a_wrong_number_in_any_exchange_is_seen() {
         "gradient reshard",
     ] {
         let case = even(config(8, 2), 3, 10);
-        let wrong = || check_parity_with(&case, TOLERANCE, |c| Arc::new(CorruptingCommunicator::new(c, operation)));
+        let fault = Fault::Corruption(operation);
+        let wrong = || check_parity_with(&case, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
         let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
         assert!(message.contains("relative error"), "{operation}: {message}");

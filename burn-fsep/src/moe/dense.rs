@@ -33,7 +33,8 @@ impl DenseMoE {
         layer: usize,
         device: &Device,
     ) -> Self {
-        let values: Vec<f32> = (0..num_experts).flat_map(|e| expert_parameters(shape, seed, layer, e)).collect();
+        let expert = |expert| expert_parameters(shape, seed, layer, expert, 0..shape.num_params());
+        let values: Vec<f32> = (0..num_experts).flat_map(expert).collect();
         let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
         Self { router, weight, shape, aux_loss_coeff }
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     FsepRuntime,
     ops::WeightStorage,
-    shard::{ExpertShape, expert_parameters, shard_id, shard_of},
+    shard::{ExpertShape, expert_parameters, shard_id},
 };
 
 /// A rank's part of the experts' parameters.
@@ -35,19 +35,19 @@ impl FsepExperts {
         device: &Device,
     ) -> Self {
         let (rank, ranks) = (runtime.rank(), runtime.world_size());
-        // One expert at a time: a rank never holds all experts whole.
-        let part = |expert: usize| expert_parameters(shape, runtime.seed(), layer, expert);
-        let (values, dims): (Vec<f32>, _) = match storage {
+        let (experts, positions) = match storage {
             WeightStorage::Sharded => {
-                let shards = (0..num_experts).flat_map(|e| shard_of(&part(e), rank, ranks));
-                (shards.collect(), [num_experts, shape.shard_len(ranks)])
+                let len = shape.shard_len(ranks);
+                (0..num_experts, rank * len..(rank + 1) * len)
             }
             WeightStorage::Resident => {
                 let owned = num_experts / ranks;
-                let experts = (rank * owned..(rank + 1) * owned).flat_map(part);
-                (experts.collect(), [owned, shape.num_params()])
+                (rank * owned..(rank + 1) * owned, 0..shape.num_params())
             }
         };
+        let dims = [experts.len(), positions.len()];
+        let mut values = Vec::with_capacity(dims[0] * dims[1]);
+        experts.for_each(|e| values.extend(expert_parameters(shape, runtime.seed(), layer, e, positions.clone())));
         let info = ExpertsInfo { layer, num_experts, shape, storage };
         let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
         weight.id = shard_id(rank, ranks);

@@ -14,7 +14,6 @@ use super::{
     FsepKernels, FsepOps, MoeStep, RowIndices, Tracked,
     gradients::GradientSlot,
     moe::{Saved, moe_backward, moe_forward},
-    run_start_restore,
 };
 use crate::{FsepError, FsepRuntime, schedule::Restore};
 
@@ -99,6 +98,6 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         restore: Arc<Restore>,
         runtime: FsepRuntime,
     ) -> Result<(), FsepError> {
-        run_start_restore::<B>(weights.into_primitive(), restore, runtime)
+        B::fsep_start_restore(weights.into_primitive(), restore, runtime)
     }
 }

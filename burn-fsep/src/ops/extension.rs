@@ -13,8 +13,8 @@ use crate::{FsepError, FsepRuntime, schedule::Restore};
 
 /// The MoE layer as an operation of a backend.
 ///
-/// A backend joins with `impl FsepKernels for B {}` and an `impl FsepOps for B` that calls [`run_moe`]; what it can do
-/// better it replaces in [`FsepKernels`](super::FsepKernels). `Autodiff` adds the backward pass.
+/// Every backend with [`FsepKernels`](super::FsepKernels) has it; what a backend can do better it replaces there. `Autodiff`
+/// adds the backward pass.
 #[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
 pub trait FsepOps: Backend {
     /// A whole MoE layer after its router: permute, All-to-All, experts on restored weights, All-to-All back,
@@ -60,35 +60,27 @@ pub trait FsepOps: Backend {
     ) -> Result<(), FsepError>;
 }
 
-/// [`FsepOps::fsep_moe`] of a backend without autodiff.
-///
-/// # Panics
-///
-/// As [`FsepOps::fsep_moe`].
-pub fn run_moe<B: FsepKernels>(
-    hidden: FloatTensor<B>,
-    probs: FloatTensor<B>,
-    weights: FloatTensor<B>,
-    row_of: IntTensor<B>,
-    assignment_of: IntTensor<B>,
-    token_of: IntTensor<B>,
-    step: Arc<MoeStep>,
-) -> FloatTensor<B> {
-    let rows = RowIndices { row_of, assignment_of, token_of };
-    moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default()).output
-}
+impl<B: FsepKernels> FsepOps for B {
+    fn fsep_moe(
+        hidden: FloatTensor<Self>,
+        probs: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        row_of: IntTensor<Self>,
+        assignment_of: IntTensor<Self>,
+        token_of: IntTensor<Self>,
+        step: Arc<MoeStep>,
+    ) -> FloatTensor<Self> {
+        let rows = RowIndices { row_of, assignment_of, token_of };
+        moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default()).output
+    }
 
-/// [`FsepOps::fsep_start_restore`] of a backend without autodiff.
-///
-/// # Errors
-///
-/// As [`FsepOps::fsep_start_restore`].
-pub fn run_start_restore<B: FsepKernels>(
-    weights: FloatTensor<B>,
-    restore: Arc<Restore>,
-    runtime: FsepRuntime,
-) -> Result<(), FsepError> {
-    weights::start::<B>(weights, &restore, &runtime)
+    fn fsep_start_restore(
+        weights: FloatTensor<Self>,
+        restore: Arc<Restore>,
+        runtime: FsepRuntime,
+    ) -> Result<(), FsepError> {
+        weights::start::<B>(weights, &restore, &runtime)
+    }
 }
 
 /// [`FsepOps::fsep_start_restore`] on the device of the shards.

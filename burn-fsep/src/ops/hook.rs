@@ -28,6 +28,8 @@ use burn::{
     tensor::{FloatDType, Shape, Tensor},
 };
 
+use super::weights::cast;
+
 /// Is told of parameters' gradients while backward runs.
 pub trait GradientSink: Debug + Send + Sync {
     /// Backward has passed a hook of `parameter`; `gradient`, in the parameter's shape and element type, is what it has
@@ -81,13 +83,6 @@ pub fn gradient_hook<const P: usize, const D: usize>(
 ) -> Tensor<P> {
     let output = <Dispatch as HookOps>::fsep_gradient_hook(parameter.into_dispatch(), input.into_dispatch(), hook);
     Tensor::from_dispatch(output)
-}
-
-fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: Option<FloatDType>) -> FloatTensor<B> {
-    match dtype {
-        Some(dtype) if tensor.dtype() != dtype.into() => B::float_cast(tensor, dtype),
-        _ => tensor,
-    }
 }
 
 #[derive(Debug)]

@@ -159,6 +159,9 @@ pub trait FsepKernels: Backend {
     }
 }
 
+#[cfg(feature = "flex")]
+impl FsepKernels for burn::backend::Flex {}
+
 /// Index tensors between assignments (`t * K + k`) and rows (assignments sorted by expert). Shape `[T * K]` each.
 #[derive(Debug, Clone)]
 pub struct RowIndices<B: Backend> {

@@ -6,8 +6,6 @@ mod combine;
 mod exchange;
 mod experts;
 mod extension;
-#[cfg(feature = "flex")]
-mod flex;
 mod gradients;
 mod hook;
 mod kernels;
@@ -21,7 +19,7 @@ mod weights;
 
 pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
 pub(crate) use extension::start_restore;
-pub use extension::{FsepOps, moe, run_moe, run_start_restore};
+pub use extension::{FsepOps, moe};
 pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
 #[cfg(all(feature = "libtorch", feature = "train"))]

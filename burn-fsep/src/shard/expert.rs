@@ -1,5 +1,5 @@
-use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::Uniform;
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 /// The sizes of one SwiGLU expert, and how its parameters lie in the flat vector of length `P = 3 * D * F`.
@@ -31,36 +31,36 @@ impl ExpertShape {
     }
 }
 
-/// The initial parameters of one expert. Shape `[P]`.
+/// Initial parameters of one expert, those at these positions of its flat vector; zeros from `P` on, as shards are padded.
+/// Shape `[positions]`.
 ///
-/// A function of its arguments alone, so that every rank can make any expert and cut its shard from it, and training
-/// does not depend on the world size. Weights are uniform in `±1/sqrt(fan_in)`, as in Burn's `Linear`.
-pub fn expert_parameters(shape: ExpertShape, seed: u64, layer: usize, expert: usize) -> Vec<f32> {
-    let mut rng = StdRng::seed_from_u64(mix(mix(seed, layer as u64 + 1), expert as u64 + 1));
-    let mut params = Vec::with_capacity(shape.num_params());
-    let mut draw = |len: usize, fan_in: usize| {
-        let bound = 1.0 / (fan_in as f32).sqrt();
-        let uniform = Uniform::new_inclusive(-bound, bound).expect("a positive fan-in gives a valid range");
-        params.extend((0..len).map(|_| rng.sample(uniform)));
-    };
-    draw(shape.gate_up_len(), shape.hidden);
-    draw(shape.num_params() - shape.gate_up_len(), shape.ffn);
-    params
+/// Each value is a function of the arguments and its position alone. So training does not depend on the world size, and a
+/// rank draws its own shard and nothing else, however large the model is. Weights are uniform in `±1/sqrt(fan_in)`, as in
+/// Burn's `Linear`.
+pub fn expert_parameters(
+    shape: ExpertShape,
+    seed: u64,
+    layer: usize,
+    expert: usize,
+    positions: Range<usize>,
+) -> impl Iterator<Item = f32> {
+    let stream = mix(mix(seed, layer as u64 + 1), expert as u64 + 1);
+    let [gate_up_bound, down_bound] = [shape.hidden, shape.ffn].map(|fan_in| 1.0 / (fan_in as f32).sqrt());
+    let (down_start, end) = (shape.gate_up_len(), shape.num_params());
+    // The number at this place of the sequence of SplitMix64, which is the same on every platform and in every version.
+    let draw = move |position: usize| uniform(mix(stream, position as u64 + 1));
+    positions.map(move |position| match position {
+        _ if position < down_start => gate_up_bound * draw(position),
+        _ if position < end => down_bound * draw(position),
+        _ => 0.0,
+    })
 }
 
-/// The shard of a rank, zero-padded. Shape `[P] -> [S]`.
-///
-/// # Panics
-///
-/// If `rank >= world_size`.
-pub fn shard_of(params: &[f32], rank: usize, world_size: usize) -> Vec<f32> {
-    assert!(rank < world_size, "rank {rank} of {world_size}");
-    let len = params.len().div_ceil(world_size);
-    let start = (rank * len).min(params.len());
-    let end = (start + len).min(params.len());
-    let mut shard = params[start..end].to_vec();
-    shard.resize(len, 0.0);
-    shard
+/// A number between -1 and 1 from random bits: the middle of one of 2^24 equal parts, all of which `f32` has exactly.
+fn uniform(bits: u64) -> f32 {
+    const PARTS: i32 = 1 << 24;
+    let part = (bits >> 40) as i32;
+    (2 * part + 1 - PARTS) as f32 / PARTS as f32
 }
 
 /// Mixes a number into a seed (the finaliser of SplitMix64), so that neighbouring layers and experts draw unrelated
@@ -76,25 +76,89 @@ pub(crate) fn mix(seed: u64, value: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn expert(shape: ExpertShape, seed: u64, layer: usize, expert: usize) -> Vec<f32> {
+        expert_parameters(shape, seed, layer, expert, 0..shape.num_params()).collect()
+    }
+
     #[test]
     fn shards_are_the_expert() {
         let shape = ExpertShape { hidden: 3, ffn: 5 };
-        let params = expert_parameters(shape, 7, 0, 2);
-        for world_size in [1, 2, 4, 7, 100] {
-            let whole: Vec<f32> = (0..world_size).flat_map(|rank| shard_of(&params, rank, world_size)).collect();
-            assert_eq!(whole.len(), world_size * shape.shard_len(world_size));
+        let params = expert(shape, 7, 0, 2);
+        for world_size in [1, 2, 3, 4, 7, 8, 100] {
+            let len = shape.shard_len(world_size);
+            let shard = |rank| expert_parameters(shape, 7, 0, 2, rank * len..(rank + 1) * len);
+            let whole: Vec<f32> = (0..world_size).flat_map(shard).collect();
+            assert_eq!(whole.len(), world_size * len);
             assert_eq!(whole[..params.len()], params[..]);
             assert!(whole[params.len()..].iter().all(|&x| x == 0.0));
+        }
+    }
+
+    /// Of 3 * 2^40 parameters: drawn, or held, whole they would take an hour and 12 TiB.
+    #[test]
+    fn a_shard_takes_no_more_than_itself() {
+        let (shape, world_size) = (ExpertShape { hidden: 1 << 20, ffn: 1 << 20 }, 1 << 36);
+        let len = shape.shard_len(world_size);
+        assert_eq!(len, 48);
+        for rank in [0, 1, world_size / 2, world_size - 1] {
+            let shard: Vec<f32> = expert_parameters(shape, 7, 0, 2, rank * len..(rank + 1) * len).collect();
+            assert!(shard.len() == len && shard.iter().all(|&x| x != 0.0), "rank {rank}: {shard:?}");
+        }
+    }
+
+    /// Mean and variance as of a uniform distribution in the bounds, within five standard errors; and neighbours, in a row
+    /// and in the next expert, that have nothing to do with each other.
+    #[test]
+    fn values_are_uniform_and_independent() {
+        let shape = ExpertShape { hidden: 64, ffn: 256 };
+        let experts = [expert(shape, 0, 0, 0), expert(shape, 0, 0, 1), expert(shape, 0, 1, 0), expert(shape, 1, 0, 0)];
+        let mean = |values: &mut dyn ExactSizeIterator<Item = f64>| {
+            let len = values.len() as f64;
+            (values.sum::<f64>() / len, len)
+        };
+        let (gate_up, down) = (0..shape.gate_up_len(), shape.gate_up_len()..shape.num_params());
+        for (part, fan_in) in [(gate_up, shape.hidden), (down, shape.ffn)] {
+            // On the scale of the bounds.
+            let scaled = experts.each_ref().map(|params| {
+                params[part.clone()].iter().map(|&x| f64::from(x) * (fan_in as f64).sqrt()).collect::<Vec<f64>>()
+            });
+            for values in &scaled {
+                assert!(values.iter().all(|x| x.abs() <= 1.0));
+                let largest = values.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+                assert!(largest > 0.999, "{largest}");
+                let (sum, len) = mean(&mut values.iter().copied());
+                assert!(sum.abs() < 5.0 * (1.0 / 3.0 / len).sqrt(), "mean {sum}");
+                // x^2 has the mean 1/3 and the variance 1/5 - 1/9, x y of independent ones 0 and 1/9.
+                let (squares, len) = mean(&mut values.iter().map(|x| x * x));
+                assert!((squares - 1.0 / 3.0).abs() < 5.0 * (4.0 / 45.0 / len).sqrt(), "variance {squares}");
+                let (products, len) = mean(&mut values.windows(2).map(|pair| pair[0] * pair[1]));
+                assert!(products.abs() < 5.0 * (1.0 / 9.0 / len).sqrt(), "neighbours {products}");
+            }
+            for other in &scaled[1..] {
+                let (products, len) = mean(&mut scaled[0].iter().zip(other).map(|(a, b)| a * b));
+                assert!(products.abs() < 5.0 * (1.0 / 9.0 / len).sqrt(), "experts {products}");
+            }
         }
     }
 
     #[test]
     fn experts_and_layers_differ() {
         let shape = ExpertShape { hidden: 2, ffn: 2 };
-        let base = expert_parameters(shape, 0, 0, 0);
-        assert_eq!(base, expert_parameters(shape, 0, 0, 0));
+        let base = expert(shape, 0, 0, 0);
+        assert_eq!(base, expert(shape, 0, 0, 0));
         for other in [(1, 0, 0), (0, 1, 0), (0, 0, 1)] {
-            assert_ne!(base, expert_parameters(shape, other.0, other.1, other.2));
+            assert_ne!(base, expert(shape, other.0, other.1, other.2));
         }
+    }
+
+    /// On every platform: ranks of one job may run on different ones. These are Python's.
+    #[test]
+    fn values_of_a_seed_are_fixed() {
+        let shape = ExpertShape { hidden: 4, ffn: 1 };
+        let params: Vec<u32> = expert(shape, 7, 2, 3).into_iter().map(f32::to_bits).collect();
+        assert_eq!(
+            [0, 1, 7, 8, 11].map(|position| params[position]),
+            [1053910183, 1044122678, 1042355538, 1035593256, 3207662497]
+        );
     }
 }

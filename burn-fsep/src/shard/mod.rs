@@ -7,7 +7,7 @@ mod owner;
 mod plan;
 
 pub(crate) use expert::mix;
-pub use expert::{ExpertShape, expert_parameters, shard_of};
+pub use expert::{ExpertShape, expert_parameters};
 pub use gauge::{RestoredGauge, RestoredGuard};
 #[cfg(feature = "train")]
 pub(crate) use owner::is_shard_of;

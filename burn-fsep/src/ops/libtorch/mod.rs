@@ -16,15 +16,9 @@ mod routing;
 #[cfg(feature = "train")]
 pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
-use burn::{
-    backend::{
-        LibTorch,
-        tensor::{FloatTensor, IntTensor},
-    },
-    tensor::FloatDType,
-};
+use burn::{backend::LibTorch, tensor::FloatDType};
 use burn_fsep_planner::Layout;
 use burn_tch::TchTensor;
 use tch::TchError;
@@ -32,36 +26,13 @@ use tch::TchError;
 use cuda::Fused;
 
 use super::{
-    CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, FsepOps, MoeStep,
-    PendingTensor, RowIndices, gradients::sum_on_device, run_moe, run_start_restore,
+    CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, PendingTensor,
+    RowIndices, gradients::sum_on_device,
 };
 use crate::{
-    FsepError, FsepRuntime,
+    FsepError,
     comm::{Communicator, ExchangePlan, Operation},
-    schedule::Restore,
 };
-
-impl FsepOps for LibTorch {
-    fn fsep_moe(
-        hidden: FloatTensor<Self>,
-        probs: FloatTensor<Self>,
-        weights: FloatTensor<Self>,
-        row_of: IntTensor<Self>,
-        assignment_of: IntTensor<Self>,
-        token_of: IntTensor<Self>,
-        step: Arc<MoeStep>,
-    ) -> FloatTensor<Self> {
-        run_moe::<Self>(hidden, probs, weights, row_of, assignment_of, token_of, step)
-    }
-
-    fn fsep_start_restore(
-        weights: FloatTensor<Self>,
-        restore: Arc<Restore>,
-        runtime: FsepRuntime,
-    ) -> Result<(), FsepError> {
-        run_start_restore::<Self>(weights, restore, runtime)
-    }
-}
 
 impl FsepKernels for LibTorch {
     fn fsep_experts(
