@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Duration};
 use burn_fsep_planner::{
     RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
-    placement::{LayoutRequest, LayoutSolver, PaperPlanner, RobustPlanner},
+    placement::{LayoutRequest, LayoutSolver, PaperSolver, RobustSolver},
     workload::{Workload, WorkloadShape},
 };
 use criterion::Criterion;
@@ -39,14 +39,14 @@ fn solve_times(criterion: &mut Criterion) {
         let topology = Topology::uniform(ranks, 8).expect("sizes are positive");
         let request = LayoutRequest { topology: &topology, slots_per_rank: slots, predicted: &counts, previous: None };
         let name = format!("N={ranks} E={experts} C={slots}{loads}");
-        let mut solver = RobustPlanner::new(0);
+        let mut solver = RobustSolver::new(0);
         criterion.bench_function(&format!("layout   {name}"), |b| b.iter(|| solver.solve(black_box(&request))));
         let layout = solver.solve(&request).expect("the experts fit");
         let (mut dispatcher, mut plan) = (MinMax::new(), DispatchPlan::new());
         criterion.bench_function(&format!("dispatch {name}"), |b| {
             b.iter(|| dispatcher.dispatch(&topology, black_box(&layout), &counts, &mut plan));
         });
-        let mut paper = PaperPlanner::default();
+        let mut paper = PaperSolver::default();
         criterion.bench_function(&format!("paper    {name}"), |b| b.iter(|| paper.solve(black_box(&request))));
     }
 }

@@ -44,21 +44,39 @@ pub trait PlannerHost {
     fn agree_min(&self, values: &[u64]) -> Result<Vec<u64>, CallbackError>;
 }
 
-/// Where in the training a callback is called.
+/// The batch after which a callback is called.
 #[derive(Clone, Copy)]
 pub struct StepContext<'a> {
     /// The epoch, from 1.
     pub epoch: usize,
-    /// The step in the epoch, from 1.
+    /// The batch in the epoch, from 1.
     pub iteration: usize,
     /// The rank's runtime.
     pub host: &'a dyn PlannerHost,
 }
 
 impl<'a> StepContext<'a> {
-    /// The context of a step.
+    /// The context of a batch.
     pub fn new(epoch: usize, iteration: usize, host: &'a dyn PlannerHost) -> Self {
         Self { epoch, iteration, host }
+    }
+}
+
+/// The optimizer step after which a callback is called.
+#[derive(Clone, Copy)]
+pub struct OptimizerContext<'a> {
+    /// The optimizer step of the training, from 1; a training that goes on from a checkpoint goes on counting, too.
+    pub step: u64,
+    /// The global norm of its gradients before clipping, equal on all ranks; `None` where nothing is clipped.
+    pub gradient_norm: Option<f64>,
+    /// The rank's runtime.
+    pub host: &'a dyn PlannerHost,
+}
+
+impl<'a> OptimizerContext<'a> {
+    /// The context of an optimizer step.
+    pub fn new(step: u64, gradient_norm: Option<f64>, host: &'a dyn PlannerHost) -> Self {
+        Self { step, gradient_norm, host }
     }
 }
 
@@ -84,6 +102,19 @@ pub trait TrainingCallback: Send {
     }
 
     /// Called after each optimizer step.
+    ///
+    /// Without gradient accumulation that is once a batch, before its [`on_step_end`](Self::on_step_end). With it, only
+    /// batches that complete a step have it, and where an epoch ends with fewer batches than a step takes, the step that
+    /// they make comes after the last one's `on_step_end`.
+    ///
+    /// # Errors
+    ///
+    /// An error ends the training.
+    fn on_optimizer_step(&mut self, _context: &OptimizerContext<'_>) -> Result<(), CallbackError> {
+        Ok(())
+    }
+
+    /// Called after each batch, forward and backward, whether or not its gradients have made an optimizer step yet.
     ///
     /// # Errors
     ///

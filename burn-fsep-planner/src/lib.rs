@@ -29,6 +29,10 @@ pub mod placement;
 mod planner;
 #[cfg(feature = "train")]
 mod planner_callback;
+#[cfg(feature = "train")]
+mod planner_config;
+#[cfg(feature = "train")]
+mod planner_report;
 pub mod predictor;
 pub mod replay;
 mod rng;
@@ -45,6 +49,10 @@ pub use error::PlannerError;
 pub use layout::Layout;
 pub use planner::{LayerPlanner, Strategy, UnknownStrategy};
 #[cfg(feature = "train")]
-pub use planner_callback::{PlannerCallback, PlannerConfig, PlannerReport};
+pub use planner_callback::PlannerCallback;
+#[cfg(feature = "train")]
+pub use planner_config::PlannerConfig;
+#[cfg(feature = "train")]
+pub use planner_report::PlannerReport;
 pub use routing::RoutingCounts;
 pub use topology::Topology;

@@ -7,10 +7,8 @@ use thiserror::Error;
 
 use crate::{
     Layout, PlannerError, RoutingCounts, Topology,
-    dispatch::{Dispatcher, EvenSplit, MinMax},
-    placement::{
-        Eplb, EvenOverAll, FlexMoe, LayoutRequest, LayoutSolver, PaperPlanner, RandomPlacement, RobustPlanner, StaticEp,
-    },
+    dispatch::{Dispatcher, EvenOverAll, EvenSplit, MinMax},
+    placement::{Eplb, FlexMoe, LayoutRequest, LayoutSolver, PaperSolver, RandomPlacement, RobustSolver, StaticEp},
     predictor::{Adaptive, LastStep, MovingSum, Predictor},
     state,
 };
@@ -78,12 +76,12 @@ impl Strategy {
     pub fn solver(self, seed: u64) -> Box<dyn LayoutSolver> {
         match self {
             Strategy::Static => Box::new(StaticEp),
-            Strategy::Paper => Box::new(PaperPlanner::default()),
+            Strategy::Paper => Box::new(PaperSolver::default()),
             Strategy::Eplb => Box::new(Eplb::global()),
             Strategy::EplbHierarchical => Box::new(Eplb::hierarchical()),
             Strategy::FlexMoe => Box::new(FlexMoe::default()),
             Strategy::Random => Box::new(RandomPlacement::new(seed)),
-            Strategy::MinMax => Box::new(RobustPlanner::new(seed)),
+            Strategy::MinMax => Box::new(RobustSolver::new(seed)),
         }
     }
 

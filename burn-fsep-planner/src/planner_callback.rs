@@ -1,87 +1,15 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
 };
-
-use derive_new::new;
 
 use crate::{
     RoutingCounts,
     background::{BackgroundPlanner, PlannerStates},
     callback::{CallbackError, PlannerHost, RoutingObserver, StepContext, TrainingCallback},
-    planner::{LayerPlanner, Strategy},
+    planner_config::PlannerConfig,
+    planner_report::PlannerReport,
 };
-
-/// Configuration of the [`PlannerCallback`]; equal on all ranks.
-#[derive(new, Debug, Clone)]
-pub struct PlannerConfig {
-    /// How layouts are planned.
-    pub strategy: Strategy,
-    /// Wait for the planner at the end of each step, so that runs can be repeated bit for bit. Otherwise training never
-    /// waits: where the planner is late, the layout stays.
-    #[new(value = "false")]
-    pub synchronous: bool,
-    /// Seed of the planner's random choices.
-    #[new(value = "0")]
-    pub seed: u64,
-}
-
-impl PlannerConfig {
-    /// Sets whether each step waits for the planner.
-    pub fn with_synchronous(mut self, synchronous: bool) -> Self {
-        self.synchronous = synchronous;
-        self
-    }
-
-    /// Sets the seed of the planner's random choices.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// The callback.
-    pub fn init(&self) -> PlannerCallback {
-        PlannerCallback {
-            config: self.clone(),
-            running: None,
-            learned: PlannerStates::new(),
-            report: PlannerReport::default(),
-        }
-    }
-}
-
-/// What the planner did so far.
-#[derive(Debug, Clone, Default)]
-pub struct PlannerReport(Arc<Mutex<ReportData>>);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct ReportData {
-    adopted: u64,
-    late: u64,
-    solve_time: Duration,
-}
-
-impl PlannerReport {
-    /// Layouts put into use, over all layers.
-    pub fn adopted(&self) -> u64 {
-        self.data().adopted
-    }
-
-    /// How often a layer kept its layout because some rank's planner had not finished.
-    pub fn late(&self) -> u64 {
-        self.data().late
-    }
-
-    /// How long the last step's layouts took, over all layers.
-    pub fn solve_time(&self) -> Duration {
-        self.data().solve_time
-    }
-
-    fn data(&self) -> ReportData {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Plans new layouts from each step's routing counts and puts them into use between steps.
 ///
@@ -128,22 +56,24 @@ impl RoutingObserver for Forwarder {
 }
 
 impl PlannerCallback {
+    pub(crate) fn new(config: PlannerConfig) -> Self {
+        Self { config, running: None, learned: PlannerStates::new(), report: PlannerReport::default() }
+    }
+
     /// A handle on what the planner did, for metrics; valid while and after training.
     pub fn report(&self) -> PlannerReport {
         self.report.clone()
     }
 
     fn start(&mut self, host: &dyn PlannerHost) -> Result<Running, CallbackError> {
-        let strategy = self.config.strategy;
         let learned = std::mem::take(&mut self.learned);
         let mut planners = BTreeMap::new();
         for layer in 0..host.num_layers() {
-            if !host.is_plannable(layer) || strategy == Strategy::Static {
+            if !host.is_plannable(layer) || self.config.is_static() {
                 continue;
             }
             let initial = host.layout(layer).as_ref().clone();
-            let solver = strategy.solver(self.config.seed.wrapping_add(layer as u64));
-            let mut planner = LayerPlanner::new(host.topology(), initial, strategy.predictor(), solver);
+            let mut planner = self.config.layer_planner(layer, host.topology(), initial);
             if let Some(state) = learned.get(&layer) {
                 // Of no use with another number of ranks, for example: then it begins anew.
                 planner.load(state)?;
@@ -201,7 +131,7 @@ impl TrainingCallback for PlannerCallback {
             }
         }
         data.solve_time = background.solve_times().into_iter().map(|(_, time)| time).sum();
-        *self.report.0.lock().unwrap_or_else(PoisonError::into_inner) = data;
+        self.report.set(data);
         Ok(())
     }
 
@@ -225,7 +155,11 @@ impl TrainingCallback for PlannerCallback {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Layout, Topology};
+    use crate::{
+        Layout, PlannerError, Strategy, Topology,
+        placement::{LayoutRequest, LayoutSolver},
+        predictor::{LastStep, Predictor},
+    };
 
     /// A runtime of one rank and one layer, whose peer is `behind` steps late.
     #[derive(Debug)]
@@ -338,6 +272,100 @@ mod tests {
         assert_eq!((callback.report().adopted(), callback.report().late()), (0, 1));
         host.step(&mut callback, 2);
         assert_ne!(host.layout(0), before, "the layout of the first step, which the late rank now has");
+    }
+
+    /// A layout with its ranks' rows turned so many times.
+    fn turned(turns: usize) -> Layout {
+        let mut rows = [vec![0, 1], vec![1, 2], vec![2, 3], vec![3, 0]];
+        rows.rotate_left(turns % 4);
+        Layout::from_rows(4, &rows).unwrap()
+    }
+
+    /// Turns the layout by one each time, and remembers how often it did.
+    #[derive(Debug)]
+    struct Turning {
+        layer: usize,
+        turns: u32,
+    }
+
+    impl LayoutSolver for Turning {
+        fn name(&self) -> &'static str {
+            "turning"
+        }
+
+        fn solve(&mut self, request: &LayoutRequest<'_>) -> Result<Layout, PlannerError> {
+            self.turns += 1;
+            assert_eq!((request.topology.world_size(), request.slots_per_rank), (4, 2));
+            Ok(turned(self.turns as usize))
+        }
+
+        fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+            state.extend([self.layer as u8, self.turns as u8]);
+            Ok(())
+        }
+
+        fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+            let Some(([layer, turns], rest)) = state.split_first_chunk() else {
+                return Err(PlannerError::State("it has no turns".into()));
+            };
+            assert_eq!(usize::from(*layer), self.layer);
+            (self.turns, *state) = (u32::from(*turns), rest);
+            Ok(())
+        }
+    }
+
+    /// A [`LastStep`] that counts its observations where it was told to.
+    #[derive(Debug)]
+    struct Counting(LastStep, Arc<Mutex<u32>>);
+
+    impl Predictor for Counting {
+        fn name(&self) -> &'static str {
+            "counting"
+        }
+
+        fn observe(&mut self, counts: &RoutingCounts) -> Result<(), PlannerError> {
+            *self.1.lock().unwrap() += 1;
+            self.0.observe(counts)
+        }
+
+        fn predict(&self) -> Option<RoutingCounts> {
+            self.0.predict()
+        }
+
+        fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+            self.0.save(state)
+        }
+
+        fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+            self.0.load(state)
+        }
+    }
+
+    #[test]
+    fn a_solver_and_a_predictor_of_the_user_plan_and_their_state_is_kept() {
+        let observed = Arc::new(Mutex::new(0));
+        let counter = observed.clone();
+        // Whatever the strategy: also one that by itself would never plan.
+        let config = PlannerConfig::new(Strategy::Static)
+            .with_synchronous(true)
+            .with_solver(|layer| Box::new(Turning { layer, turns: 0 }))
+            .with_predictor(move |_| Box::new(Counting(LastStep::new(), counter.clone())));
+        let host = Host::new(0);
+        let mut callback = config.init();
+        callback.on_train_start(&host).unwrap();
+        for step in 1..=6 {
+            host.step(&mut callback, step);
+            assert_eq!(*host.layout(0), turned(step as usize));
+        }
+        let mut records = BTreeMap::new();
+        callback.on_checkpoint(&mut records).unwrap();
+
+        let mut resumed = config.init();
+        resumed.on_resume(&records).unwrap();
+        resumed.on_train_start(&host).unwrap();
+        host.step(&mut resumed, 1);
+        assert_eq!(*host.layout(0), turned(7), "the solver goes on from the 6 turns that it had made");
+        assert_eq!(*observed.lock().unwrap(), 7);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use burn_fsep_planner::{
     Layout, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
-    placement::{LayoutRequest, LayoutSolver, RobustPlanner},
+    placement::{LayoutRequest, LayoutSolver, RobustSolver},
 };
 use microlp::{ComparisonOp, LinearExpr, OptimizationDirection, Problem, SolveOutcome, Variable};
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::SliceRandom};
@@ -199,7 +199,7 @@ fn layouts_are_within_one_percent_of_the_best() {
         let counts = random_counts(ranks, experts, &mut random);
         let topology = Topology::single_node(ranks).unwrap();
         let request = LayoutRequest { topology: &topology, slots_per_rank: slots, predicted: &counts, previous: None };
-        let layout = RobustPlanner::new(7).solve(&request).unwrap();
+        let layout = RobustSolver::new(7).solve(&request).unwrap();
         let ours = max_load(&dispatch(&Case { topology, layout, counts: counts.clone() })) as f64;
         let best = (best_layout_max_load(ranks, slots, &counts.expert_totals()) - 1e-6).ceil();
         worst = worst.max(ours / best.max(1.0));

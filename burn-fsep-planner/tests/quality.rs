@@ -3,7 +3,7 @@
 use burn_fsep_planner::{
     Layout, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
-    placement::{LayoutRequest, LayoutSolver, RobustPlanner},
+    placement::{LayoutRequest, LayoutSolver, RobustSolver},
 };
 
 /// SplitMix64.
@@ -29,7 +29,7 @@ impl Random {
 
 fn solve(topology: &Topology, slots: usize, counts: &RoutingCounts, previous: Option<&Layout>) -> Layout {
     let request = LayoutRequest { topology, slots_per_rank: slots, predicted: counts, previous };
-    RobustPlanner::new(7).solve(&request).unwrap()
+    RobustSolver::new(7).solve(&request).unwrap()
 }
 
 fn imbalance(topology: &Topology, layout: &Layout, counts: &RoutingCounts) -> f64 {

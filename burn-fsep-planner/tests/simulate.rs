@@ -144,6 +144,26 @@ fn errors_name_file_line_and_expectation() {
 }
 
 #[test]
+fn columns_of_a_slow_machine_stay_apart() {
+    let folder = folder();
+    let constants = MeasuredConstants {
+        seconds_per_assignment: 1e-3,
+        bytes_per_token: 256.0,
+        intra_node_bytes_per_second: 1e6,
+        inter_node_bytes_per_second: 1e6,
+        hidden_size: 64,
+        intermediate_size: 96,
+    };
+    std::fs::write(folder.path().join("slow.json"), serde_json::to_string(&constants).unwrap()).unwrap();
+    let line = "simulate --cluster cluster.json --model model.json --imbalance 1 --constants slow.json";
+    let table = run(folder.path(), line).unwrap();
+    let columns = |row: &str| table.lines().find(|line| line.starts_with(row)).unwrap().split_whitespace().count();
+    // The last title is of two words.
+    assert_eq!(columns("balanced"), columns("strategy") - 1, "{table}");
+    assert!(step(&table, "balanced") > 1e6, "{table}");
+}
+
+#[test]
 fn measured_constants_replace_those_of_the_cluster() {
     let folder = folder();
     let calibrate = "calibrate --output c.json --hidden-size 64 --intermediate-size 96 --ranks 1";

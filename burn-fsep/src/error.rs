@@ -48,6 +48,18 @@ pub enum FsepError {
     /// Data could not be read from the device.
     #[error("reading a tensor from its device failed: {0}")]
     Device(String),
+    /// The gradients cannot be clipped nor trained with.
+    #[error(
+        "the gradient norm of optimizer step {step} is {norm}: training diverged, or a batch has values that are not \
+         finite. Nothing was changed by this step; look at its data and loss, or go on from a checkpoint with a lower \
+         learning rate"
+    )]
+    GradientNorm {
+        /// The optimizer step of the whole training, from 1.
+        step: u64,
+        /// Its norm, which is not finite.
+        norm: f64,
+    },
     /// The step panicked, for a reason of its own.
     #[error("the step panicked: {0}")]
     Panicked(String),

@@ -3,13 +3,14 @@
 //! Every expert's parameters are cut into `N` equal shards, one a rank. Before a layer computes, an All-to-All restores
 //! whole experts, on each rank those that the layout gives it; in backward, gradients go back to the shards. So any
 //! layout can be used in any step, an expert may stand on many ranks, and optimizer state never moves. A planner
-//! (`burn-fsep-planner`) chooses layouts that leave no rank waiting.
+//! ([`planner`]) chooses layouts that leave no rank waiting.
 //!
 //! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
 //! - [`comm`]: communicators, and the launcher of local ranks;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
 //! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
+//! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners;
 //! - [`ops`]: the backend extension that does the work.
 //!
 //! Shapes use the letters `N` ranks, `E` experts, `C` slots a rank, `K` experts per token, `T` tokens of a rank, `D`
@@ -33,8 +34,9 @@ pub mod shard;
 mod timeline;
 #[cfg(feature = "train")]
 pub mod train;
+pub use burn_fsep_planner as planner;
 pub use error::FsepError;
 pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
-pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats, percentile};
+pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats};
 pub use schedule::{Restore, ScheduleConfig};
 pub use timeline::{Timeline, TimelineRecord, TimelineSpan};

@@ -81,7 +81,7 @@ fn ranks_get_their_variables_and_a_common_secret() {
 
 #[test]
 fn the_exit_code_is_that_of_the_first_failure() {
-    let output = launch(3, &[], "if [ $RANK = 1 ]; then exit 7; fi; sleep 1; exit $((RANK + 20))");
+    let output = launch(3, &[], "if [ $RANK = 1 ]; then exit 7; fi; sleep 5; exit $((RANK + 20))");
     assert_eq!(output.status.code(), Some(7));
     let errors = text(&output.stderr);
     assert!(errors.contains("rank 1 ended with exit code 7") && errors.contains("have 35s"), "{errors}");

@@ -151,6 +151,10 @@ pub fn check_wrong_arguments(comm: &dyn Communicator) -> Result<(), CommError> {
     assert!(matches!(gathered, Err(CommError::InvalidArgument { .. })));
     let send = Arc::new(Bytes::from_elems(vec![0u8; 3]));
     let plan = ExchangePlan { send_len: 4, ..Default::default() };
+    assert!(matches!(comm.start_all_to_all_v(OP, send.clone(), plan), Err(CommError::InvalidArgument { .. })));
+    // The sum of offset and length does not fit a number.
+    let beyond = vec![Block { peer: 0, offset: usize::MAX, len: 2 }];
+    let plan = ExchangePlan { sends: beyond, send_len: 3, ..Default::default() };
     assert!(matches!(comm.start_all_to_all_v(OP, send, plan), Err(CommError::InvalidArgument { .. })));
     Ok(())
 }

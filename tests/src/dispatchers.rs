@@ -61,11 +61,11 @@ impl SplitAny {
     pub const ALL: [SplitAny; 3] = [SplitAny::Even, SplitAny::MinMax, SplitAny::Random];
 
     /// Makes one.
-    pub fn factory(self) -> fn() -> Box<dyn Dispatcher> {
+    pub fn dispatcher(self) -> Box<dyn Dispatcher> {
         match self {
-            SplitAny::Even => || Box::new(EvenSplit::new()),
-            SplitAny::MinMax => || Box::new(MinMax::new()),
-            SplitAny::Random => || Box::new(RandomDispatch::default()),
+            SplitAny::Even => Box::new(EvenSplit::new()),
+            SplitAny::MinMax => Box::new(MinMax::new()),
+            SplitAny::Random => Box::new(RandomDispatch::default()),
         }
     }
 }

@@ -75,7 +75,7 @@ fn loss(model: &Model, buckets: Option<&GradientBuckets>, what: Use, seed: usize
 }
 
 fn ranks<T: Send>(n: usize, program: impl Fn(Arc<dyn Communicator>) -> Result<T, FsepError> + Sync) -> Vec<T> {
-    let results = launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(5)), program);
+    let results = launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(20)), program);
     results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
 }
 
@@ -351,7 +351,7 @@ fn without_autodiff_parameters_are_cast() {
 
 #[test]
 fn another_model_is_a_clear_error() {
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(5)), |comm| {
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
         let runtime = FsepRuntime::new(comm)?;
         let buckets = GradientBuckets::new(&runtime);
         for _ in 0..2 {
@@ -369,7 +369,7 @@ fn another_model_is_a_clear_error() {
 
 #[test]
 fn models_that_differ_between_ranks_are_a_clear_error() {
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(5)), |comm| {
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
         let runtime = FsepRuntime::new(comm)?;
         let width = WIDTH + runtime.rank();
         let model = fixed_linear(WIDTH, width, 1, &device());
@@ -387,7 +387,7 @@ fn models_that_differ_between_ranks_are_a_clear_error() {
 fn buckets_that_differ_between_ranks_are_a_clear_error() {
     // In size, or made anew on one rank.
     for is_size in [true, false] {
-        let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(5)), |comm| {
+        let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
             let runtime = FsepRuntime::new(comm)?;
             let (model, rank) = (model(), runtime.rank());
             let bytes = if is_size { 200 + 200 * rank } else { 200 };
@@ -411,7 +411,7 @@ fn buckets_that_differ_between_ranks_are_a_clear_error() {
 
 #[test]
 fn a_rank_that_fails_after_starting_reductions_ends_the_others() {
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(5)), |comm| {
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
         let runtime = FsepRuntime::new(comm)?;
         let (model, buckets) = (model(), GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime));
         for step in 0..2 {

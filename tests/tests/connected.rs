@@ -20,7 +20,7 @@ const HIDDEN: usize = 4;
 type Outcome<T> = Vec<Result<T, RankError<FsepError>>>;
 
 fn ranks<T: Send>(n: usize, program: impl Fn(Arc<dyn Communicator>) -> Result<T, FsepError> + Sync) -> Outcome<T> {
-    launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(2)), program)
+    launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(20)), program)
 }
 
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {

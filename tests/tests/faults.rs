@@ -122,7 +122,7 @@ fn ranks_with_different_models_are_told() {
         ("storage", base().with_expert_parallelism(ExpertParallelism::Static), false),
         ("tracked input", base(), true),
     ] {
-        let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(1));
+        let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(20));
         let start = Instant::now();
         let results = launch(&config, |comm| {
             let runtime = FsepRuntime::new(comm)?;
@@ -146,7 +146,7 @@ fn ranks_with_different_runtimes_are_told() {
     let base = FsepRuntimeConfig::new;
     for (what, theirs) in [
         ("seed", base().with_seed(1)),
-        ("ranks_per_node", base().with_ranks_per_node(1)),
+        ("topology", base().with_ranks_per_node(1)),
         ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
         ("correction", base().with_correction(None)),
     ] {
@@ -161,17 +161,26 @@ fn ranks_with_different_runtimes_are_told() {
     }
 }
 
-/// Starts ranks of which rank 1 behaves otherwise; returns rank 0's error.
+/// Starts ranks of which rank 1 behaves otherwise; returns rank 0's error, which does not come of the time that passes.
 fn other_rank_does(act: impl Fn(&dyn Communicator) -> Result<(), CommError> + Sync) -> CommError {
-    let config = LaunchConfig::new(2).with_timeout(Duration::from_millis(300));
     let start = Instant::now();
+    let error = other_rank_does_within(Duration::from_secs(20), act);
+    assert!(start.elapsed() < LIMIT);
+    error
+}
+
+/// As [`other_rank_does`], in a group that waits for so long.
+fn other_rank_does_within(
+    timeout: Duration,
+    act: impl Fn(&dyn Communicator) -> Result<(), CommError> + Sync,
+) -> CommError {
+    let config = LaunchConfig::new(2).with_timeout(timeout);
     let mut results = launch(&config, |comm| {
         if comm.rank() == 1 {
             return act(comm.as_ref());
         }
         comm.all_reduce(Operation::of_layer("sum", 3), ReduceBuffer::F32(&mut [1.0, 2.0]), ReduceOp::Sum)
     });
-    assert!(start.elapsed() < LIMIT);
     match results.swap_remove(0) {
         Err(RankError::Failed { error, .. }) => error,
         other => panic!("{other:?}"),
@@ -200,10 +209,19 @@ fn a_rank_that_leaves_after_a_forward_pass_without_backward_is_named_at_once() {
     assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
 }
 
+/// Waits until another rank has given up.
+fn wait_for_failure(comm: &dyn Communicator) {
+    let start = Instant::now();
+    while comm.failure().is_none() {
+        assert!(start.elapsed() < LIMIT, "nobody gives up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_rank_that_never_comes_times_out() {
-    let error = other_rank_does(|_| {
-        std::thread::sleep(Duration::from_millis(900));
+    let error = other_rank_does_within(Duration::from_millis(300), |comm| {
+        wait_for_failure(comm);
         Ok(())
     });
     assert!(matches!(&error, CommError::Timeout { missing, .. } if *missing == [1]), "{error}");
@@ -213,7 +231,7 @@ fn a_rank_that_never_comes_times_out() {
 fn a_rank_that_comes_too_late_is_told() {
     let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_millis(200)), |comm| {
         if comm.rank() == 1 {
-            std::thread::sleep(Duration::from_millis(600));
+            wait_for_failure(comm.as_ref());
         }
         comm.barrier(Operation::new("meeting"))
     });
@@ -228,6 +246,16 @@ fn different_collectives_name_both_sides() {
     let error = other_rank_does(|comm| comm.barrier(Operation::new("somewhere else")));
     let CommError::Mismatch { operation, peer_operation, .. } = &error else { panic!("{error}") };
     assert!(operation.contains("sum of layer 3") && peer_operation.contains("somewhere else"), "{error}");
+}
+
+#[test]
+fn different_layouts_name_both_sides() {
+    let error = other_rank_does(|comm| {
+        let operation = Operation::of_layer("sum", 3).under_layout(0xbeef);
+        comm.all_reduce(operation, ReduceBuffer::F32(&mut [1.0, 2.0]), ReduceOp::Sum)
+    });
+    let CommError::Mismatch { peer_operation, .. } = &error else { panic!("{error}") };
+    assert!(peer_operation.contains("sum of layer 3 (layout 000000000000beef)"), "{error}");
 }
 
 #[test]

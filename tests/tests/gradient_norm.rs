@@ -93,7 +93,8 @@ impl Case {
     /// The gradients of one pass on every rank's share of the items, under layouts with replicas.
     fn ranks(&self, items: &[TaskItem], maxima: [f64; 2]) -> Vec<RankGradients> {
         let ranks = launch(&LaunchConfig::new(self.ranks), |comm| -> Result<_, FsepError> {
-            let config = FsepRuntimeConfig::new().with_seed(self.seed).with_dispatcher(self.split.factory());
+            let split = self.split;
+            let config = FsepRuntimeConfig::new().with_seed(self.seed).with_dispatcher(move || split.dispatcher());
             let runtime = config.init(comm)?;
             let config = self.config.clone().with_slots_per_rank(Some(self.slots));
             let model = SmallMoe::fsep_of(&config, &runtime, &device())?;

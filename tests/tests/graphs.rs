@@ -20,7 +20,7 @@ use burn_fsep_tests::{assert_close, device, launch, plain_device};
 const HIDDEN: usize = 4;
 
 fn ranks<T: Send>(n: usize, program: impl Fn(Arc<dyn Communicator>) -> Result<T, FsepError> + Sync) -> Vec<T> {
-    let results = launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(2)), program);
+    let results = launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(20)), program);
     results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
 }
 
@@ -117,7 +117,7 @@ fn branches_in_another_order_on_one_rank_are_right_or_a_clear_error() {
     // Without `connect` nothing makes the graphs equal, and backward follows the graph.
     let start = std::time::Instant::now();
     let gradients = |reorder: bool| {
-        launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(2)), |comm| {
+        launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
             let runtime = FsepRuntime::new(comm)?;
             let (a, b) = (config().try_init(&runtime, &device())?, config().try_init(&runtime, &device())?);
             runtime.run(|| {
@@ -132,7 +132,7 @@ fn branches_in_another_order_on_one_rank_are_right_or_a_clear_error() {
     };
     let expected = gradients(false);
     same_or_mismatch(gradients(true), expected);
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(15));
 }
 
 /// A gradient of each rank.
@@ -157,7 +157,7 @@ fn uses_of_one_layer_in_another_order_on_one_rank_are_right_or_a_clear_error() {
     // Both uses send equally many tokens everywhere: only their numbers tell them apart.
     let config = config().with_moe_router_force_load_balancing(true);
     let gradients = |reorder: bool| {
-        launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(2)), |comm| {
+        launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
             let runtime = FsepRuntime::new(comm)?;
             let layer = config.try_init(&runtime, &device())?;
             runtime.run(|| {
@@ -176,7 +176,7 @@ fn uses_of_one_layer_in_another_order_on_one_rank_are_right_or_a_clear_error() {
 
 #[test]
 fn an_earlier_use_of_a_layer_is_not_connected_and_a_clear_error() {
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(2)), |comm| {
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
         let runtime = FsepRuntime::new(comm)?;
         let layer = config().try_init(&runtime, &device())?;
         runtime.run(|| {

@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -15,20 +15,24 @@ use burn::{
         dataset::{Dataset, DatasetError, InMemDataset},
     },
     optim::AdamWConfig,
-    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+    train::{
+        EarlyStoppingStrategy, Interrupter, Learner, SupervisedTraining, TrainingStrategy,
+        metric::{LossMetric, store::EventStoreClient},
+    },
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
     train::{
-        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, RankDataset,
+        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, RankDataset,
         SilentRenderer, StaticImbalanceMetric,
     },
 };
 use burn_fsep_planner::{
     PlannerConfig, Strategy,
-    callback::{CallbackError, StepContext, TrainingCallback},
+    callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback},
 };
+
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device,
     task_items, train_by_hand,
@@ -84,7 +88,7 @@ fn the_learner_trains_on_four_ranks() {
                 LossMetric::new(),
                 ImbalanceMetric::new(),
                 StaticImbalanceMetric::new(),
-                LayerImbalanceMetric::new(),
+                ImbalanceP95Metric::new(),
                 MovedSlotsMetric::new(),
             ))
             .num_epochs(2)
@@ -243,81 +247,203 @@ impl TrainingCallback for StopOne {
     }
 }
 
-/// Counts steps.
-struct CountSteps(Arc<AtomicUsize>);
+/// What a callback is told.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Event {
+    /// The batch in its epoch.
+    Batch(usize),
+    /// The optimizer step, and whether it knows the gradients' norm.
+    Optimizer(u64, bool),
+}
 
-impl TrainingCallback for CountSteps {
-    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), CallbackError> {
-        self.0.fetch_add(1, Ordering::Relaxed);
+/// Remembers what it is told.
+struct Record(Arc<Mutex<Vec<Event>>>);
+
+impl TrainingCallback for Record {
+    fn on_optimizer_step(&mut self, context: &OptimizerContext<'_>) -> Result<(), CallbackError> {
+        let norm = context.gradient_norm.filter(|norm| norm.is_finite() && *norm > 0.0);
+        self.0.lock().unwrap().push(Event::Optimizer(context.step, norm.is_some()));
+        Ok(())
+    }
+
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+        self.0.lock().unwrap().push(Event::Batch(context.iteration));
         Ok(())
     }
 }
 
-/// Trains for an epoch of 8 batches on 2 ranks, each with its own length of data; returns steps and parameters.
-fn short_training(items: [usize; 2], stop: bool, accumulation: Option<usize>) -> Vec<(usize, Vec<f32>)> {
-    let folder = tempfile::tempdir().unwrap();
-    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(10)), |comm| {
-        let runtime = FsepRuntimeConfig::new().with_seed(SEED).init(comm)?;
-        let mut model = SmallMoe::fsep(&runtime, 4, &device())?;
-        let items = task_items(items[runtime.rank()] * BATCH, 1);
-        let part = || RankDataset::new(InMemDataset::new(items.clone()), BATCH, &runtime);
-        let loader = |part: RankDataset<_>| {
-            DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(part.batch_size()).build(part)
+/// Wants to stop after an epoch.
+#[derive(Clone)]
+struct StopAfter(Option<usize>);
+
+impl EarlyStoppingStrategy for StopAfter {
+    fn should_stop(&mut self, epoch: usize, _: &EventStoreClient) -> bool {
+        self.0 == Some(epoch)
+    }
+}
+
+/// A training of 2 ranks.
+#[derive(Clone)]
+struct ShortTraining {
+    /// Batches of each rank.
+    batches: [usize; 2],
+    epochs: usize,
+    /// Whether rank 1's interrupter is told to stop in the third step.
+    stop: bool,
+    /// The epoch after which rank 1 alone wants to stop early.
+    stop_early: Option<usize>,
+    accumulation: Option<usize>,
+    max_grad_norm: Option<f64>,
+    /// The batch whose gradients are not finite on rank 1, from 1.
+    overflow: Option<usize>,
+}
+
+/// What a rank has at the end.
+#[derive(Debug)]
+struct ShortResult {
+    events: Vec<Event>,
+    replicated: Vec<f32>,
+    error: Option<FsepError>,
+}
+
+impl ShortResult {
+    fn batches(&self) -> usize {
+        self.events.iter().filter(|event| matches!(event, Event::Batch(_))).count()
+    }
+}
+
+impl ShortTraining {
+    fn new(batches: [usize; 2]) -> Self {
+        let (stop_early, accumulation, max_grad_norm, overflow) = (None, None, None, None);
+        Self { batches, epochs: 1, stop: false, stop_early, accumulation, max_grad_norm, overflow }
+    }
+
+    /// Both ranks' results, without errors.
+    fn run(&self) -> Vec<ShortResult> {
+        let results = self.try_run();
+        results.iter().for_each(|result| assert_eq!(result.error, None));
+        results
+    }
+
+    fn try_run(&self) -> Vec<ShortResult> {
+        let folder = tempfile::tempdir().unwrap();
+        let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(10));
+        let results =
+            launch(&config, |comm| self.run_rank(&FsepRuntimeConfig::new().with_seed(SEED).init(comm)?, folder.path()));
+        results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    }
+
+    fn run_rank(&self, runtime: &FsepRuntime, folder: &Path) -> Result<ShortResult, FsepError> {
+        let is_last = runtime.rank() == 1;
+        let mut model = SmallMoe::fsep(runtime, 4, &device())?;
+        let mut items = task_items(self.batches[runtime.rank()] * BATCH, 1);
+        let valid_items = items.clone();
+        if let (true, Some(batch)) = (is_last, self.overflow) {
+            // Finite up to the last router, so that nothing but the gradients tells.
+            items[batch * BATCH - 1].fill(1e12);
+        }
+        let loader = |items: &[TaskItem]| -> Result<_, FsepError> {
+            let part = RankDataset::new(InMemDataset::new(items.to_vec()), BATCH, runtime)?;
+            let size = part.batch_size();
+            Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
         };
-        let (interrupter, steps) = (Interrupter::new(), Arc::new(AtomicUsize::new(0)));
-        let mut strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_callback(CountSteps(steps.clone()));
-        if stop {
+        let (interrupter, events) = (Interrupter::new(), Arc::<Mutex<Vec<Event>>>::default());
+        let mut strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_callback(Record(events.clone()));
+        if self.stop {
             strategy = strategy.with_callback(StopOne(runtime.rank(), interrupter.clone()));
         }
-        if accumulation.is_some() {
-            let buckets = GradientBucketsConfig::new().with_bucket_bytes(1).init(&runtime);
+        if let Some(max_norm) = self.max_grad_norm {
+            strategy = strategy.with_max_grad_norm(max_norm);
+        }
+        if self.accumulation.is_some() {
+            let buckets = GradientBucketsConfig::new().with_bucket_bytes(1).init(runtime);
             model = model.with_buckets(buckets.clone());
             strategy = strategy.with_gradient_buckets(buckets);
         }
-        let artifacts = folder.path().join(format!("rank-{}", runtime.rank()));
-        let mut training = SupervisedTraining::new(artifacts, loader(part()?), loader(part()?))
+        let strategy = Arc::new(strategy);
+        let artifacts = folder.join(format!("rank-{}", runtime.rank()));
+        let mut training = SupervisedTraining::new(artifacts, loader(&items)?, loader(&valid_items)?)
             .metrics((LossMetric::new(),))
-            .num_epochs(1)
+            .num_epochs(self.epochs)
+            .early_stopping(StopAfter(self.stop_early.filter(|_| is_last)))
             .with_interrupter(interrupter)
             .with_application_logger(None)
             .renderer(Box::new(SilentRenderer))
-            .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)));
-        if let Some(accumulation) = accumulation {
+            .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
+        if let Some(accumulation) = self.accumulation {
             training = training.grads_accumulation(accumulation);
         }
         let result = training.launch(Learner::new(model, AdamWConfig::new().init(), 1e-2));
-        assert!(result.error.is_none(), "{:?}", result.error);
-        Ok::<_, FsepError>((steps.load(Ordering::Relaxed), result.model.replicated()))
-    });
-    results.into_iter().map(Result::unwrap).collect()
+        let error = strategy.error();
+        assert_eq!(result.error.is_some(), error.is_some(), "{:?}", result.error);
+        let events = events.lock().unwrap().clone();
+        Ok(ShortResult { events, replicated: result.model.replicated(), error })
+    }
+}
+
+/// Checks that both ranks made `batches` steps and ended with the same parameters, which it returns.
+fn same_on_both(results: Vec<ShortResult>, batches: usize) -> Vec<f32> {
+    assert_eq!([results[0].batches(), results[1].batches()], [batches; 2]);
+    assert_eq!(results[0].events, results[1].events);
+    assert_eq!(results[0].replicated, results[1].replicated);
+    results.into_iter().next().unwrap().replicated
 }
 
 #[test]
 fn a_rank_that_is_stopped_stops_all() {
-    let results = short_training([8, 8], true, None);
-    assert_eq!([results[0].0, results[1].0], [3, 3]);
-    assert_eq!(results[0].1, results[1].1);
+    same_on_both(ShortTraining { stop: true, ..ShortTraining::new([8, 8]) }.run(), 3);
+}
+
+#[test]
+fn a_rank_that_stops_early_stops_all() {
+    let training = ShortTraining { epochs: 4, stop_early: Some(2), ..ShortTraining::new([3, 3]) };
+    same_on_both(training.run(), 6);
+    same_on_both(ShortTraining { stop_early: None, ..training }.run(), 12);
 }
 
 #[test]
 fn ranks_with_less_data_end_the_epoch_for_all() {
-    let results = short_training([8, 5], false, None);
-    assert_eq!([results[0].0, results[1].0], [5, 5]);
-    assert_eq!(results[0].1, results[1].1);
+    same_on_both(ShortTraining::new([8, 5]).run(), 5);
 }
 
 #[test]
 fn ranks_with_less_data_end_the_epoch_for_all_while_gradients_accumulate() {
-    let results = short_training([8, 5], false, Some(3));
-    assert_eq!([results[0].0, results[1].0], [5, 5]);
-    assert_eq!(results[0].1, results[1].1);
+    let of = |batches| ShortTraining { accumulation: Some(3), ..ShortTraining::new(batches) };
+    let five = same_on_both(of([8, 5]).run(), 5);
     // What is left of the last batches counts: the fourth and fifth make a step of their own.
-    assert_ne!(results[0].1, short_training([3, 3], false, Some(3))[0].1);
+    assert_ne!(five, same_on_both(of([3, 3]).run(), 3));
 }
 
 #[test]
 fn accumulated_gradients_make_fewer_steps() {
-    let (every, third) = (short_training([8, 8], false, None), short_training([8, 8], false, Some(3)));
-    assert_eq!(third[0].1, third[1].1, "ranks stay equal");
-    assert_ne!(every[0].1, third[0].1, "accumulation does something");
+    let every = same_on_both(ShortTraining::new([8, 8]).run(), 8);
+    let third = same_on_both(ShortTraining { accumulation: Some(3), ..ShortTraining::new([8, 8]) }.run(), 8);
+    assert_ne!(every, third, "accumulation does something");
+}
+
+#[test]
+fn callbacks_are_told_of_each_batch_and_of_each_optimizer_step() {
+    use Event::{Batch, Optimizer};
+    let plain = ShortTraining { epochs: 2, ..ShortTraining::new([2, 2]) };
+    let expected = [(1, 1), (2, 2), (3, 1), (4, 2)].map(|(step, batch)| [Optimizer(step, false), Batch(batch)]);
+    assert_eq!(plain.run()[0].events, expected.concat());
+    let accumulated =
+        ShortTraining { accumulation: Some(2), max_grad_norm: Some(0.5), epochs: 2, ..ShortTraining::new([3, 3]) };
+    let epoch = |step| [Batch(1), Optimizer(step, true), Batch(2), Batch(3), Optimizer(step + 1, true)];
+    assert_eq!(accumulated.run()[1].events, [epoch(1), epoch(3)].concat());
+}
+
+#[test]
+fn a_gradient_norm_that_is_not_finite_ends_training_on_all_ranks() {
+    for (accumulation, steps) in [(None, 2), (Some(2), 1), (Some(5), 0)] {
+        let clipped = ShortTraining { max_grad_norm: Some(0.5), accumulation, ..ShortTraining::new([4, 4]) };
+        for result in (ShortTraining { overflow: Some(3), ..clipped.clone() }).try_run() {
+            let Some(FsepError::GradientNorm { step, norm }) = result.error else { panic!("{:?}", result.error) };
+            assert!(!norm.is_finite());
+            assert_eq!(step, steps + 1);
+            let done = result.events.iter().filter(|event| matches!(event, Event::Optimizer(..))).count();
+            assert_eq!(done as u64, steps);
+            assert!(result.replicated.iter().all(|value| value.is_finite()), "the optimizer has seen it");
+        }
+    }
 }

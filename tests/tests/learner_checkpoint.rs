@@ -33,19 +33,34 @@ struct Job<'a> {
     accumulation: Option<usize>,
     /// The batch after which rank 1 is stopped.
     stop: Option<usize>,
+    /// Checkpoints of burn-train itself.
+    burn: Option<BurnFolders<'a>>,
+}
+
+/// Where burn-train's checkpointers save, and the epoch that they go on from.
+#[derive(Clone, Copy)]
+struct BurnFolders<'a> {
+    folder: &'a Path,
+    /// The number of each rank's folder; a rank that has none has no checkpointers.
+    of_ranks: &'a [usize],
+    resume: Option<usize>,
 }
 
 impl Job<'_> {
     fn new(ranks: usize) -> Self {
-        Self { ranks, checkpoints: None, resume: None, accumulation: None, stop: None }
+        Self { ranks, checkpoints: None, resume: None, accumulation: None, stop: None, burn: None }
     }
 
     /// Each rank's parameters at the end, or the error of its strategy.
     fn run(&self) -> Vec<Result<Vec<f32>, FsepError>> {
         let folder = tempfile::tempdir().unwrap();
         let config = LaunchConfig::new(self.ranks).with_timeout(Duration::from_secs(20));
-        let results =
-            launch(&config, |comm| self.run_rank(&FsepRuntimeConfig::new().with_seed(3).init(comm)?, folder.path()));
+        let mut runtime_config = FsepRuntimeConfig::new().with_seed(3);
+        if self.burn.is_some() {
+            // Their checkpoints know nothing of layouts that were repaired, on which the order of sums depends.
+            runtime_config = runtime_config.with_correction(None);
+        }
+        let results = launch(&config, |comm| self.run_rank(&runtime_config.init(comm)?, folder.path()));
         results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
     }
 
@@ -74,7 +89,11 @@ impl Job<'_> {
             strategy = strategy.with_start(loaded.progress);
         }
         let strategy = Arc::new(strategy);
-        let artifacts = folder.join(format!("rank-{}", runtime.rank()));
+        let number = self.burn.and_then(|burn| burn.of_ranks.get(runtime.rank()).copied());
+        let artifacts = match (self.burn, number) {
+            (Some(burn), Some(number)) => burn.folder.join(format!("folder-{number}")),
+            _ => folder.join(format!("rank-{}", runtime.rank())),
+        };
         let mut training = SupervisedTraining::new(artifacts, loader(&items)?, loader(&items[..2 * BATCH])?)
             .metrics((LossMetric::new(),))
             .num_epochs(2)
@@ -84,6 +103,12 @@ impl Job<'_> {
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
         if let Some(accumulation) = self.accumulation {
             training = training.grads_accumulation(accumulation);
+        }
+        if number.is_some() {
+            training = training.with_default_checkpointers();
+        }
+        if let Some(epoch) = self.burn.and_then(|burn| burn.resume) {
+            training = training.checkpoint(epoch);
         }
         let result = training.launch(Learner::new(model, optimizer, scheduler));
         assert_eq!(result.error.is_some(), strategy.error().is_some());
@@ -178,4 +203,47 @@ fn a_checkpoint_that_cannot_be_saved_ends_training_on_all_ranks() {
             }
         }
     }
+}
+
+/// The reason for which every rank refuses the job.
+fn refusal(job: &Job) -> String {
+    let mut reasons = job.run().into_iter().map(|result| match result {
+        Err(FsepError::Config(reason)) => reason,
+        other => panic!("{other:?}"),
+    });
+    let first = reasons.next().unwrap();
+    assert!(reasons.all(|reason| reason == first));
+    first
+}
+
+#[test]
+fn burns_own_checkpointers_go_on_from_a_folder_of_each_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    let burn = BurnFolders { folder: folder.path(), of_ranks: &[0, 1, 2, 3], resume: None };
+    let undisturbed = Job { burn: Some(burn), ..Job::new(4) }.run_all();
+    let resumed = Job { burn: Some(BurnFolders { resume: Some(1), ..burn }), ..Job::new(4) };
+    assert_eq!(resumed.run_all(), undisturbed);
+    // Expert shards of ranks that changed places are as large as their own.
+    for of_ranks in [&[1, 0, 2, 3], &[0, 0, 0, 0]] {
+        let burn = BurnFolders { of_ranks, resume: Some(1), ..burn };
+        let reason = refusal(&Job { burn: Some(burn), ..Job::new(4) });
+        assert!(reason.contains("another rank's part of the experts"), "{reason}");
+    }
+}
+
+#[test]
+fn ranks_that_share_a_folder_of_burns_checkpointers_are_told_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let burn = BurnFolders { folder: folder.path(), of_ranks: &[0, 0], resume: None };
+    let reason = refusal(&Job { burn: Some(burn), ..Job::new(2) });
+    assert!(reason.contains("another rank has overwritten what rank"), "{reason}");
+    assert!(reason.contains("FsepStrategy::with_checkpoints"), "{reason}");
+}
+
+#[test]
+fn burns_checkpointers_on_one_rank_alone_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let burn = BurnFolders { folder: folder.path(), of_ranks: &[0], resume: None };
+    let reason = refusal(&Job { burn: Some(burn), ..Job::new(2) });
+    assert!(reason.contains("rank 0 has burn-train's checkpointers and rank 1 has none"), "{reason}");
 }

@@ -15,7 +15,7 @@ fn train(ranks: usize, split: SplitAny, layouts: LayoutSource, sync: GradientSyn
     let items = task_items(STEPS * BATCH, 1);
     let training = HandTraining { steps: STEPS, batch: BATCH, clip: CLIP, layouts, sync };
     let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
-        let config = FsepRuntimeConfig::new().with_seed(SEED).with_dispatcher(split.factory());
+        let config = FsepRuntimeConfig::new().with_seed(SEED).with_dispatcher(move || split.dispatcher());
         train_by_hand(&config.init(comm)?, &items, &training)
     });
     results.into_iter().map(Result::unwrap).collect()

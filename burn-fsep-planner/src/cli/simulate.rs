@@ -41,13 +41,14 @@ pub(super) fn table(args: &SimulateArgs) -> Result<String, CliError> {
         let _ = write!(table, "{name:>11}");
     }
     let _ = writeln!(table, "{:>12}{:>12}", "tokens/s", "% balanced");
+    // Each number begins with a space: those of a slow machine may be wider than their columns.
     for (name, max_over_mean, time) in rows.into_iter().chain([("balanced".to_string(), 1.0, balanced)]) {
-        let _ = write!(table, "{name:<10}{max_over_mean:>9.4}{:>9.3}", time.total());
+        let _ = write!(table, "{name:<10} {max_over_mean:>8.4} {:>8.3}", time.total());
         for (_, seconds) in time.parts() {
-            let _ = write!(table, "{seconds:>11.3}");
+            let _ = write!(table, " {seconds:>10.3}");
         }
         let share = balanced.total() / time.total() * 100.0;
-        let _ = writeln!(table, "{:>12.0}{share:>12.1}", tokens / time.total());
+        let _ = writeln!(table, " {:>11.0} {share:>11.1}", tokens / time.total());
     }
     table.push_str(
         "\nmax/mean: largest load of a rank over the mean load, mean over layers and steps; restore: what prefetching \

@@ -1,6 +1,6 @@
-use std::collections::BinaryHeap;
+use std::{cmp::Reverse, collections::BinaryHeap};
 
-use super::{LayoutRequest, LayoutSolver, builder::LayoutBuilder};
+use super::{LayoutRequest, LayoutSolver, builder::LayoutBuilder, replicas::PerReplica};
 use crate::{
     Layout, PlannerError, Topology,
     cost::{CommunicationModel, CostConstants, CostModel},
@@ -9,20 +9,26 @@ use crate::{
     state,
 };
 
-/// The planner of LAER-MoE (section 3.3): replica counts in proportion to load, greedy placement, and a few candidates
-/// of which the cost model picks the best.
+/// The layout solver of LAER-MoE (section 3.3): replica counts in proportion to load, greedy placement, and a few
+/// candidates of which the cost model picks the best.
 ///
 /// Candidates are the proportional replica counts, even ones, and random exchanges of a replica between two experts.
+/// Which of them is best depends on how fast the cluster computes and communicates: [`PaperSolver::default`] has the
+/// constants of the paper's 32 A100, [`PaperSolver::new`] takes yours. `PlannerConfig::with_solver` brings the solver into
+/// training.
 #[derive(Debug, Clone)]
-pub struct PaperPlanner {
+pub struct PaperSolver {
     cost: CostModel,
     exchanges: usize,
     rng: Rng,
     plan: DispatchPlan,
 }
 
-impl PaperPlanner {
-    /// The planner with a cost model and a seed for its random exchanges.
+impl PaperSolver {
+    /// The solver with a cost model and a seed for its random exchanges.
+    ///
+    /// The model's constants are measured; for CPUs `fsep-planner calibrate` does it
+    /// ([`MeasuredConstants::cost_constants`](crate::simulator::MeasuredConstants::cost_constants)).
     pub fn new(cost: CostModel, seed: u64) -> Self {
         Self { cost, exchanges: 6, rng: Rng::new(seed), plan: DispatchPlan::new() }
     }
@@ -34,14 +40,16 @@ impl PaperPlanner {
     }
 }
 
-impl Default for PaperPlanner {
+impl Default for PaperSolver {
+    /// The solver with the paper's own cost model: [`CostConstants::paper_mixtral_8x7b`], [`CommunicationModel::RankSum`], no
+    /// recomputation.
     fn default() -> Self {
         let constants = CostConstants::paper_mixtral_8x7b();
         Self::new(CostModel { constants, communication: CommunicationModel::RankSum, recompute: false }, 0)
     }
 }
 
-impl LayoutSolver for PaperPlanner {
+impl LayoutSolver for PaperSolver {
     fn name(&self) -> &'static str {
         "paper"
     }
@@ -98,45 +106,22 @@ pub(super) fn proportional_replicas(loads: &[u64], topology: &Topology, slots: u
     let first = if loads.len() * nodes <= slots { nodes } else { 1 };
     let mut replicas = vec![first; loads.len()];
     let mut left = slots - first * loads.len();
-    // Load per replica as a fraction, so that order does not depend on rounding; ties go to the lower expert.
-    let mut heap: BinaryHeap<(Fraction, std::cmp::Reverse<usize>)> =
-        loads.iter().enumerate().map(|(e, &load)| (Fraction(load, first as u64), std::cmp::Reverse(e))).collect();
+    // Ties go to the lower expert.
+    let per_replica = |e: usize, count: usize| PerReplica { load: loads[e], replicas: count as u64 };
+    let mut heap: BinaryHeap<(PerReplica, Reverse<usize>)> =
+        (0..loads.len()).map(|e| (per_replica(e, first), Reverse(e))).collect();
     while left > 0 {
-        let Some((_, std::cmp::Reverse(expert))) = heap.pop() else { break };
+        let Some((_, Reverse(expert))) = heap.pop() else { break };
         let wanted = if replicas[expert] < nodes { 1 } else { nodes };
         let added = wanted.min(left).min(ranks - replicas[expert]);
         replicas[expert] += added;
         left -= added;
         if replicas[expert] < ranks {
-            heap.push((Fraction(loads[expert], replicas[expert] as u64), std::cmp::Reverse(expert)));
+            heap.push((per_replica(expert, replicas[expert]), Reverse(expert)));
         }
     }
     replicas
 }
-
-/// `a / b` in exact order.
-#[derive(Debug, Clone, Copy)]
-struct Fraction(u64, u64);
-
-impl Ord for Fraction {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (u128::from(self.0) * u128::from(other.1)).cmp(&(u128::from(other.0) * u128::from(self.1)))
-    }
-}
-
-impl PartialOrd for Fraction {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Fraction {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Fraction {}
 
 fn even_replicas(experts: usize, slots: usize) -> Vec<usize> {
     (0..experts).map(|e| slots / experts + usize::from(e < slots % experts)).collect()
@@ -152,7 +137,8 @@ pub(super) fn place(
 ) -> Option<Result<Layout, PlannerError>> {
     let ranks = topology.world_size();
     let mut order: Vec<usize> = (0..loads.len()).collect();
-    order.sort_by_key(|&e| (std::cmp::Reverse(Fraction(loads[e], replicas[e].max(1) as u64)), e));
+    let per_replica = |e: usize| PerReplica { load: loads[e], replicas: replicas[e].max(1) as u64 };
+    order.sort_by_key(|&e| (Reverse(per_replica(e)), e));
     let mut builder = LayoutBuilder::new(ranks, slots_per_rank, loads.len());
     let mut rank_loads = vec![0.0f64; ranks];
     for expert in order {
@@ -196,7 +182,7 @@ mod tests {
         let topology = Topology::single_node(4).unwrap();
         let counts = RoutingCounts::from_rows(&vec![vec![60, 10, 10, 10]; 4]).unwrap();
         let request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
-        let layout = PaperPlanner::default().solve(&request).unwrap();
+        let layout = PaperSolver::default().solve(&request).unwrap();
         assert!((0..4).all(|e| layout.replicas(e) <= layout.replicas(0)), "{layout:?}");
         assert!(layout.replicas(0) >= 3, "{layout:?}");
     }
@@ -210,8 +196,8 @@ mod tests {
                 predicted: &case.counts,
                 previous: Some(&case.layout),
             };
-            let layout = PaperPlanner::default().solve(&request).unwrap();
-            prop_assert_eq!(&layout, &PaperPlanner::default().solve(&request).unwrap());
+            let layout = PaperSolver::default().solve(&request).unwrap();
+            prop_assert_eq!(&layout, &PaperSolver::default().solve(&request).unwrap());
             prop_assert_eq!(layout.as_slice().len(), case.layout.as_slice().len());
         }
     }

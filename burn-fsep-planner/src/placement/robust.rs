@@ -10,7 +10,7 @@ use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow, state
 /// tokens need not cross nodes. Where that is not possible, or nodes have too few spare slots to balance that way, all
 /// ranks are one group. How a group is laid out: see `GroupSolver`.
 #[derive(Debug, Clone)]
-pub struct RobustPlanner {
+pub struct RobustSolver {
     groups: GroupSolver,
     flow: Flow,
 }
@@ -18,8 +18,8 @@ pub struct RobustPlanner {
 /// Imbalance on the prediction up to which node-local layouts are taken without looking further.
 const BALANCED: f64 = 1.01;
 
-impl RobustPlanner {
-    /// A planner with a seed for its random placements and perturbations.
+impl RobustSolver {
+    /// A solver with a seed for its random placements and perturbations.
     pub fn new(seed: u64) -> Self {
         Self { groups: GroupSolver::new(seed), flow: Flow::default() }
     }
@@ -31,7 +31,7 @@ impl RobustPlanner {
     }
 }
 
-impl LayoutSolver for RobustPlanner {
+impl LayoutSolver for RobustSolver {
     fn name(&self) -> &'static str {
         "min-max"
     }
@@ -68,7 +68,7 @@ impl LayoutSolver for RobustPlanner {
     }
 }
 
-impl RobustPlanner {
+impl RobustSolver {
     fn solve_groups(
         &mut self,
         groups: impl Iterator<Item = std::ops::Range<usize>>,
@@ -123,11 +123,11 @@ mod tests {
     fn a_good_layout_is_kept() {
         let topology = Topology::single_node(4).unwrap();
         let counts = RoutingCounts::from_rows(&vec![vec![40, 20, 30, 10]; 4]).unwrap();
-        let mut planner = RobustPlanner::new(1);
+        let mut solver = RobustSolver::new(1);
         let mut request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
-        let first = planner.solve(&request).unwrap();
+        let first = solver.solve(&request).unwrap();
         request.previous = Some(&first);
-        assert_eq!(planner.solve(&request).unwrap().moved_slots(&first), 0);
+        assert_eq!(solver.solve(&request).unwrap().moved_slots(&first), 0);
     }
 
     #[test]
@@ -137,7 +137,7 @@ mod tests {
         let rows = [vec![vec![60, 20, 15, 5]; 4], vec![vec![5, 15, 20, 60]; 3]].concat();
         let counts = RoutingCounts::from_rows(&rows).unwrap();
         let request = LayoutRequest { topology: &topology, slots_per_rank: 3, predicted: &counts, previous: None };
-        let layout = RobustPlanner::new(1).solve(&request).unwrap();
+        let layout = RobustSolver::new(1).solve(&request).unwrap();
         let mut plan = DispatchPlan::new();
         MinMax::new().dispatch(&topology, &layout, &counts, &mut plan).unwrap();
         assert!(plan.max_over_mean() < 1.02, "{}", plan.max_over_mean());
@@ -149,7 +149,7 @@ mod tests {
         let topology = Topology::uniform(4, 2).unwrap();
         let counts = RoutingCounts::from_rows(&vec![vec![75, 15, 5, 5]; 4]).unwrap();
         let request = LayoutRequest { topology: &topology, slots_per_rank: 2, predicted: &counts, previous: None };
-        let layout = RobustPlanner::new(1).solve(&request).unwrap();
+        let layout = RobustSolver::new(1).solve(&request).unwrap();
         let mut plan = DispatchPlan::new();
         MinMax::new().dispatch(&topology, &layout, &counts, &mut plan).unwrap();
         assert!(plan.max_over_mean() < 1.02, "{}", plan.max_over_mean());
@@ -164,8 +164,8 @@ mod tests {
                 predicted: &case.counts,
                 previous: Some(&case.layout),
             };
-            let layout = RobustPlanner::new(3).solve(&request).unwrap();
-            prop_assert_eq!(&layout, &RobustPlanner::new(3).solve(&request).unwrap());
+            let layout = RobustSolver::new(3).solve(&request).unwrap();
+            prop_assert_eq!(&layout, &RobustSolver::new(3).solve(&request).unwrap());
             prop_assert_eq!(layout.as_slice().len(), case.layout.as_slice().len());
         }
     }

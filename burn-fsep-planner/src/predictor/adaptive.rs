@@ -1,4 +1,4 @@
-use super::{LastStep, MovingAverage, MovingSum, Predictor, Recurring, distance};
+use super::{LastStep, MovingAverage, MovingSum, Predictor, Recurring, distance::distance};
 use crate::{PlannerError, RoutingCounts, state};
 
 /// Chooses among predictors by their past errors: after a jump the last step is the best guess, in noise an average is,

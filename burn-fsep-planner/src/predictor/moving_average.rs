@@ -1,4 +1,4 @@
-use super::{Predictor, check_sizes};
+use super::{Predictor, base::check_sizes};
 use crate::{PlannerError, RoutingCounts, state};
 
 /// The next step is like an exponential moving average: best where steps scatter around a level that drifts slowly.

@@ -1,14 +1,11 @@
-use std::collections::VecDeque;
-
-use super::{Predictor, check_sizes, take_history};
-use crate::{PlannerError, RoutingCounts, state};
+use super::{Predictor, history::History};
+use crate::{PlannerError, RoutingCounts};
 
 /// The next step is like the mean of the last few: the paper's predictor, which sums the last 5 (LAER-MoE, section
 /// 3.3).
 #[derive(Debug, Clone)]
 pub struct MovingSum {
-    window: usize,
-    history: VecDeque<RoutingCounts>,
+    history: History,
 }
 
 impl MovingSum {
@@ -18,16 +15,13 @@ impl MovingSum {
     ///
     /// [`PlannerError::Zero`] if `window` is 0.
     pub fn new(window: usize) -> Result<Self, PlannerError> {
-        if window == 0 {
-            return Err(PlannerError::Zero { what: "window of the moving sum" });
-        }
-        Ok(Self { window, history: VecDeque::new() })
+        Ok(Self { history: History::new(window, "window of the moving sum")? })
     }
 }
 
 impl Default for MovingSum {
     fn default() -> Self {
-        Self { window: 5, history: VecDeque::new() }
+        Self { history: History::of_window(5) }
     }
 }
 
@@ -37,21 +31,17 @@ impl Predictor for MovingSum {
     }
 
     fn observe(&mut self, counts: &RoutingCounts) -> Result<(), PlannerError> {
-        check_sizes(self.history.back(), counts)?;
-        if self.history.len() == self.window {
-            self.history.pop_front();
-        }
-        self.history.push_back(counts.clone());
-        Ok(())
+        self.history.observe(counts)
     }
 
     fn predict(&self) -> Option<RoutingCounts> {
-        let last = self.history.back()?;
+        let history = self.history.steps();
+        let last = history.back()?;
         // The mean, not the sum: the same layout, and no overflow.
-        let steps = self.history.len() as u64;
+        let steps = history.len() as u64;
         let mean = (0..last.as_slice().len())
             .map(|i| {
-                let sum: u64 = self.history.iter().map(|counts| u64::from(counts.as_slice()[i])).sum();
+                let sum: u64 = history.iter().map(|counts| u64::from(counts.as_slice()[i])).sum();
                 ((sum + steps / 2) / steps) as u32
             })
             .collect();
@@ -61,12 +51,11 @@ impl Predictor for MovingSum {
     }
 
     fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
-        state::put(state, &self.history)
+        self.history.save(state)
     }
 
     fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
-        self.history = take_history(state, self.window)?;
-        Ok(())
+        self.history.load(state)
     }
 }
 

@@ -1,14 +1,11 @@
-use std::collections::VecDeque;
-
-use super::{Predictor, check_sizes, distance, take_history};
-use crate::{PlannerError, RoutingCounts, state};
+use super::{Predictor, distance::distance, history::History};
+use crate::{PlannerError, RoutingCounts};
 
 /// The next step is like the one that followed the past step most like the last: right where routing repeats itself, with
 /// the phases of a data mix for example.
 #[derive(Debug, Clone)]
 pub struct Recurring {
-    window: usize,
-    history: VecDeque<RoutingCounts>,
+    history: History,
 }
 
 impl Recurring {
@@ -18,16 +15,13 @@ impl Recurring {
     ///
     /// [`PlannerError::Zero`] if `window` is 0.
     pub fn new(window: usize) -> Result<Self, PlannerError> {
-        if window == 0 {
-            return Err(PlannerError::Zero { what: "window of recurring steps" });
-        }
-        Ok(Self { window, history: VecDeque::new() })
+        Ok(Self { history: History::new(window, "window of recurring steps")? })
     }
 }
 
 impl Default for Recurring {
     fn default() -> Self {
-        Self { window: 16, history: VecDeque::new() }
+        Self { history: History::of_window(16) }
     }
 }
 
@@ -37,31 +31,26 @@ impl Predictor for Recurring {
     }
 
     fn observe(&mut self, counts: &RoutingCounts) -> Result<(), PlannerError> {
-        check_sizes(self.history.back(), counts)?;
-        if self.history.len() == self.window {
-            self.history.pop_front();
-        }
-        self.history.push_back(counts.clone());
-        Ok(())
+        self.history.observe(counts)
     }
 
     fn predict(&self) -> Option<RoutingCounts> {
-        let last = self.history.back()?;
+        let history = self.history.steps();
+        let last = history.back()?;
         // The most recent of those that are equally like it.
-        let like = (0..self.history.len() - 1).rev().min_by(|&a, &b| {
-            let far = |step: usize| distance(&self.history[step], last);
+        let like = (0..history.len() - 1).rev().min_by(|&a, &b| {
+            let far = |step: usize| distance(&history[step], last);
             far(a).total_cmp(&far(b))
         });
-        like.map_or(Some(last), |step| self.history.get(step + 1)).cloned()
+        like.map_or(Some(last), |step| history.get(step + 1)).cloned()
     }
 
     fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
-        state::put(state, &self.history)
+        self.history.save(state)
     }
 
     fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
-        self.history = take_history(state, self.window)?;
-        Ok(())
+        self.history.load(state)
     }
 }
 

@@ -168,11 +168,11 @@ mod tests {
 
     #[test]
     fn slow_work_is_waited_for_longer_than_a_collective() {
-        let config = LaunchConfig::new(2).with_timeout(Duration::from_millis(400));
+        let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(2));
         let ranks = launch(&config, |comm| {
             let rank = comm.rank();
             let work = Work::start(move || {
-                thread::sleep(Duration::from_millis(1500 * rank as u64));
+                thread::sleep(Duration::from_secs(5 * rank as u64));
                 Ok(rank)
             });
             work.finish(comm.as_ref(), OP)

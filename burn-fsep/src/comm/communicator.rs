@@ -13,22 +13,30 @@ pub struct Operation {
     pub layer: Option<usize>,
     /// Which of the layer's passes it belongs to: tells the uses of one layer in one step apart.
     pub pass: Option<u64>,
+    /// Fingerprint of the layout that it works under, where no pass has made sure that all ranks have the same.
+    pub layout: Option<u64>,
 }
 
 impl Operation {
     /// An operation that serves no layer in particular.
     pub const fn new(name: &'static str) -> Self {
-        Self { name, layer: None, pass: None }
+        Self { name, layer: None, pass: None, layout: None }
     }
 
     /// An operation of an FSEP layer.
     pub const fn of_layer(name: &'static str, layer: usize) -> Self {
-        Self { name, layer: Some(layer), pass: None }
+        Self { name, layer: Some(layer), pass: None, layout: None }
     }
 
     /// The same operation as part of the layer's `pass`-th training pass.
     pub const fn in_pass(self, pass: u64) -> Self {
         Self { pass: Some(pass), ..self }
+    }
+
+    /// The same operation under the layout with this [`fingerprint`](burn_fsep_planner::Layout::fingerprint): ranks with
+    /// other layouts find out where signatures are compared.
+    pub const fn under_layout(self, fingerprint: u64) -> Self {
+        Self { layout: Some(fingerprint), ..self }
     }
 }
 
@@ -40,6 +48,9 @@ impl fmt::Display for Operation {
         }
         if let Some(pass) = self.pass {
             write!(f, " (pass {pass})")?;
+        }
+        if let Some(fingerprint) = self.layout {
+            write!(f, " (layout {fingerprint:016x})")?;
         }
         Ok(())
     }
@@ -108,7 +119,10 @@ impl ExchangePlan {
     pub fn check(&self, operation: Operation, size: usize) -> Result<(), CommError> {
         for (what, blocks, len) in [("send", &self.sends, self.send_len), ("receive", &self.recvs, self.recv_len)] {
             for block in blocks {
-                if block.peer >= size || block.len == 0 || block.offset + block.len > len {
+                if block.peer >= size
+                    || block.len == 0
+                    || block.offset.checked_add(block.len).is_none_or(|end| end > len)
+                {
                     return Err(CommError::InvalidArgument {
                         operation: operation.to_string(),
                         reason: format!("{what} {block:?} does not fit {size} ranks and a buffer of {len}"),
@@ -241,6 +255,14 @@ mod tests {
     use super::*;
 
     const OP: Operation = Operation::new("test");
+
+    #[test]
+    fn operations_say_what_they_serve() {
+        assert_eq!(OP.to_string(), "test");
+        let operation = Operation::of_layer("restore", 3);
+        assert_eq!(operation.in_pass(7).to_string(), "restore of layer 3 (pass 7)");
+        assert_eq!(operation.under_layout(0xa1b2).to_string(), "restore of layer 3 (layout 000000000000a1b2)");
+    }
 
     #[test]
     fn reversing_twice_changes_nothing() {

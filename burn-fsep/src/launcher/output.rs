@@ -9,8 +9,9 @@ use std::{
 /// Longest piece that is printed as one line.
 const MAX_LINE: u64 = 64 << 10;
 
-/// How long output may come after all ranks have ended: only what a process that has left its rank's group still holds.
-const AFTERMATH: Duration = Duration::from_secs(1);
+/// How long output may come after all ranks have ended: only a process that has left its rank's group holds it open for longer
+/// than the last lines take on a busy machine.
+const AFTERMATH: Duration = Duration::from_secs(5);
 
 /// Passes on what the ranks print, with the rank before each line.
 pub(super) struct Output {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     FsepRuntime,
     ops::WeightStorage,
-    shard::{ExpertShape, expert_parameters},
+    shard::{ExpertShape, expert_parameters, shard_id},
 };
 
 /// A rank's part of the experts' parameters.
@@ -49,7 +49,9 @@ impl FsepExperts {
         let mut values = Vec::with_capacity(dims[0] * dims[1]);
         experts.for_each(|e| values.extend(expert_parameters(shape, runtime.seed(), layer, e, positions.clone())));
         let info = ExpertsInfo { layer, num_experts, shape, storage };
-        Self { info, weight: Param::from_data(TensorData::new(values, dims), device) }
+        let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
+        weight.id = shard_id(rank, ranks);
+        Self { info, weight }
     }
 }
 

@@ -54,7 +54,7 @@ pub(super) struct LayerSettings {
 pub struct MoeOutput<const D: usize> {
     /// As the input: `[.., D]`.
     pub hidden: Tensor<D>,
-    /// Sum of the auxiliary losses that are switched on, to be added to the loss. `[1]`
+    /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the loss. `[1]`
     pub aux_loss: Option<Tensor<1>>,
 }
 
@@ -78,12 +78,15 @@ impl FSEPMoE {
         self.route_and_compute(hidden).unwrap_or_else(|error| self.settings.runtime.fail(error))
     }
 
-    /// Applies the layer. `[.., D] -> MoeOutput`
+    /// Applies the layer and returns what went wrong: short for [`FsepRuntime::run`] around
+    /// [`FSEPMoE::forward_with_losses`]. It tries for all ranks, not for this one alone: after an error the group is spent.
+    /// `[.., D] -> MoeOutput`
     ///
     /// # Errors
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
-    /// layer; [`FsepError::Comm`] if a collective fails.
+    /// layer; [`FsepError::Config`] if a rank's router has logits that are no numbers; [`FsepError::Comm`] if a collective
+    /// fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         self.settings.runtime.run(|| self.forward_with_losses(hidden))
     }

@@ -26,7 +26,9 @@ impl RouterForcing {
     }
 }
 
-/// A softmax router: each token goes to its `K` most probable experts, whose probabilities are normalised to sum 1.
+/// A softmax router: each token goes to its `K` most probable experts, whose probabilities are normalised to sum 1
+/// (Mixtral). For `K = 1` the expert's output is weighted by its probability as it is (Switch Transformer, eq. 2): normalised,
+/// it would be 1, and the router would get no gradient from the model's loss.
 #[derive(Module, Debug)]
 pub struct TopKRouter {
     /// `[D, E]`, replicated on all ranks.
@@ -44,14 +46,14 @@ pub struct TopKRouter {
 /// What a router says of `T` tokens.
 #[derive(Debug, Clone)]
 pub struct RouterOutput {
-    /// Weights of the chosen experts, each row summing to 1. `[T, K]`
+    /// Weights of the chosen experts, of the input's type; each row sums to 1, unless `K` is 1. `[T, K]`
     pub probs: Tensor<2>,
     /// The chosen experts, without autodiff; `E` for a token whose logits leave no probabilities (not a number, or
     /// infinite). `[T, K]`
     pub experts: Tensor<2, Int>,
-    /// Probabilities of all experts. `[T, E]`
+    /// Probabilities of all experts, in single precision. `[T, E]`
     pub scores: Tensor<2>,
-    /// The router z-loss, if its coefficient is not 0. `[1]`
+    /// The router z-loss in single precision, if its coefficient is not 0. `[1]`
     pub z_loss: Option<Tensor<1>>,
 }
 
@@ -106,14 +108,14 @@ impl TopKRouter {
                 actual: format!("{:?}", hidden.dtype()),
             });
         }
-        let mut logits = hidden.matmul(self.weight.val().cast(dtype));
+        // The softmax and the losses are in single precision, also where the product is not.
+        let mut logits = hidden.matmul(self.weight.val().cast(dtype)).cast(FloatDType::F32);
         if let RouterForcing::Bias(bias) = &self.forcing {
             let bias = TensorData::new(bias.clone(), [1, num_experts]);
             logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());
         }
         let z_loss = (self.z_loss_coeff > 0.0).then(|| z_loss(logits.clone(), self.z_loss_coeff));
-        // In half precision, near ties would be decided by rounding.
-        let scores = softmax(logits.cast(FloatDType::F32), 1);
+        let scores = softmax(logits, 1);
         let (chosen, experts) = match &self.forcing {
             RouterForcing::Shares(shares) => {
                 let data = TensorData::new(choose_by_shares(shares, num_tokens, self.topk), [num_tokens, self.topk]);
@@ -129,7 +131,8 @@ impl TopKRouter {
             }
         };
         let probs = scores.clone().gather(1, chosen);
-        let probs = probs.clone() / probs.sum_dim(1);
+        // Of an only choice the share is always 1, from which the router would learn nothing.
+        let probs = if self.topk == 1 { probs } else { probs.clone() / probs.sum_dim(1) };
         let probs = probs.cast(dtype);
         Ok(RouterOutput { probs, experts: experts.inner(), scores, z_loss })
     }
@@ -158,6 +161,37 @@ fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<i32> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn losses_of_a_router_in_half_precision_are_in_single_precision() {
+        let device = Device::flex().autodiff();
+        let config = FSEPMoEConfig::new(8, 12, 4)
+            .with_moe_aux_loss_coeff(1e-2)
+            .with_moe_z_loss_coeff(1e-3)
+            .with_compute_dtype(Some(FloatDType::BF16));
+        let runtime = crate::FsepRuntime::single();
+        let layer = config.init(&runtime, &device);
+        let x = TensorData::new((0..40).map(|i| (0.7 * i as f32).sin()).collect(), [5, 8]);
+        let x = Tensor::<2>::from_data(x, &device).cast(FloatDType::BF16);
+        let output = layer.forward_with_losses(x);
+        let aux_loss = output.aux_loss.expect("both losses are on");
+        assert_eq!((output.hidden.dtype(), aux_loss.dtype()), (DType::BF16, DType::F32));
+        let grads = (output.hidden.cast(FloatDType::F32).square().sum() + aux_loss).backward();
+        assert!(layer.router.weight.val().grad(&grads).is_some());
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_router_learns_from_its_only_choice() {
+        let device = Device::flex().autodiff();
+        let layer = FSEPMoEConfig::new(8, 12, 4).with_moe_router_topk(1).init_dense(5, 0, &device).unwrap();
+        let x = TensorData::new((0..40).map(|i| (0.7 * i as f32).sin()).collect(), [5, 8]);
+        let grads = layer.forward(Tensor::<2>::from_data(x, &device)).sum().backward();
+        let gradient = layer.router.weight.val().grad(&grads).unwrap();
+        let largest = gradient.abs().max().into_scalar::<f32>();
+        assert!(largest > 1e-6, "{largest}");
+    }
 
     #[test]
     fn forced_shares_are_met() {

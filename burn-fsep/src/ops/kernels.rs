@@ -54,7 +54,11 @@ pub trait FsepKernels: Backend {
     /// # Errors
     ///
     /// [`FsepError::Device`] if the backend cannot compute it.
-    fn fsep_combine(
+    ///
+    /// # Safety
+    ///
+    /// Every index names a row of the tensor that it is an index into: kernels read there without asking.
+    unsafe fn fsep_combine(
         rows: &FloatTensor<Self>,
         row_of: &IntTensor<Self>,
         probs: &FloatTensor<Self>,
@@ -67,7 +71,11 @@ pub trait FsepKernels: Backend {
     /// # Errors
     ///
     /// [`FsepError::Device`] if the backend cannot compute it.
-    fn fsep_combine_backward(
+    ///
+    /// # Safety
+    ///
+    /// As [`FsepKernels::fsep_combine`].
+    unsafe fn fsep_combine_backward(
         grad: &FloatTensor<Self>,
         rows: Option<&FloatTensor<Self>>,
         indices: &RowIndices<Self>,
@@ -83,7 +91,11 @@ pub trait FsepKernels: Backend {
     /// # Errors
     ///
     /// [`FsepError::Device`] if the backend cannot compute it.
-    fn fsep_sum_rows(
+    ///
+    /// # Safety
+    ///
+    /// As [`FsepKernels::fsep_combine`].
+    unsafe fn fsep_sum_rows(
         rows: &FloatTensor<Self>,
         row_of: &IntTensor<Self>,
         topk: usize,

@@ -80,7 +80,8 @@ fn try_forward<B: FsepKernels>(
     finish_forward(restored, step);
 
     let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
-    let output = B::fsep_combine(&returned, &rows.row_of, &probs)?;
+    // SAFETY: `rows` is the permutation that sorted the assignments, and each of them has one row.
+    let output = unsafe { B::fsep_combine(&returned, &rows.row_of, &probs) }?;
 
     let saved = tracked.any().then(|| Saved {
         tokens,
@@ -111,7 +112,8 @@ fn try_backward<B: FsepKernels>(
     let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
     let before = step.runtime.schedule().turn(step);
     let want_rows = tracked.hidden || tracked.weights;
-    let combined = |grad: &FloatTensor<B>| B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows);
+    // SAFETY: as in forward.
+    let combined = |grad: &_| unsafe { B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows) };
     if !want_rows {
         return Ok(MoeGradients { hidden: None, probs: combined(&grad)?.probs, weights: None });
     }
@@ -140,7 +142,8 @@ fn try_backward<B: FsepKernels>(
         Some(d_tokens) => {
             let returned =
                 exchange_rows::<B>(d_tokens, step, &step.tokens.reversed(), "gradients to tokens in backward")?;
-            Some(B::fsep_sum_rows(&returned, &rows.row_of, step.topk)?)
+            // SAFETY: as in forward.
+            Some(unsafe { B::fsep_sum_rows(&returned, &rows.row_of, step.topk) }?)
         }
     };
     // What the layer after has put off had this layer's whole backward pass to travel.

@@ -1,4 +1,5 @@
 use std::{
+    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -22,12 +23,14 @@ pub struct FsepRuntimeConfig {
     /// Ranks per node `G`; all ranks on one node if `None`.
     #[new(default)]
     pub ranks_per_node: Option<usize>,
+    /// Which ranks share a node, in place of `ranks_per_node`.
+    #[new(default)]
+    pub topology: Option<Topology>,
     /// Seed of the experts' and routers' initial values.
     #[new(default)]
     pub seed: u64,
-    /// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-    #[new(value = "default_dispatcher")]
-    pub dispatcher: fn() -> Box<dyn Dispatcher>,
+    #[new(default)]
+    pub(super) dispatcher: DispatcherFactory,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
     /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
     /// only the changed slots are restored once more.
@@ -41,8 +44,26 @@ pub struct FsepRuntimeConfig {
     pub timeline: Option<Timeline>,
 }
 
-fn default_dispatcher() -> Box<dyn Dispatcher> {
-    Box::new(MinMax::new())
+/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
+#[derive(Clone)]
+pub(super) struct DispatcherFactory(Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>);
+
+impl DispatcherFactory {
+    pub fn make(&self) -> Box<dyn Dispatcher> {
+        (self.0)()
+    }
+}
+
+impl Default for DispatcherFactory {
+    fn default() -> Self {
+        Self(Arc::new(|| Box::new(MinMax::new())))
+    }
+}
+
+impl fmt::Debug for DispatcherFactory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.make().name())
+    }
 }
 
 impl Default for FsepRuntimeConfig {
@@ -52,9 +73,16 @@ impl Default for FsepRuntimeConfig {
 }
 
 impl FsepRuntimeConfig {
-    /// Sets the number of ranks on a node: tokens prefer experts of their own node.
+    /// Sets the number of ranks on a node: tokens prefer experts of their own node. The last node takes what remains.
     pub fn with_ranks_per_node(mut self, ranks_per_node: usize) -> Self {
         self.ranks_per_node = Some(ranks_per_node);
+        self
+    }
+
+    /// Sets which ranks share a node, for nodes of different sizes: `Topology::new(&[4, 3])?` has ranks 0 to 3 on one node
+    /// and 4 to 6 on another. Not together with [`with_ranks_per_node`](Self::with_ranks_per_node).
+    pub fn with_topology(mut self, topology: Topology) -> Self {
+        self.topology = Some(topology);
         self
     }
 
@@ -64,10 +92,13 @@ impl FsepRuntimeConfig {
         self
     }
 
-    /// Sets what decides, in the step, which replica computes which tokens. The dispatcher must be deterministic:
-    /// every rank runs its own and all must agree.
-    pub fn with_dispatcher(mut self, dispatcher: fn() -> Box<dyn Dispatcher>) -> Self {
-        self.dispatcher = dispatcher;
+    /// Sets what decides, in the step, which replica computes which tokens (the exact min-max dispatcher by default).
+    /// `dispatcher` is called once for each layer.
+    ///
+    /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
+    /// names are compared, not what the closure captured.
+    pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
+        self.dispatcher = DispatcherFactory(Arc::new(dispatcher));
         self
     }
 
@@ -94,17 +125,31 @@ impl FsepRuntimeConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Planner`] for an impossible topology, [`FsepError::Config`] if the configuration is not equal on all
-    /// ranks, [`FsepError::Comm`] if the communicators cannot be made.
+    /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] if the topology is not one of `comm`'s ranks or the
+    /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
-        let topology = Topology::uniform(comm.size(), self.ranks_per_node.unwrap_or(comm.size()))?;
+        let topology = self.topology_of(comm.size())?;
         let correction = self.correction.map(Correction::new).transpose()?;
-        self.check_equal(comm.as_ref())?;
+        self.check_equal(comm.as_ref(), &topology)?;
         FsepRuntime::from_parts(comm, topology, correction, self)
     }
 
+    fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
+        match (&self.topology, self.ranks_per_node) {
+            (Some(_), Some(_)) => Err(FsepError::Config(
+                "`topology` and `ranks_per_node` both say which ranks share a node: give one of them".into(),
+            )),
+            (Some(topology), None) if topology.world_size() != world_size => Err(FsepError::Config(format!(
+                "`topology` has {} ranks, but the group has {world_size}: give the ranks of each node, {world_size} in all",
+                topology.world_size()
+            ))),
+            (Some(topology), None) => Ok(topology.clone()),
+            (None, ranks_per_node) => Ok(Topology::uniform(world_size, ranks_per_node.unwrap_or(world_size))?),
+        }
+    }
+
     /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
-    fn check_equal(&self, comm: &dyn Communicator) -> Result<(), FsepError> {
+    fn check_equal(&self, comm: &dyn Communicator, topology: &Topology) -> Result<(), FsepError> {
         let hash = |text: &str| {
             let mut hasher = DefaultHasher::new();
             text.hash(&mut hasher);
@@ -112,8 +157,8 @@ impl FsepRuntimeConfig {
         };
         let fields = [
             ("seed", self.seed),
-            ("ranks_per_node", self.ranks_per_node.unwrap_or(comm.size()) as u64),
-            ("dispatcher", hash((self.dispatcher)().name())),
+            ("topology", hash(&format!("{topology:?}"))),
+            ("dispatcher", hash(self.dispatcher.make().name())),
             ("correction", hash(&format!("{:?}", self.correction))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];

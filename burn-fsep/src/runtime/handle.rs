@@ -10,11 +10,12 @@ use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{FloatDType, Int, Tensor},
 };
-use burn_fsep_planner::{Layout, Topology, correction::Correction, dispatch::Dispatcher};
+use burn_fsep_planner::{Layout, Topology, correction::Correction};
 use parking_lot::{Mutex, RwLock};
 
 use super::{
     FsepRuntimeConfig, StepStats,
+    config::DispatcherFactory,
     layer::{LayerConfig, LayerState, RoutedStep},
 };
 use crate::{
@@ -65,7 +66,7 @@ struct Inner {
     dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
-    dispatcher: fn() -> Box<dyn Dispatcher>,
+    dispatcher: DispatcherFactory,
     correction: Option<Correction>,
     layers: RwLock<Vec<Arc<LayerState>>>,
     restored: RestoredGauge,
@@ -112,7 +113,7 @@ impl FsepRuntime {
             control: comm,
             topology,
             seed: config.seed,
-            dispatcher: config.dispatcher,
+            dispatcher: config.dispatcher.clone(),
             correction,
             layers: RwLock::default(),
             restored: RestoredGauge::default(),
@@ -359,8 +360,8 @@ impl FsepRuntime {
     }
 
     pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
-        let layer =
-            LayerState::new(config, &self.inner.topology, (self.inner.dispatcher)(), self.inner.correction.clone())?;
+        let Inner { topology, dispatcher, correction, .. } = self.inner.as_ref();
+        let layer = LayerState::new(config, topology, dispatcher.make(), correction.clone())?;
         let mut layers = self.inner.layers.write();
         layers.push(Arc::new(layer));
         Ok(layers.len() - 1)

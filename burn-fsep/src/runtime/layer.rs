@@ -122,8 +122,7 @@ impl LayerState {
     /// The restore of this layer's experts for its next forward pass, before its tokens are known.
     pub fn restore_ahead(&self, layer: usize, weights: Tensor<2>) -> Restore {
         let Active { layout, unshard, .. } = self.active.read().clone();
-        // In place of a pass: ranks that restore under other layouts get to know it, where signatures are compared.
-        let operation = Operation::of_layer("restore ahead", layer).in_pass(layout.fingerprint());
+        let operation = Operation::of_layer("restore ahead", layer).under_layout(layout.fingerprint());
         Restore::new(operation, layout, unshard, weights, self.config.compute_dtype)
     }
 

@@ -11,4 +11,4 @@ pub use config::FsepRuntimeConfig;
 pub use handle::FsepRuntime;
 pub(crate) use handle::{Outputs, RestorePass};
 pub(crate) use layer::LayerConfig;
-pub use stats::{LayerStats, StepStats, percentile};
+pub use stats::{LayerStats, StepStats};

@@ -72,7 +72,7 @@ impl StepStats {
 }
 
 /// The `q`-th percentile (0 to 100), interpolated linearly; 1.0 of no values.
-pub fn percentile(mut values: Vec<f64>, q: f64) -> f64 {
+fn percentile(mut values: Vec<f64>, q: f64) -> f64 {
     if values.is_empty() {
         return 1.0;
     }

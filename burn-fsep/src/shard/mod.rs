@@ -3,9 +3,13 @@
 
 mod expert;
 mod gauge;
+mod owner;
 mod plan;
 
 pub(crate) use expert::mix;
 pub use expert::{ExpertShape, expert_parameters};
 pub use gauge::{RestoredGauge, RestoredGuard};
+#[cfg(feature = "train")]
+pub(crate) use owner::is_shard_of;
+pub(crate) use owner::shard_id;
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

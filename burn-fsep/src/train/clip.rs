@@ -16,7 +16,8 @@ use crate::{
 ///
 /// The norm is that of the unsharded model: replicated parameters count once, shards are summed over ranks. So
 /// clipping does not depend on the world size, which Burn's own clipping (of each tensor by itself) would. Call it
-/// after [`sync_gradients`](super::sync_gradients). A norm that is not finite scales nothing: check for it.
+/// after [`sync_gradients`](super::sync_gradients). A norm that is not finite scales nothing: check for it,
+/// as [`FsepStrategy`](super::FsepStrategy) does.
 ///
 /// # Errors
 ///

@@ -97,8 +97,8 @@ stats_metric!(
     StepStats::imbalance_static
 );
 stats_metric!(
-    /// The same after balancing in the 95th percentile of layers.
-    LayerImbalanceMetric,
+    /// The 95th percentile over layers of the largest load of a rank over the mean load, after balancing.
+    ImbalanceP95Metric,
     "Expert imbalance (p95 of layers)",
     None,
     |stats| stats.imbalance_percentile(95.0)

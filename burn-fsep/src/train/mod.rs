@@ -3,6 +3,7 @@
 mod adamw;
 mod broadcast;
 mod buckets;
+mod burn_checkpoints;
 mod checkpoints;
 mod clip;
 mod collector;
@@ -19,7 +20,7 @@ pub use broadcast::broadcast_parameters;
 pub use buckets::{GradientBuckets, GradientBucketsConfig};
 pub use clip::clip_grad_norm;
 pub use data::RankDataset;
-pub use metrics::{FsepStats, ImbalanceMetric, LayerImbalanceMetric, MovedSlotsMetric, StaticImbalanceMetric};
+pub use metrics::{FsepStats, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, StaticImbalanceMetric};
 pub use renderer::SilentRenderer;
 pub use strategy::FsepStrategy;
 pub use sync::sync_gradients;

@@ -7,10 +7,12 @@ use burn::{
         TrainingItem, ValidLoader, train::WorkerFailure,
     },
 };
-use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
+use burn_fsep_planner::callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback};
 use parking_lot::Mutex;
 
-use super::{GradientBuckets, checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients};
+use super::{
+    GradientBuckets, burn_checkpoints::BurnCheckpoints, checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients,
+};
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},
@@ -22,6 +24,14 @@ use crate::{
 /// Every rank runs the same program with a Learner of its own. For each batch: forward and backward, dense gradients
 /// averaged over ranks, gradients clipped by their global norm, optimizer step, callbacks. Ranks agree before each
 /// batch whether to go on, so that no rank waits for one that was interrupted or has run out of data.
+///
+/// The Learner's metrics are those of the rank's own part of each batch: they differ between ranks and are averaged
+/// nowhere. Early stopping looks at them, so ranks may come to different decisions; the first rank that wants to stop stops
+/// all, at the end of the same epoch. To leave it to one rank's metrics, give early stopping to that rank alone.
+///
+/// burn-train's own checkpointers work if every rank has them, with a folder of its own; ranks that share one are found
+/// out when they first save. They go on only with as many ranks, while checkpoints of
+/// [`with_checkpoints`](Self::with_checkpoints) are for any number.
 ///
 /// Use it with `TrainingStrategy::Custom(Arc::new(strategy))`. If training fails, `LearningResult::error` says why and
 /// [`FsepStrategy::error`] gives the typed error.
@@ -51,7 +61,8 @@ impl FsepStrategy {
         }
     }
 
-    /// Clips gradients by their global norm; see [`clip_grad_norm`].
+    /// Clips gradients by their global norm; see [`clip_grad_norm`]. A norm that is not finite ends training on all ranks with
+    /// [`FsepError::GradientNorm`], before the optimizer sees the gradients; `f64::INFINITY` clips nothing and only checks.
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
         self.max_grad_norm = Some(max_norm);
         self
@@ -67,7 +78,7 @@ impl FsepStrategy {
     /// configuration says so, at the end of each epoch, and when training is stopped. Training ends with an error if one
     /// cannot be saved.
     ///
-    /// They are apart from burn-train's own checkpointers, of which each rank would have its own.
+    /// They are apart from burn-train's own checkpointers, of which each rank has its own.
     pub fn with_checkpoints(mut self, config: CheckpointConfig) -> Self {
         self.checkpoints = Some(config);
         self
@@ -143,18 +154,33 @@ impl FsepStrategy {
         checkpoints.save(learner)
     }
 
-    fn optimize<M: LearnerModel>(&self, learner: &mut Learner<M>, mut grads: GradientsParams) -> Result<(), FsepError> {
+    /// An optimizer step.
+    fn optimize<M: LearnerModel>(
+        &self,
+        checkpoints: &mut LearnerCheckpoints,
+        learner: &mut Learner<M>,
+        mut grads: GradientsParams,
+    ) -> Result<(), FsepError> {
+        let step = checkpoints.progress.step + 1;
         let model = learner.model();
         match &self.buckets {
             Some(buckets) => buckets.sync(&model, &mut grads)?,
             None => sync_gradients(&self.runtime, &model, &mut grads)?,
         }
+        let mut gradient_norm = None;
         if let Some(max_norm) = self.max_grad_norm {
-            clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
+            let norm = clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
+            if !norm.is_finite() {
+                return Err(FsepError::GradientNorm { step, norm });
+            }
+            gradient_norm = Some(norm);
         }
         drop(model);
         learner.lr_step();
-        self.runtime.run(|| learner.optimizer_step(grads))
+        self.runtime.run(|| learner.optimizer_step(grads))?;
+        checkpoints.progress.step = step;
+        let context = OptimizerContext::new(step, gradient_norm, &self.runtime);
+        self.each_callback(|callback| callback.on_optimizer_step(&context))
     }
 
     fn train_epoch<M: LearnerModel>(
@@ -191,17 +217,16 @@ impl FsepStrategy {
             let output = self.runtime.run(|| learner.train_step(batch))?;
             let progress = batches.progress();
             if accumulation == 1 {
-                self.optimize(learner, output.grads)?;
+                self.optimize(checkpoints, learner, output.grads)?;
             } else {
                 accumulator.accumulate(&learner.model(), output.grads);
                 accumulated += 1;
                 if accumulated == accumulation {
-                    self.optimize(learner, accumulator.grads())?;
+                    self.optimize(checkpoints, learner, accumulator.grads())?;
                     accumulated = 0;
                 }
             }
             checkpoints.progress.iteration = iteration as u64;
-            checkpoints.progress.step += u64::from(accumulated == 0);
             self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
             if accumulated == 0 && checkpoints.is_due() {
                 self.save(checkpoints, learner)?;
@@ -214,8 +239,7 @@ impl FsepStrategy {
         // The last batches, fewer than accumulate. Not inside the loop: a rank's own loader does not know which batch is
         // the last that all ranks have.
         if accumulated > 0 {
-            self.optimize(learner, accumulator.grads())?;
-            checkpoints.progress.step += 1;
+            self.optimize(checkpoints, learner, accumulator.grads())?;
         }
         Ok(())
     }
@@ -279,17 +303,19 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
         // A graph of its own: rank threads that share one would wait for each other's backward.
         learner.fork(&self.device);
         let mut events = components.event_processor;
-        let mut checkpointer = components.checkpointer;
         let mut early_stopping = components.early_stopping;
         let interrupter = components.interrupter;
 
         *self.error.lock() = None;
-        let mut run = || -> Result<(), FsepError> {
+        let run = || -> Result<(), FsepError> {
             let mut progress = self.start.clone();
             if progress.epoch < starting_epoch as u64 {
                 progress = progress.with_epoch(starting_epoch as u64, 0);
             }
             let (config, event_store) = (self.checkpoints.as_ref(), components.event_store.clone());
+            let loaded = components.checkpoint;
+            let mut burn_checkpoints =
+                BurnCheckpoints::new(&self.runtime, components.checkpointer, loaded, &learner.model())?;
             let mut checkpoints = LearnerCheckpoints::new(config, &self.runtime, progress, event_store)?;
             if self.start.step > 0 {
                 self.each_callback(|callback| callback.on_resume(&self.start.records))?;
@@ -311,9 +337,7 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
                 interrupter.fail_on_error(events.process_valid(LearnerEvent::EndSplit(epoch)));
                 interrupter.fail_on_error(events.process_train(LearnerEvent::EndEpoch(epoch)));
                 interrupter.fail_on_error(events.flush());
-                if let Some(checkpointer) = &mut checkpointer {
-                    checkpointer.checkpoint(&learner, epoch, &components.event_store);
-                }
+                burn_checkpoints.save(&self.runtime, &learner, epoch, &components.event_store)?;
                 let stops_early = early_stopping
                     .as_mut()
                     .is_some_and(|strategy| strategy.should_stop(epoch, &components.event_store));

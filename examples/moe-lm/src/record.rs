@@ -11,10 +11,10 @@ use burn::tensor::Tensor;
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-};
-use burn_fsep_planner::{
-    PlannerReport, RoutingCounts,
-    callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+    planner::{
+        PlannerReport, RoutingCounts,
+        callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+    },
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};

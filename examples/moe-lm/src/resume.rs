@@ -12,8 +12,8 @@ use burn::{optim::ModuleOptimizer, train::Interrupter};
 use burn_fsep::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, Loaded, TrainingProgress, load},
+    planner::callback::{CallbackError, StepContext, TrainingCallback},
 };
-use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
 
 use crate::{Args, MoeLmError, model::MoeLm, record::StepRow, train::TrainingData};
 

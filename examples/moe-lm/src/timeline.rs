@@ -1,7 +1,9 @@
 use std::path::{Path, PathBuf};
 
-use burn_fsep::{FsepError, Timeline};
-use burn_fsep_planner::callback::{CallbackError, PlannerHost, StepContext, TrainingCallback};
+use burn_fsep::{
+    FsepError, Timeline,
+    planner::callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+};
 
 use crate::{Args, MoeLmError, files::write_whole};
 

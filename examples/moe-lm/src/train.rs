@@ -14,12 +14,12 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, ReduceBuffer, ReduceOp, all_gather_u64},
+    planner::{PlannerConfig, Strategy},
     train::{
         FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
         SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
     },
 };
-use burn_fsep_planner::{PlannerConfig, Strategy};
 
 use crate::{
     Args, DeviceArg, MoeLmError, Planner,
@@ -168,10 +168,12 @@ fn train(
 
 fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig {
     let parallel = &args.parallel;
-    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(match parallel.planner {
-        Planner::MinMax | Planner::Random => || Strategy::MinMax.dispatcher(),
-        Planner::Paper | Planner::Static => || Strategy::Paper.dispatcher(),
-    });
+    let dispatch = match parallel.planner {
+        Planner::MinMax | Planner::Random => Strategy::MinMax,
+        Planner::Paper | Planner::Static => Strategy::Paper,
+    };
+    let mut config =
+        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(move || dispatch.dispatcher());
     config.ranks_per_node = parallel.ranks_per_node;
     config.timeline = timeline;
     if matches!(parallel.planner, Planner::Paper | Planner::Static) {

@@ -8,9 +8,14 @@ use super::{
 };
 
 /// `sum over k of probs[t, k] * rows[row_of[t * K + k]]`. `([R, D], [T * K], [T, K]) -> [T, D]`
-pub(super) fn forward(rows: &Tensor, row_of: &Tensor, probs: &Tensor) -> Result<Tensor, TchError> {
+///
+/// # Safety
+///
+/// Indices are less than `R`.
+pub(super) unsafe fn forward(rows: &Tensor, row_of: &Tensor, probs: &Tensor) -> Result<Tensor, TchError> {
     if let Some(fused) = Fused::of(rows, rows.size()[1]) {
-        return fused.combine(rows, row_of, Some(probs), probs.size()[1]);
+        // SAFETY: the caller's promise.
+        return unsafe { fused.combine(rows, row_of, Some(probs), probs.size()[1]) };
     }
     let outputs = by_assignment(rows, row_of, probs)?;
     (outputs * probs.f_unsqueeze(2)?).f_sum_dim_intlist([1i64].as_slice(), false, None::<Kind>)
@@ -18,7 +23,11 @@ pub(super) fn forward(rows: &Tensor, row_of: &Tensor, probs: &Tensor) -> Result<
 
 /// Backward of [`forward`]: `d_rows[row_of[t * K + k]] = probs[t, k] * grad[t]` and
 /// `d_probs[t, k] = dot(rows[row_of[t * K + k]], grad[t])`.
-pub(super) fn backward(
+///
+/// # Safety
+///
+/// Indices are less than `T * K`, the number of rows.
+pub(super) unsafe fn backward(
     grad: &Tensor,
     rows: Option<&Tensor>,
     indices: &RowIndices<LibTorch>,
@@ -32,7 +41,8 @@ pub(super) fn backward(
     };
     let grad = grad.f_contiguous()?;
     if let Some(fused) = Fused::of(&grad, grad.size()[1]) {
-        return fused.combine_backward(&grad, rows, row_of, probs, want_rows).map(wrap);
+        // SAFETY: the caller's promise.
+        return unsafe { fused.combine_backward(&grad, rows, row_of, probs, want_rows) }.map(wrap);
     }
     let by_token = grad.f_unsqueeze(1)?;
     let d_probs = match rows {
@@ -52,10 +62,15 @@ pub(super) fn backward(
 }
 
 /// `sum over k of rows[row_of[t * K + k]]`. `([R, D], [T * K]) -> [T, D]`
-pub(super) fn sum_rows(rows: &Tensor, row_of: &Tensor, topk: i64) -> Result<Tensor, TchError> {
+///
+/// # Safety
+///
+/// Indices are less than `R`.
+pub(super) unsafe fn sum_rows(rows: &Tensor, row_of: &Tensor, topk: i64) -> Result<Tensor, TchError> {
     let width = rows.size()[1];
     if let Some(fused) = Fused::of(rows, width) {
-        return fused.combine(rows, row_of, None, topk);
+        // SAFETY: the caller's promise.
+        return unsafe { fused.combine(rows, row_of, None, topk) };
     }
     let by_assignment = rows.f_index_select(0, row_of)?.f_view([-1, topk, width])?;
     by_assignment.f_sum_dim_intlist([1i64].as_slice(), false, None::<Kind>)

@@ -109,7 +109,11 @@ impl Fused {
     }
 
     /// `([R, D], [T * K], [T, K]) -> [T, D]`: rows of each token summed, weighted if there are probabilities.
-    pub fn combine(
+    ///
+    /// # Safety
+    ///
+    /// Indices are less than `R`.
+    pub unsafe fn combine(
         &self,
         rows: &Tensor,
         row_of: &Tensor,
@@ -117,7 +121,7 @@ impl Fused {
         topk: i64,
     ) -> Result<Tensor, TchError> {
         let (tokens, hidden) = (row_of.size()[0] / topk, rows.size()[1]);
-        let row_of = row_of.f_to_kind(Kind::Int64)?;
+        let row_of = row_of.f_to_kind(Kind::Int64)?.f_contiguous()?;
         let probs = probs.map(|probs| probs.f_to_kind(Kind::BFloat16)?.f_contiguous()).transpose()?;
         let out = Tensor::f_empty([tokens, hidden], (rows.kind(), rows.device()))?;
         let pointers = [address(rows), address(&row_of), probs.as_ref().map_or(0, address), address(&out)];
@@ -130,7 +134,11 @@ impl Fused {
     }
 
     /// Gradients of the rows, `[R, D]`, if wanted, and of the probabilities, `[T, K]`, if rows are given.
-    pub fn combine_backward(
+    ///
+    /// # Safety
+    ///
+    /// Indices are less than `T * K`, the number of rows.
+    pub unsafe fn combine_backward(
         &self,
         grad: &Tensor,
         rows: Option<&Tensor>,
@@ -139,7 +147,7 @@ impl Fused {
         want_rows: bool,
     ) -> Result<(Option<Tensor>, Option<Tensor>), TchError> {
         let (tokens, hidden, topk) = (grad.size()[0], grad.size()[1], probs.size()[1]);
-        let row_of = row_of.f_to_kind(Kind::Int64)?;
+        let row_of = row_of.f_to_kind(Kind::Int64)?.f_contiguous()?;
         let probs = probs.f_to_kind(Kind::BFloat16)?.f_contiguous()?;
         let options = (grad.kind(), grad.device());
         let d_rows = want_rows.then(|| Tensor::f_empty([tokens * topk, hidden], options)).transpose()?;
@@ -183,6 +191,9 @@ impl Fused {
         let (Some(is_half), Some(to_half), Some(gpu)) = (half(received.kind()), half(to), on_gpu(index)) else {
             return Ok(None);
         };
+        if received.numel() != layout.as_slice().len() * shard_len || !received.is_contiguous() {
+            return Ok(None);
+        }
         let experts = layout.num_experts();
         let mut rows_of: Vec<Vec<i32>> = vec![Vec::new(); experts];
         for (row, &expert) in layout.as_slice().iter().enumerate() {

@@ -51,11 +51,13 @@ impl FsepKernels for LibTorch {
         experts::backward(args, weights, slot_rows).map_err(device_error)
     }
 
-    fn fsep_combine(rows: &TchTensor, row_of: &TchTensor, probs: &TchTensor) -> Result<TchTensor, FsepError> {
-        combine::forward(&rows.tensor, &row_of.tensor, &probs.tensor).map(TchTensor::new).map_err(device_error)
+    unsafe fn fsep_combine(rows: &TchTensor, row_of: &TchTensor, probs: &TchTensor) -> Result<TchTensor, FsepError> {
+        // SAFETY: the caller's promise.
+        let output = unsafe { combine::forward(&rows.tensor, &row_of.tensor, &probs.tensor) };
+        output.map(TchTensor::new).map_err(device_error)
     }
 
-    fn fsep_combine_backward(
+    unsafe fn fsep_combine_backward(
         grad: &TchTensor,
         rows: Option<&TchTensor>,
         indices: &RowIndices<Self>,
@@ -63,11 +65,14 @@ impl FsepKernels for LibTorch {
         want_rows: bool,
     ) -> Result<CombineGradients<Self>, FsepError> {
         let rows = rows.map(|rows| &rows.tensor);
-        combine::backward(&grad.tensor, rows, indices, &probs.tensor, want_rows).map_err(device_error)
+        // SAFETY: the caller's promise.
+        unsafe { combine::backward(&grad.tensor, rows, indices, &probs.tensor, want_rows) }.map_err(device_error)
     }
 
-    fn fsep_sum_rows(rows: &TchTensor, row_of: &TchTensor, topk: usize) -> Result<TchTensor, FsepError> {
-        combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64).map(TchTensor::new).map_err(device_error)
+    unsafe fn fsep_sum_rows(rows: &TchTensor, row_of: &TchTensor, topk: usize) -> Result<TchTensor, FsepError> {
+        // SAFETY: the caller's promise.
+        let sums = unsafe { combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64) };
+        sums.map(TchTensor::new).map_err(device_error)
     }
 
     fn fsep_sum_replicas(

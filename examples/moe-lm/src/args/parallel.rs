@@ -1,6 +1,6 @@
 use std::{str::FromStr, time::Duration};
 
-use burn_fsep_planner::Strategy;
+use burn_fsep::planner::Strategy;
 use clap::{Args, ValueEnum};
 
 use super::command::{check_positive, refuse};

@@ -1,7 +1,5 @@
-use crate::{
-    Layout, PlannerError, RoutingCounts, Topology,
-    dispatch::{DispatchPlan, Dispatcher, EvenSplit},
-};
+use super::{DispatchPlan, Dispatcher, EvenSplit};
+use crate::{Layout, PlannerError, RoutingCounts, Topology};
 
 /// The dispatch that EPLB's global policy counts on: every source splits evenly over all replicas of an expert, wherever
 /// they stand.

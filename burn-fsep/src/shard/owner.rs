@@ -1,0 +1,43 @@
+use burn::module::ParamId;
+
+use super::mix;
+
+/// The bits of a shard's id that tell its owner. The others are random, so that ids stay unique.
+const OWNER_BITS: u64 = 0xFF_FFFF;
+
+/// A new id for a parameter that is `rank`'s part of `world_size`.
+///
+/// All ranks' parts have the same name and, mostly, the same shape. Of what Burn's records keep of a parameter, the id is
+/// all that can tell whose part it is.
+pub(crate) fn shard_id(rank: usize, world_size: usize) -> ParamId {
+    ParamId::from(ParamId::new().val() & !OWNER_BITS | owner(rank, world_size))
+}
+
+/// Whether an id is of `rank`'s part of `world_size`.
+#[cfg(feature = "train")]
+pub(crate) fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
+    id.val() & OWNER_BITS == owner(rank, world_size)
+}
+
+fn owner(rank: usize, world_size: usize) -> u64 {
+    mix(mix(0, world_size as u64), rank as u64) & OWNER_BITS
+}
+
+#[cfg(all(test, feature = "train"))]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn ids_are_unique_and_tell_rank_and_world_size() {
+        let ranks: Vec<_> = [1, 2, 3, 4, 8, 64].iter().flat_map(|&n| (0..n).map(move |rank| (rank, n))).collect();
+        for &(rank, ranks_of) in &ranks {
+            let id = shard_id(rank, ranks_of);
+            let owners: Vec<_> = ranks.iter().filter(|(rank, n)| is_shard_of(id, *rank, *n)).collect();
+            assert_eq!(owners, [&(rank, ranks_of)]);
+        }
+        let ids: HashSet<_> = (0..1000).map(|_| shard_id(1, 4)).collect();
+        assert_eq!(ids.len(), 1000);
+    }
+}
