@@ -1,5 +1,6 @@
 use std::{
     fs::{self, File},
+    hash::{BuildHasher, Hasher, RandomState},
     net::TcpListener,
     path::Path,
     process::{Child, Command},
@@ -55,8 +56,7 @@ impl RankProcesses {
     }
 
     fn of(launcher: Launcher, size: usize, children: usize) -> Self {
-        // Free a moment ago, which is as good as it gets: rank 0 binds it itself.
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let port = free_port();
         let token = JobToken::random().expect("random numbers").reveal().to_string();
         let folder = tempfile::tempdir().expect("a folder");
         Self { launcher, size, port, token, folder, children: (0..children).map(|_| None).collect() }
@@ -286,6 +286,17 @@ impl Drop for RankProcesses {
         for child in self.children.iter_mut().flatten() {
             let _ = child.kill();
             let _ = child.wait();
+        }
+    }
+}
+
+/// A port that was free a moment ago, which is as good as it gets: rank 0 binds it itself. Below those that the system gives to
+/// whoever asks for any, such as the other ranks.
+fn free_port() -> u16 {
+    loop {
+        let port = 20_000 + (RandomState::new().build_hasher().finish() % 12_000) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
         }
     }
 }

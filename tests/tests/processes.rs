@@ -102,7 +102,8 @@ fn a_rank_killed_while_the_ranks_meet_is_named() {
         let mut job = RankProcesses::new(3);
         (0..2).for_each(|rank| job.start_rank(rank, &command("meeting", &[])));
         (0..2).for_each(|rank| wait_for(&mut job, rank, "meeting"));
-        std::thread::sleep(Duration::from_millis(300));
+        // Until they have met, too.
+        std::thread::sleep(Duration::from_secs(2));
         assert!(job.kill(victim));
         expect_error(&mut job, survivor, &[&format!("rank {victim} was lost while the ranks were connecting")]);
     }
@@ -113,11 +114,11 @@ fn a_rank_killed_at_any_moment_of_the_start_is_named() {
     for round in 0..20 {
         let victim = round % 3;
         let mut job = RankProcesses::new(3);
-        (0..3).for_each(|rank| job.start_rank(rank, &command("gathers", &[("RENDEZVOUS_SECONDS", "3")])));
+        (0..3).for_each(|rank| job.start_rank(rank, &command("gathers", &[("RENDEZVOUS_SECONDS", "8")])));
         std::thread::sleep(Duration::from_millis(2 * round as u64));
         assert!(job.kill(victim));
         for rank in (0..3).filter(|&rank| rank != victim) {
-            let (code, said) = (job.end(rank, LIMIT + Duration::from_secs(3)), job.said(rank));
+            let (code, said) = (job.end(rank, LIMIT + Duration::from_secs(8)), job.said(rank));
             assert_eq!(code, Some(1), "rank {rank}: {said}");
             // Whoever had not met the victim yet waited for it.
             let lost =
@@ -131,11 +132,11 @@ fn a_rank_killed_at_any_moment_of_the_start_is_named() {
 
 #[test]
 fn ranks_that_were_never_started_are_named() {
-    let variables = [("RENDEZVOUS_SECONDS", "1")];
+    let variables = [("RENDEZVOUS_SECONDS", "5")];
     let mut job = RankProcesses::new(4);
     [0, 2].into_iter().for_each(|rank| job.start_rank(rank, &command("meeting", &variables)));
     for rank in [0, 2] {
-        expect_error(&mut job, rank, &["rank(s) [1, 3] did not come within 1s"]);
+        expect_error(&mut job, rank, &["rank(s) [1, 3] did not come within 5s"]);
     }
     let mut job = RankProcesses::new(2);
     job.start_rank(1, &command("meeting", &variables));
@@ -157,11 +158,14 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
     let mut job = RankProcesses::new(3);
     job.start_rank(0, &command("meeting", &[("RENDEZVOUS_SECONDS", "120")]));
     wait_for(&mut job, 0, "meeting");
-    let (address, start) = (("127.0.0.1", job.port()), Instant::now());
-    let connect = || loop {
-        match TcpStream::connect(address) {
-            Ok(stream) => break stream,
-            Err(error) => assert!(start.elapsed() < LIMIT, "rank 0 does not listen: {error}"),
+    let address = ("127.0.0.1", job.port());
+    let connect = || {
+        let start = Instant::now();
+        loop {
+            match TcpStream::connect(address) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(start.elapsed() < LIMIT, "rank 0 does not listen: {error}"),
+            }
         }
     };
     drop(connect());
@@ -174,7 +178,7 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
             let mut stream = connect();
             let _ = stream.write_all(bytes);
             open.push_back(stream);
-            if open.len() > 400 {
+            if open.len() > 200 {
                 open.pop_front();
             }
             if i % 100 == 0 {
@@ -190,7 +194,7 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
         floods.into_iter().map(|flood| flood.join().unwrap()).collect()
     });
     for (open, (most_files, most_memory)) in &floods {
-        assert_eq!(open.len(), 400);
+        assert_eq!(open.len(), 200);
         assert!(*most_files <= files + 300, "{most_files} open files, {files} before");
         assert!(*most_memory <= memory + 4096, "{most_memory} KiB, {memory} before");
     }
@@ -253,8 +257,8 @@ fn processes_train_as_threads_do() {
         let trained = train_by_hand(&FsepRuntime::new(comm)?, &task_items(8 * 3 * 8, 3), &training)?;
         Ok(format!("losses {:?}", trained.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>()))
     });
-    // LibTorch's products on the CPU depend on where the memory allocator has put the matrices.
-    let tolerance = if cfg!(feature = "libtorch") { 1e-6 } else { 0.0 };
+    // LibTorch's products on the CPU may depend on the thread that computes them, and on where its memory begins.
+    let tolerance = if cfg!(feature = "libtorch") { 1e-5 } else { 0.0 };
     for (process, thread) in losses.into_iter().zip(threads) {
         let thread = thread.unwrap();
         let [ours, theirs] = [&process, &thread].map(|said| losses_of(said));

@@ -19,7 +19,7 @@ use super::{
 const DELIVERY: Duration = Duration::from_secs(5);
 
 /// How long rank 0 still tells ranks that come later that a rank was lost. Ranks that are started together come within it.
-const LINGER: Duration = Duration::from_secs(2);
+const LINGER: Duration = Duration::from_secs(5);
 
 /// A rank that has come.
 struct Seat {

@@ -25,7 +25,7 @@ const STEPS: usize = 12;
 /// Few tokens and many parameters, so that reshard and optimizer take a share of a step; layouts change, and checkpoints are
 /// written most of the time.
 const OPTIONS: &str = "--batch 12 --context 8 --hidden 64 --ffn 192 --experts 8 --steps 12 --lr 2e-2 --valid-batches 1 --sample 4 \
-                       --synchronous --checkpoint-every 2 --keep 2 --resume auto";
+                       --synchronous --checkpoint-every 2 --keep 2 --resume auto --rendezvous-timeout 15";
 
 /// When a rank is killed. Shares are of what the phase takes in an undisturbed job.
 #[derive(Debug, Clone, Copy)]
