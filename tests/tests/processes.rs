@@ -111,14 +111,14 @@ fn a_rank_killed_while_the_ranks_meet_is_named() {
 
 #[test]
 fn a_rank_killed_at_any_moment_of_the_start_is_named() {
-    for round in 0..20 {
+    for round in 0..10 {
         let victim = round % 3;
         let mut job = RankProcesses::new(3);
-        (0..3).for_each(|rank| job.start_rank(rank, &command("gathers", &[("RENDEZVOUS_SECONDS", "8")])));
-        std::thread::sleep(Duration::from_millis(2 * round as u64));
+        (0..3).for_each(|rank| job.start_rank(rank, &command("gathers", &[("RENDEZVOUS_SECONDS", "6")])));
+        std::thread::sleep(Duration::from_millis(4 * round as u64));
         assert!(job.kill(victim));
         for rank in (0..3).filter(|&rank| rank != victim) {
-            let (code, said) = (job.end(rank, LIMIT + Duration::from_secs(8)), job.said(rank));
+            let (code, said) = (job.end(rank, LIMIT + Duration::from_secs(6)), job.said(rank));
             assert_eq!(code, Some(1), "rank {rank}: {said}");
             // Whoever had not met the victim yet waited for it.
             let lost =
