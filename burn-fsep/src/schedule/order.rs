@@ -34,12 +34,6 @@ impl LayerOrder {
         Position { next, is_last: self.follows && place + 1 == self.before.len() }
     }
 
-    /// Whether this step ran all layers of the one before and would begin again with `layer`: a pass without backward, as in
-    /// validation that tracks gradients nobody asks for.
-    pub fn starts_over(&self, layer: usize) -> bool {
-        self.follows && self.current.len() == self.before.len() && self.first() == Some(layer)
-    }
-
     /// The first layer of the step before.
     pub fn first(&self) -> Option<usize> {
         self.before.first().copied()
@@ -63,20 +57,6 @@ mod tests {
         assert_eq!(order.enter(3), Position { next: None, is_last: true });
         // A layer more than before: nothing is known of it.
         assert_eq!(order.enter(1), unknown);
-    }
-
-    #[test]
-    fn passes_without_backward_start_over() {
-        let mut order = LayerOrder::default();
-        order.begin();
-        let _ = [0, 1, 0].map(|layer| order.enter(layer));
-        assert!(!order.starts_over(0), "nothing is known of the first step");
-        order.begin();
-        for (layer, starts_over) in [(0, false), (1, false), (0, false), (0, true)] {
-            assert_eq!(order.starts_over(layer), starts_over);
-            order.enter(layer);
-        }
-        assert!(!order.starts_over(0), "the step goes on in another way");
     }
 
     #[test]

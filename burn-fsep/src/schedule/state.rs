@@ -92,7 +92,7 @@ impl Schedule {
     /// A layer begins a training forward pass.
     pub fn enter(&self, layer: usize) -> Entry {
         let mut state = self.state.lock();
-        if state.turned || state.order.starts_over(layer) {
+        if state.turned {
             state.begin();
         }
         let position = state.order.enter(layer);
