@@ -172,7 +172,10 @@ fn serve(mut planners: BTreeMap<usize, LayerPlanner>, inbox: &mpsc::Receiver<Req
         let (layer, step, counts) = match request {
             Request::Plan { layer, step, counts } => (layer, step, counts),
             Request::Save(reply) => {
-                let states = planners.iter().map(|(&layer, planner)| Ok((layer, planner.save()?))).collect();
+                let save = || planners.iter().map(|(&layer, planner)| Ok((layer, planner.save()?))).collect();
+                let states = catch_unwind(AssertUnwindSafe(save)).unwrap_or_else(|_| {
+                    Err(PlannerError::Stopped("saving the state of a solver or predictor panicked".into()))
+                });
                 // Nobody waits any more if the training has ended.
                 let _ = reply.send(states);
                 continue;
@@ -254,6 +257,19 @@ mod tests {
                 panic!("broken on purpose");
             }
             Err(PlannerError::Zero { what: "luck" })
+        }
+
+        fn save(&self, _: &mut Vec<u8>) -> Result<(), PlannerError> {
+            panic!("broken on purpose");
+        }
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_saved_is_reported_and_planning_goes_on() {
+        let background = planner(Box::new(Broken(false)));
+        for _ in 0..2 {
+            let error = background.save().unwrap_err();
+            assert!(error.to_string().contains("saving the state"), "{error}");
         }
     }
 

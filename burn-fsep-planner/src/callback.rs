@@ -65,7 +65,7 @@ impl<'a> StepContext<'a> {
 /// The optimizer step after which a callback is called.
 #[derive(Clone, Copy)]
 pub struct OptimizerContext<'a> {
-    /// The optimizer step of the training, from 1; a training that goes on from a checkpoint goes on counting, too.
+    /// The optimizer step of the training, from 1; one that goes on from a checkpoint of burn-fsep goes on counting, too.
     pub step: u64,
     /// The global norm of its gradients before clipping, equal on all ranks; `None` where nothing is clipped.
     pub gradient_norm: Option<f64>,

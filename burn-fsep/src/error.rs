@@ -55,7 +55,7 @@ pub enum FsepError {
          learning rate"
     )]
     GradientNorm {
-        /// The optimizer step of the whole training, from 1.
+        /// The optimizer step of the training, from 1; counted on from a checkpoint of this crate's.
         step: u64,
         /// Its norm, which is not finite.
         norm: f64,

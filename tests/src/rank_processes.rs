@@ -106,11 +106,14 @@ impl RankProcesses {
 
     fn spawn(&self, mut process: Command, command: &Command, output: &str) -> Child {
         let output = File::create(self.folder().join(output).with_extension("txt")).expect("a file for the output");
-        process
-            .envs(self.variables())
-            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
-            .stderr(output.try_clone().expect("a file"))
-            .stdout(output);
+        process.envs(self.variables());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => process.env(name, value),
+                None => process.env_remove(name),
+            };
+        }
+        process.stderr(output.try_clone().expect("a file")).stdout(output);
         process.spawn().unwrap_or_else(|error| panic!("{process:?} (mpirun: Debian's openmpi-bin): {error}"))
     }
 

@@ -68,6 +68,40 @@ fn a_dispatcher_may_capture() {
     assert_eq!(calls.load(Ordering::Relaxed), 2, "one layer on each of two ranks");
 }
 
+/// Dispatches nothing.
+#[derive(Debug)]
+struct Idle;
+
+impl Dispatcher for Idle {
+    fn name(&self) -> &'static str {
+        "idle"
+    }
+
+    fn dispatch(
+        &mut self,
+        _: &Topology,
+        _: &Layout,
+        counts: &RoutingCounts,
+        plan: &mut DispatchPlan,
+    ) -> Result<(), PlannerError> {
+        plan.clear(counts.num_ranks(), counts.num_experts());
+        (0..counts.num_ranks() * counts.num_experts()).for_each(|_| plan.end_pair());
+        Ok(())
+    }
+}
+
+#[test]
+fn a_dispatcher_that_loses_tokens_is_an_error() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntimeConfig::new().with_dispatcher(|| Box::new(Idle)).init(comm)?;
+        step(&runtime, &layer(&runtime)?)
+    });
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("0 tokens dispatched"), "{error}");
+    }
+}
+
 /// Always answers with one layout.
 #[derive(Debug)]
 struct Fixed(Layout);

@@ -153,8 +153,8 @@ mod tests {
             let sequence = begin(folder, 1).unwrap();
             let files: Vec<_> = (0..12).map(|file| file.to_string()).collect();
             files.iter().for_each(|file| fs::write(partial(folder, sequence, 1).join(file), file).unwrap());
-            // One of them is late by more and more, to meet the other at every point, and at last by so much that it comes
-            // second whatever the machine is busy with.
+            // One of them is late by more and more, to meet the other in the midst of it, and at last by so much that it
+            // comes second whatever the machine is busy with.
             let delay = |late: bool| match round {
                 398.. if late => std::thread::sleep(std::time::Duration::from_secs(1)),
                 _ => (0..if late { round * 100 } else { 0 }).for_each(|_| std::hint::spin_loop()),
@@ -174,7 +174,7 @@ mod tests {
             outcomes.insert(committed);
             let _ = fs::remove_dir_all(path);
         }
-        assert_eq!(outcomes.len(), 2, "one was always first");
+        assert_eq!(outcomes.len(), 2, "each was first once");
     }
 
     #[test]

@@ -80,7 +80,8 @@ fn try_forward<B: FsepKernels>(
     finish_forward(restored, step);
 
     let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
-    // SAFETY: `rows` is the permutation that sorted the assignments, and each of them has one row.
+    // SAFETY: `rows` is the permutation that sorted the assignments, and each of them has one row: plans that do not dispatch
+    // every assignment once are refused.
     let output = unsafe { B::fsep_combine(&returned, &rows.row_of, &probs) }?;
 
     let saved = tracked.any().then(|| Saved {

@@ -45,18 +45,19 @@ pub struct FsepRuntimeConfig {
 }
 
 /// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-#[derive(Clone)]
-pub(super) struct DispatcherFactory(Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>);
+#[derive(Clone, Default)]
+pub(super) struct DispatcherFactory {
+    given: Option<Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>>,
+}
 
 impl DispatcherFactory {
     pub fn make(&self) -> Box<dyn Dispatcher> {
-        (self.0)()
+        self.given.as_ref().map_or_else(|| Box::new(MinMax::new()) as Box<dyn Dispatcher>, |make| make())
     }
-}
 
-impl Default for DispatcherFactory {
-    fn default() -> Self {
-        Self(Arc::new(|| Box::new(MinMax::new())))
+    /// Whether the user gave it.
+    pub fn is_given(&self) -> bool {
+        self.given.is_some()
     }
 }
 
@@ -93,12 +94,13 @@ impl FsepRuntimeConfig {
     }
 
     /// Sets what decides, in the step, which replica computes which tokens (the exact min-max dispatcher by default).
-    /// `dispatcher` is called once for each layer.
+    /// `dispatcher` is called for each layer, and where the dispatcher's name is asked for. What a dispatcher of your own
+    /// plans is checked in each step: every assignment once, on a rank that holds its expert.
     ///
     /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
     /// names are compared, not what the closure captured.
     pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
-        self.dispatcher = DispatcherFactory(Arc::new(dispatcher));
+        self.dispatcher = DispatcherFactory { given: Some(Arc::new(dispatcher)) };
         self
     }
 

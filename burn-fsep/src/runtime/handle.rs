@@ -361,7 +361,7 @@ impl FsepRuntime {
 
     pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
         let Inner { topology, dispatcher, correction, .. } = self.inner.as_ref();
-        let layer = LayerState::new(config, topology, dispatcher.make(), correction.clone())?;
+        let layer = LayerState::new(config, topology, dispatcher, correction.clone())?;
         let mut layers = self.inner.layers.write();
         layers.push(Arc::new(layer));
         Ok(layers.len() - 1)

@@ -11,7 +11,7 @@ use burn_fsep_planner::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use super::LayerStats;
+use super::{LayerStats, config::DispatcherFactory};
 use crate::{
     FsepError,
     comm::{CommError, Communicator, ExchangePlan, Operation},
@@ -74,6 +74,8 @@ impl Active {
 
 struct Dispatching {
     dispatcher: Box<dyn Dispatcher>,
+    /// Whether its plans are checked: kernels rely on what they promise.
+    is_checked: bool,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
     correction: Option<Correction>,
     plan: DispatchPlan,
@@ -94,7 +96,7 @@ impl LayerState {
     pub fn new(
         config: LayerConfig,
         topology: &Topology,
-        dispatcher: Box<dyn Dispatcher>,
+        dispatcher: &DispatcherFactory,
         correction: Option<Correction>,
     ) -> Result<Self, FsepError> {
         let ranks = topology.world_size();
@@ -104,7 +106,8 @@ impl LayerState {
         Ok(Self {
             active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
             dispatch: Mutex::new(Dispatching {
-                dispatcher,
+                dispatcher: dispatcher.make(),
+                is_checked: cfg!(debug_assertions) || dispatcher.is_given(),
                 correction: correction.filter(|_| !config.fixed_layout),
                 plan: DispatchPlan::new(),
                 static_plan: DispatchPlan::new(),
@@ -177,7 +180,7 @@ impl LayerState {
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatching { dispatcher, correction, plan, static_plan } = &mut *dispatch;
+        let Dispatching { dispatcher, is_checked, correction, plan, static_plan } = &mut *dispatch;
         // Every rank repairs for itself, from the same counts and layout.
         if let (true, Some(correction)) = (tracked.any(), correction)
             && let Some(repaired) = correction.repair(topology, &layout, &counts)?
@@ -187,8 +190,9 @@ impl LayerState {
         let Active { layout, unshard, moved_slots } = self.active.read().clone();
         dispatcher.dispatch(topology, &layout, &counts, plan)?;
         let dispatch_time = start.elapsed();
-        #[cfg(debug_assertions)]
-        plan.check(&layout, &counts)?;
+        if *is_checked {
+            plan.check(&layout, &counts)?;
+        }
         let (tokens, slot_rows) = token_exchange(plan, &layout, comm.rank());
 
         let mut last = self.last.lock();

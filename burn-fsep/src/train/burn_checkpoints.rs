@@ -1,7 +1,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::{
-    module::{Module, Param},
+    module::{Module, Param, ParamId},
     tensor::Tensor,
     train::{Learner, LearnerModel, LearningCheckpointer, metric::store::EventStoreClient},
 };
@@ -20,7 +20,8 @@ const CHECK: Operation = Operation::new("check of burn-train's checkpoint");
 /// burn-train's own checkpointers, one set a rank.
 ///
 /// They name their files by epoch alone and tell nobody where they put them. Ranks that share a folder would overwrite
-/// each other's shards, and all go on from those of one rank. So what was saved is read back once.
+/// each other's shards, and all go on from those of one rank. So what was saved is read back, until all ranks have found what
+/// they saved in the same epoch. That waits for the slowest rank's disk, at most as long as a collective may take.
 pub(super) struct BurnCheckpoints<M: LearnerModel> {
     checkpointer: Option<LearningCheckpointer<M>>,
     is_checked: bool,
@@ -62,8 +63,8 @@ impl<M: LearnerModel> BurnCheckpoints<M> {
         }
         if let Some(rank) = all.iter().position(|theirs| theirs[2] == 1) {
             return Err(FsepError::Config(format!(
-                "what rank {rank} has loaded is another rank's part of the experts, or of another number of ranks: \
-                 burn-train's checkpointers go on only with as many ranks, each with the folder that was its own. \
+                "what rank {rank} has loaded is another rank's part of the experts, or of another number of ranks, \
+                 or of an earlier version of burn-fsep: burn-train's checkpointers go on only with as many ranks, each with the folder that was its own. \
                  Checkpoints of FsepStrategy::with_checkpoints are for any number of ranks"
             )));
         }
@@ -92,7 +93,8 @@ impl<M: LearnerModel> BurnCheckpoints<M> {
         runtime.comm().barrier(WRITTEN)?;
         let found = match read_back(checkpointer, learner, epoch) {
             None => Found::Nothing,
-            Some(model) if has_own_shards(runtime, &model) => Found::Own,
+            // Not by the owner: a record of an earlier version left other ids.
+            Some(model) if shard_ids(&model) == shard_ids(&learner.model()) => Found::Own,
             Some(_) => Found::Foreign,
         };
         let all = all_gather_u64(runtime.comm(), CHECK, &[found as u64])?;
@@ -123,19 +125,21 @@ fn read_back<M: LearnerModel>(checkpointer: &LearningCheckpointer<M>, learner: &
 }
 
 fn has_own_shards<M: Module>(runtime: &FsepRuntime, model: &M) -> bool {
-    let mut owned = Owned { rank: runtime.rank(), world_size: runtime.world_size(), all: true };
-    visit_params(model, &mut owned);
-    owned.all
+    shard_ids(model).into_iter().all(|id| is_shard_of(id, runtime.rank(), runtime.world_size()))
 }
 
-struct Owned {
-    rank: usize,
-    world_size: usize,
-    all: bool,
+fn shard_ids<M: Module>(model: &M) -> Vec<ParamId> {
+    let mut ids = ShardIds(Vec::new());
+    visit_params(model, &mut ids);
+    ids.0
 }
 
-impl ParamVisitor for Owned {
+struct ShardIds(Vec<ParamId>);
+
+impl ParamVisitor for ShardIds {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
-        self.all &= placement == Placement::Replicated || is_shard_of(param.id, self.rank, self.world_size);
+        if placement == Placement::Sharded {
+            self.0.push(param.id);
+        }
     }
 }
