@@ -31,7 +31,16 @@ pub enum Fault {
     Corruption(&'static str),
 }
 
-/// A communicator with a fault.
+/// What a rank has done, on all its communicators.
+#[derive(Debug, Default)]
+pub struct CallRecord {
+    /// Calls, as [`Fault::Failure`] counts them.
+    pub made: AtomicUsize,
+    /// Bytes of the largest broadcast.
+    pub largest_broadcast: AtomicUsize,
+}
+
+/// A communicator with a fault, which also keeps a record of calls.
 #[derive(Debug)]
 pub struct FaultyCommunicator {
     inner: Arc<dyn Communicator>,
@@ -39,11 +48,11 @@ pub struct FaultyCommunicator {
 }
 
 impl FaultyCommunicator {
-    /// Injects `fault`; the counter tells how many calls the rank made.
-    pub fn new(inner: Arc<dyn Communicator>, fault: Fault) -> (Arc<Self>, Arc<AtomicUsize>) {
-        let calls = Calls { rank: inner.rank(), fault, made: Arc::default() };
-        let made = calls.made.clone();
-        (Arc::new(Self { inner, calls }), made)
+    /// Injects `fault`; the record tells what the rank did.
+    pub fn new(inner: Arc<dyn Communicator>, fault: Fault) -> (Arc<Self>, Arc<CallRecord>) {
+        let calls = Calls { rank: inner.rank(), fault, record: Arc::default() };
+        let record = calls.record.clone();
+        (Arc::new(Self { inner, calls }), record)
     }
 }
 
@@ -52,12 +61,12 @@ impl FaultyCommunicator {
 struct Calls {
     rank: usize,
     fault: Fault,
-    made: Arc<AtomicUsize>,
+    record: Arc<CallRecord>,
 }
 
 impl Calls {
     fn count(&self, operation: Operation) -> Result<(), CommError> {
-        let call = self.made.fetch_add(1, Ordering::Relaxed);
+        let call = self.record.made.fetch_add(1, Ordering::Relaxed);
         match self.fault {
             Fault::Failure { rank, at, mode } if (rank, at) == (self.rank, call) => match mode {
                 FaultMode::Panic => panic!("injected panic in {operation}"),
@@ -124,6 +133,7 @@ impl Communicator for FaultyCommunicator {
 
     fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
         self.calls.count(operation)?;
+        self.calls.record.largest_broadcast.fetch_max(buffer.len(), Ordering::Relaxed);
         self.inner.broadcast(operation, buffer, root)
     }
 

@@ -24,7 +24,7 @@ pub use collectives::{
 pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
-pub use faults::{Fault, FaultMode, FaultyCommunicator};
+pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};

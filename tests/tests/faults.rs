@@ -41,7 +41,7 @@ fn step(comm: Arc<dyn Communicator>, fault: Fault) -> Result<usize, FsepError> {
         sync_gradients(&runtime, &model, &mut grads)?;
         clip_grad_norm(&runtime, &model, &mut grads, 1.0).map(|_| ())
     })??;
-    Ok(calls.load(Ordering::Relaxed))
+    Ok(calls.made.load(Ordering::Relaxed))
 }
 
 #[test]

@@ -1,22 +1,13 @@
 //! What ranks hold at once, counted: restored expert weights, and parameters that are broadcast.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::atomic::Ordering;
 
 use burn::{
     nn::LinearConfig,
-    tensor::{Bytes, Distribution, Tensor},
+    tensor::{Distribution, Tensor},
 };
-use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntime,
-    comm::{
-        CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, local::LaunchConfig,
-    },
-    train::broadcast_parameters,
-};
-use burn_fsep_tests::{device, launch};
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig, train::broadcast_parameters};
+use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch};
 
 /// Runs a stack of `depth` layers on `ranks` ranks. Bytes alive after forward, after backward, and at most.
 fn gauge(ranks: usize, depth: usize, slots: usize, hidden: usize, ffn: usize) -> Vec<[usize; 3]> {
@@ -54,65 +45,15 @@ fn at_most_two_layers_of_weights_are_alive() {
     }
 }
 
-/// A communicator that knows the most that one broadcast has sent.
-#[derive(Debug)]
-struct LargestBroadcast {
-    inner: Arc<dyn Communicator>,
-    bytes: Arc<AtomicUsize>,
-}
-
-impl Communicator for LargestBroadcast {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn start_all_to_all_v(
-        &self,
-        operation: Operation,
-        send: Arc<Bytes>,
-        plan: ExchangePlan,
-    ) -> Result<Box<dyn PendingExchange>, CommError> {
-        self.inner.start_all_to_all_v(operation, send, plan)
-    }
-
-    fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
-        self.inner.all_gather(operation, send, recv)
-    }
-
-    fn all_reduce(&self, operation: Operation, buffer: ReduceBuffer<'_>, op: ReduceOp) -> Result<(), CommError> {
-        self.inner.all_reduce(operation, buffer, op)
-    }
-
-    fn broadcast(&self, operation: Operation, buffer: &mut [u8], root: usize) -> Result<(), CommError> {
-        self.bytes.fetch_max(buffer.len(), Ordering::Relaxed);
-        self.inner.broadcast(operation, buffer, root)
-    }
-
-    fn abort(&self, reason: &str) {
-        self.inner.abort(reason);
-    }
-
-    fn failure(&self) -> Option<CommError> {
-        self.inner.failure()
-    }
-
-    fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self { inner: self.inner.duplicate(name)?, bytes: self.bytes.clone() }))
-    }
-}
-
 #[test]
 fn a_model_is_broadcast_one_parameter_at_a_time() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
-        let bytes = Arc::new(AtomicUsize::new(0));
-        let runtime = FsepRuntime::new(Arc::new(LargestBroadcast { inner: comm, bytes: bytes.clone() }))?;
+        let never = Fault::Failure { rank: 0, at: usize::MAX, mode: FaultMode::Panic };
+        let (comm, record) = FaultyCommunicator::new(comm, never);
+        let runtime = FsepRuntime::new(comm)?;
         let model: Vec<_> = [4, 8, 2].map(|width| LinearConfig::new(16, width).init(&device())).into();
         broadcast_parameters(&runtime, model)?;
-        Ok(bytes.load(Ordering::Relaxed))
+        Ok(record.largest_broadcast.load(Ordering::Relaxed))
     });
     for result in results {
         assert_eq!(result.unwrap(), 16 * 8 * size_of::<f32>());
