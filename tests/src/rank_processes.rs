@@ -15,6 +15,11 @@ pub(crate) const FOLDER_VARIABLE: &str = "FSEP_TEST_FOLDER";
 
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// What mpirun gets to end in after its ranks.
+const MPIRUN_GRACE: Duration = Duration::from_secs(5);
+/// Pause between two looks at all processes, which take time from the ranks.
+const MPIRUN_PAUSE: Duration = Duration::from_millis(100);
+
 /// What starts the ranks of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Launcher {
@@ -237,23 +242,46 @@ impl RankProcesses {
 
     /// Waits until all ranks have ended, and mpirun; returns how long that took.
     ///
+    /// An mpirun that does not end after its ranks is killed: that of Open MPI 4.1 sometimes hangs (`PMIX ERROR`) if a rank is lost
+    /// while MPI starts.
+    ///
     /// # Panics
     ///
     /// If they do not within `limit`, or leave a process.
     pub fn wait(&mut self, limit: Duration) -> Duration {
         let start = Instant::now();
+        let (mut ranks_took, mut next_look) = (None, MPIRUN_PAUSE);
         while !self.has_ended() {
+            let took = start.elapsed();
+            let looks = self.launcher != Launcher::Direct && took >= next_look;
+            if looks {
+                next_look = took + MPIRUN_PAUSE;
+            }
+            if looks && self.ranks_have_ended() {
+                let since = took - *ranks_took.get_or_insert(took);
+                if since > MPIRUN_GRACE {
+                    eprintln!("mpirun still runs {since:?} after its ranks: killed\n{}", self.text("mpirun.txt"));
+                    self.children.iter_mut().flatten().for_each(|mpirun| mpirun.kill().expect("a child"));
+                }
+            }
             let still = || format!("processes {:?} still run after {limit:?}", self.processes());
-            assert!(start.elapsed() < limit, "{}\n{}", still(), self.all_said());
+            assert!(took < limit, "{}\n{}", still(), self.all_said());
             std::thread::sleep(PAUSE);
         }
-        let took = start.elapsed();
+        let took = ranks_took.unwrap_or_else(|| start.elapsed());
         // What others started has ended as well, though it may take its parent a moment to notice.
+        let ended = Instant::now();
         while !self.processes().is_empty() {
-            assert!(start.elapsed() < took + Duration::from_secs(2), "processes {:?} are left", self.processes());
+            assert!(ended.elapsed() < Duration::from_secs(2), "processes {:?} are left", self.processes());
             std::thread::sleep(PAUSE);
         }
         took
+    }
+
+    /// Whether mpirun has started all ranks, and none runs any more.
+    fn ranks_have_ended(&self) -> bool {
+        let has_started = |rank| self.folder().join(format!("rank-{rank}.txt")).exists();
+        (0..self.size).all(has_started) && self.processes().iter().all(|(_, rank)| rank.is_none())
     }
 
     /// The exit code of a rank that has ended; `None` if a signal ended it, or mpirun started it, which does not tell.

@@ -275,3 +275,14 @@ fn a_launched_job_ends_with_its_ranks() {
     // Whichever comes first: the panic, or the error of a rank that heard of it.
     assert!([1, 101].contains(&launcher("panicking").run().unwrap()));
 }
+
+/// Open MPI's sometimes does that where a rank is lost while MPI starts.
+#[test]
+fn an_mpirun_that_stays_after_its_ranks_is_killed() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hanging_mpirun");
+    let mut command = Command::new("true");
+    command.env("PATH", format!("{folder}:{}", std::env::var("PATH").unwrap()));
+    let mut job = RankProcesses::start(Launcher::Mpirun(&[]), 2, &command);
+    assert!(job.wait(PATIENCE) < LIMIT, "that is not when the ranks ended");
+    assert_eq!(job.mpirun(), (None, String::new()));
+}
