@@ -2,9 +2,13 @@
 
 use std::str::FromStr;
 
+use burn_fsep_planner::Topology;
 use thiserror::Error;
 
-use super::process::{JobToken, ProcessConfig, TokenError};
+use super::{
+    CommError, Communicator, Operation, all_gather_u64,
+    process::{JobToken, ProcessConfig, TokenError},
+};
 
 /// Variable of the job's secret.
 pub const TOKEN_VARIABLE: &str = "BURN_FSEP_TOKEN";
@@ -192,6 +196,31 @@ impl RankEnvironment {
         let token = self.token.clone().ok_or(EnvironmentError::NoToken)?;
         Ok(ProcessConfig::new(self.rank, self.world_size, self.master.clone(), token))
     }
+
+    /// Which ranks share a machine, by the numbers that launchers give ranks on theirs; for
+    /// [`FsepRuntimeConfig::with_topology`](crate::FsepRuntimeConfig::with_topology). `None` if the ranks of a machine do not
+    /// follow each other. Collective.
+    ///
+    /// # Errors
+    ///
+    /// Any [`CommError`].
+    pub fn topology(&self, comm: &dyn Communicator) -> Result<Option<Topology>, CommError> {
+        let local_ranks = all_gather_u64(comm, Operation::new("places of ranks"), &[self.local_rank as u64])?;
+        Ok(nodes_of(&local_ranks).and_then(|nodes| Topology::new(&nodes).ok()))
+    }
+}
+
+/// Ranks of each machine, given each rank's number on its own. `[N] -> [nodes]`
+fn nodes_of(local_ranks: &[u64]) -> Option<Vec<usize>> {
+    let mut nodes = Vec::new();
+    for &local_rank in local_ranks {
+        match nodes.last_mut() {
+            Some(ranks) if *ranks as u64 == local_rank => *ranks += 1,
+            _ if local_rank == 0 => nodes.push(1),
+            _ => return None,
+        }
+    }
+    Some(nodes)
 }
 
 /// Says that the agent of torchrun listens on `MASTER_PORT`, for PyTorch's store.
@@ -261,6 +290,34 @@ mod tests {
             let config = environment.process_config().unwrap();
             assert_eq!((config.rank, config.world_size, config.master), (5, 8, ("10.0.0.1".into(), 29500)));
             assert_eq!(config.token.reveal(), TOKEN);
+        }
+    }
+
+    #[test]
+    fn machines_show_in_the_numbers_of_their_ranks() {
+        for (local_ranks, nodes) in [
+            (&[0, 1, 2, 3][..], Some(vec![4])),
+            (&[0, 1, 2, 0, 1], Some(vec![3, 2])),
+            (&[0, 0, 0], Some(vec![1, 1, 1])),
+            // Slurm's cyclic distribution; and numbers that cannot be.
+            (&[0, 0, 1, 1], None),
+            (&[1, 0], None),
+            (&[0, 2], None),
+        ] {
+            assert_eq!(nodes_of(local_ranks), nodes, "{local_ranks:?}");
+        }
+    }
+
+    #[test]
+    fn ranks_learn_who_shares_a_machine_with_them() {
+        use crate::comm::local::{LaunchConfig, launch};
+        let topologies = launch(&LaunchConfig::new(4), |comm| {
+            let mut environment = read(&[&TORCHRUN, &MASTER]).unwrap();
+            environment.local_rank = comm.rank() % 2;
+            environment.topology(&*comm)
+        });
+        for topology in topologies {
+            assert_eq!(topology.unwrap(), Some(Topology::new(&[2, 2]).unwrap()));
         }
     }
 

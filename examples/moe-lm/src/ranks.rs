@@ -4,9 +4,12 @@ use std::{
     sync::Arc,
 };
 
-use burn_fsep::comm::{
-    CommError, Communicator, EnvironmentError, RankEnvironment,
-    local::{LaunchConfig, RankError, launch},
+use burn_fsep::{
+    comm::{
+        CommError, Communicator, EnvironmentError, RankEnvironment,
+        local::{LaunchConfig, RankError, launch},
+    },
+    planner::Topology,
 };
 
 use crate::{Comm, MoeLmError, ParallelArgs, device::RankDevice};
@@ -86,6 +89,18 @@ impl Ranks {
         match self {
             Ranks::Threads(_) => true,
             Ranks::Process(environment) => environment.rank == 0,
+        }
+    }
+
+    /// Which ranks share a node, if it is known. Collective.
+    ///
+    /// # Errors
+    ///
+    /// Any [`CommError`].
+    pub fn topology(&self, comm: &dyn Communicator) -> Result<Option<Topology>, CommError> {
+        match self {
+            Ranks::Threads(_) => Ok(None),
+            Ranks::Process(environment) => environment.topology(comm),
         }
     }
 

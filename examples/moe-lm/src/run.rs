@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<Option<Summary>, MoeLmError> {
     };
     let entropy = unigram_entropy(data.valid.targets());
 
-    let trained = ranks.run(parallel, |comm, index| train_rank(args, &data, comm, devices[index].clone()))?;
+    let trained = ranks.run(parallel, |comm, index| train_rank(args, &data, &ranks, comm, devices[index].clone()))?;
     if !ranks.has_first() {
         return Ok(None);
     }

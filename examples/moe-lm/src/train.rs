@@ -28,6 +28,7 @@ use crate::{
     engine,
     generate::generate,
     model::MoeLm,
+    ranks::Ranks,
     record::{Recorder, StepRecorder, StepRow, TraceCounts},
     resume,
     timeline::{TimelineWriter, timeline},
@@ -55,13 +56,18 @@ pub(crate) struct Trained {
 pub(crate) fn train_rank(
     args: &Args,
     data: &TrainingData,
+    ranks: &Ranks,
     control: Arc<dyn Communicator>,
     RankDevice { device, gpu }: RankDevice,
 ) -> Result<Trained, MoeLmError> {
     check_equal(args, data, control.as_ref())?;
     let timeline = timeline(args, gpu)?;
+    let mut config = runtime_config(args, timeline.clone());
+    if config.ranks_per_node.is_none() {
+        config.topology = ranks.topology(control.as_ref()).map_err(FsepError::from)?;
+    }
     engine::run(&args.parallel, control, gpu, timeline.as_ref(), |comm| {
-        train(args, data, comm, device, timeline.clone())
+        train(args, data, config.init(comm)?, device, timeline.clone())
     })
 }
 
@@ -69,16 +75,13 @@ pub(crate) fn train_rank(
 fn train(
     args: &Args,
     data: &TrainingData,
-    comm: Arc<dyn Communicator>,
+    runtime: FsepRuntime,
     device: Device,
     timeline: Option<Timeline>,
 ) -> Result<Trained, MoeLmError> {
     let Args { training, parallel, output, .. } = args;
-    let runtime = runtime_config(args, timeline.clone()).init(comm)?;
     let losses = StepRecorder::default();
-    let mut buckets = GradientBucketsConfig::new();
-    buckets.compute_dtype = args.compute_dtype();
-    let buckets = buckets.init(&runtime);
+    let buckets = GradientBucketsConfig::new().with_compute_dtype(args.compute_dtype()).init(&runtime);
     let mut model = init_model(args, &runtime, &buckets, losses.clone(), &device.clone().autodiff())?;
     let mut optimizer = FusedAdamWConfig::new().with_beta_2(0.99).with_weight_decay(0.01).init();
     let mut lr = CosineAnnealingLrSchedulerConfig::new(training.lr, training.steps)

@@ -29,7 +29,7 @@ pub struct ParallelArgs {
     /// Seconds that the processes of a job wait for each other at its start. More, where a scheduler starts them far apart.
     #[arg(long, value_name = "SECONDS", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..))]
     pub rendezvous_timeout: u32,
-    /// Ranks on a node [default: all].
+    /// Ranks on a node [default: as the launcher says; without one, all].
     #[arg(long)]
     pub ranks_per_node: Option<usize>,
     /// Experts that a rank restores at once [default: just enough for all experts, plus one].
