@@ -229,3 +229,16 @@ fn a_member_that_sends_garbage_ends_the_group_with_an_error() {
         });
     }
 }
+
+/// A rank that nobody answers gives up after five seconds and comes again; who listened all the while finds both connections.
+#[test]
+fn a_first_rank_that_looks_late_finds_the_others() {
+    let job = Job::new(2);
+    let member = |rank: usize| job.config(rank).run(|comm| comm.barrier(OP)).map_err(|error| error.to_string());
+    std::thread::scope(|scope| {
+        let other = scope.spawn(move || member(1));
+        std::thread::sleep(Duration::from_secs(6));
+        assert_eq!(member(0), Ok(()));
+        assert_eq!(other.join().unwrap(), Ok(()));
+    });
+}

@@ -1,7 +1,6 @@
 //! Communicators: what FSEP needs from a process group, and the engines that provide it.
 
 mod check;
-mod combine;
 mod communicator;
 mod device;
 mod environment;
@@ -12,6 +11,7 @@ pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod process;
+mod reduction;
 
 pub use communicator::{
     Block, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64,

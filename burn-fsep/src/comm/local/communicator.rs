@@ -11,7 +11,7 @@ use burn::tensor::Bytes;
 
 use super::group::{Deposit, Group, RoundKey};
 use crate::comm::{
-    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, reduction,
 };
 
 /// A rank's handle on a group of threads.
@@ -201,11 +201,11 @@ impl Communicator for LocalCommunicator {
         match buffer {
             ReduceBuffer::F32(data) => {
                 let signature = format!("all-reduce {op:?} `{operation}` of {} f32", data.len());
-                self.meet(operation, signature, data.to_vec(), |parts| combine::combine(&slices(parts), data, op))
+                self.meet(operation, signature, data.to_vec(), |parts| reduction::reduce(&slices(parts), data, op))
             }
             ReduceBuffer::F64(data) => {
                 let signature = format!("all-reduce {op:?} `{operation}` of {} f64", data.len());
-                self.meet(operation, signature, data.to_vec(), |parts| combine::combine(&slices(parts), data, op))
+                self.meet(operation, signature, data.to_vec(), |parts| reduction::reduce(&slices(parts), data, op))
             }
         }
     }

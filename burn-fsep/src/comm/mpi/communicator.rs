@@ -16,7 +16,7 @@ use super::{
     transfer::{Headers, Transfer},
 };
 use crate::comm::{
-    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, reduction,
 };
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
@@ -104,7 +104,7 @@ impl MpiCommunicator {
         self.run(operation, text, send, ExchangePlan { sends, recvs, recv_len: ranks * len, send_len: len }, recv)
     }
 
-    fn reduce<F: combine::Number>(
+    fn reduce<F: reduction::Number>(
         &self,
         operation: Operation,
         text: &str,
@@ -118,7 +118,7 @@ impl MpiCommunicator {
             let mine = if data.is_empty() { vec![F::zeroed()] } else { data.to_vec() };
             self.gather(operation, text, bytemuck::cast_slice(&mine), bytemuck::cast_slice_mut(&mut all))?;
             if !data.is_empty() {
-                combine::combine(&all.chunks_exact(len).collect::<Vec<_>>(), data, op);
+                reduction::reduce(&all.chunks_exact(len).collect::<Vec<_>>(), data, op);
             }
             return Ok(());
         }
@@ -137,7 +137,7 @@ impl MpiCommunicator {
         self.run(operation, &format!("{text}, in parts"), send, plan.scaled(bytes), recv)?;
         let mut combined = vec![F::zeroed(); mine.len()];
         if !mine.is_empty() {
-            combine::combine(&received.chunks_exact(mine.len()).collect::<Vec<_>>(), &mut combined, op);
+            reduction::reduce(&received.chunks_exact(mine.len()).collect::<Vec<_>>(), &mut combined, op);
         }
         let sends = blocks(&|peer| Block { peer, offset: 0, len: mine.len() });
         let plan = ExchangePlan { sends, recvs: whole, recv_len: len, send_len: mine.len() };

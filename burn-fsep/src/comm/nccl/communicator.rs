@@ -23,7 +23,7 @@ use super::{
 };
 use crate::comm::{
     Block, CommError, Communicator, DeviceCommunicator, ExchangePlan, Operation, PendingDeviceExchange,
-    PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+    PendingExchange, ReduceBuffer, ReduceOp, check, reduction,
 };
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
@@ -203,14 +203,19 @@ impl NcclCommunicator {
 
     /// Each rank combines its part of the numbers, in rank order, and all gather the parts: the traffic of a ring, and the
     /// same bits on every rank and in every run.
-    fn reduce<F: combine::Number>(&self, operation: Operation, data: &mut [F], op: ReduceOp) -> Result<(), CommError> {
+    fn reduce<F: reduction::Number>(
+        &self,
+        operation: Operation,
+        data: &mut [F],
+        op: ReduceOp,
+    ) -> Result<(), CommError> {
         let (ranks, bytes) = (self.size(), size_of_val(data));
         if bytes < REDUCE_IN_PARTS {
             let mut all = vec![F::zeroed(); data.len() * ranks];
             self.gather_bytes(operation, bytemuck::cast_slice(data), bytemuck::cast_slice_mut(&mut all))?;
             let parts: Vec<&[F]> = all.chunks_exact(data.len().max(1)).collect();
             if !data.is_empty() {
-                combine::combine(&parts, data, op);
+                reduction::reduce(&parts, data, op);
             }
             return Ok(());
         }
@@ -225,7 +230,7 @@ impl NcclCommunicator {
         let pending = self.start_staged(operation, bytemuck::cast_slice(&padded), plan)?;
         Box::new(pending).wait(bytemuck::cast_slice_mut(&mut received))?;
         let mut mine = vec![F::zeroed(); part];
-        combine::combine(&received.chunks_exact(part).collect::<Vec<_>>(), &mut mine, op);
+        reduction::reduce(&received.chunks_exact(part).collect::<Vec<_>>(), &mut mine, op);
         self.gather_bytes(operation, bytemuck::cast_slice(&mine), bytemuck::cast_slice_mut(&mut padded))?;
         data.copy_from_slice(&padded[..data.len()]);
         Ok(())

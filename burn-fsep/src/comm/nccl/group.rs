@@ -1,6 +1,7 @@
 use std::{
     fmt,
-    sync::{Arc, Weak},
+    hash::{BuildHasher, Hasher, RandomState},
+    sync::{Arc, LazyLock, Weak},
     time::{Duration, Instant},
 };
 
@@ -18,6 +19,8 @@ use crate::{
 
 /// How often the watchdog looks.
 const WATCH: Duration = Duration::from_millis(20);
+/// How long the control group may take to say which rank was lost, where NCCL noticed first.
+const NAMING: Duration = Duration::from_secs(2);
 
 /// What all communicators of a rank share: its GPU, the control group, and the failure that ends all of them.
 pub(super) struct Group {
@@ -54,7 +57,7 @@ impl Group {
         timeline: Option<Timeline>,
     ) -> Result<Arc<Self>, CommError> {
         let operation = Operation::new("GPUs of the ranks");
-        let place = [u64::from(std::process::id()), context.ordinal() as u64];
+        let place = [process_number(), context.ordinal() as u64];
         let places = crate::comm::all_gather_u64(control.as_ref(), operation, &place)?;
         if places.chunks_exact(2).filter(|theirs| **theirs == place).count() > 1 {
             // They share the default stream, hence wait for work that another rank can only queue behind their own; and
@@ -64,6 +67,8 @@ impl Group {
                  one, for tests, have to be processes",
                 context.ordinal()
             );
+            // Ranks that have a GPU of their own would go on.
+            control.abort(&reason);
             return Err(engine(operation, reason));
         }
         let group = Arc::new(Self {
@@ -159,7 +164,14 @@ impl Group {
         }
         let mut outstanding = self.outstanding.lock();
         let before = outstanding.len();
-        outstanding.retain(|exchange| !exchange.done.is_complete());
+        let mut fault = None;
+        outstanding.retain(|exchange| match exchange.done.try_is_complete() {
+            Ok(is_complete) => !is_complete,
+            Err(error) => {
+                fault.get_or_insert_with(|| self.cuda(exchange.operation, error));
+                false
+            }
+        });
         if outstanding.len() < before
             && let Some(first) = outstanding.first_mut()
         {
@@ -170,6 +182,9 @@ impl Group {
         let late = outstanding.first().filter(|exchange| exchange.since.elapsed() > self.timeout);
         let late = late.map(|exchange| exchange.operation);
         drop(outstanding);
+        if let Some(fault) = fault {
+            self.fail(fault);
+        }
         if let Some(operation) = late {
             self.fail(self.timed_out(operation));
         }
@@ -211,7 +226,15 @@ impl Group {
     fn end(&self, failure: CommError) {
         self.failure.lock().get_or_insert(failure);
         let handles: Vec<_> = self.handles.lock().iter().filter_map(Weak::upgrade).collect();
-        handles.iter().for_each(|handle| handle.abort());
+        // Together: the end of one may wait for the GPU, and so for another one's work, until that is told to end, too.
+        std::thread::scope(|scope| {
+            for handle in &handles {
+                let thread = std::thread::Builder::new().name("nccl-abort".into());
+                if thread.spawn_scoped(scope, || handle.abort()).is_err() {
+                    handle.abort();
+                }
+            }
+        });
     }
 
     fn timed_out(&self, operation: Operation) -> CommError {
@@ -226,6 +249,11 @@ impl Group {
                 None => engine(operation, "the communicator was aborted".into()),
             },
             Fault::Nccl(error) => {
+                if matches!(error, ncclResult_t::ncclRemoteError | ncclResult_t::ncclSystemError)
+                    && let Some(failure) = self.named_failure()
+                {
+                    return failure.seen_from(&operation.to_string());
+                }
                 let reason = match error {
                     ncclResult_t::ncclUnhandledCudaError => "NCCL: a CUDA call failed",
                     ncclResult_t::ncclSystemError => "NCCL: a call of the operating system failed",
@@ -242,6 +270,18 @@ impl Group {
         }
     }
 
+    /// What the control group says of a failure that NCCL cannot name, if it does soon.
+    fn named_failure(&self) -> Option<CommError> {
+        let start = Instant::now();
+        loop {
+            let failure = self.control.failure();
+            if failure.is_some() || start.elapsed() > NAMING {
+                return failure;
+            }
+            std::thread::sleep(WATCH);
+        }
+    }
+
     pub fn cuda(&self, operation: Operation, error: DriverError) -> CommError {
         engine(operation, format!("CUDA: {error}"))
     }
@@ -249,4 +289,10 @@ impl Group {
 
 pub(super) fn engine(operation: Operation, reason: String) -> CommError {
     CommError::Engine { operation: operation.to_string(), reason }
+}
+
+/// A number that this process's ranks share and no other process has. Its id is not that: in containers it is often 1.
+fn process_number() -> u64 {
+    static NUMBER: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
+    *NUMBER
 }

@@ -19,7 +19,7 @@ use super::{
     link::Links,
 };
 use crate::comm::{
-    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, combine,
+    CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, check, reduction,
 };
 
 /// From this size on (bytes) an all-reduce sends each rank its part only.
@@ -122,7 +122,7 @@ impl ProcessCommunicator {
         }
     }
 
-    fn reduce<F: combine::Number>(
+    fn reduce<F: reduction::Number>(
         &self,
         operation: Operation,
         signature: String,
@@ -134,7 +134,7 @@ impl ProcessCommunicator {
             let mine = bytemuck::cast_slice(buffer).to_vec();
             let all = self.gather(operation, signature, &mine)?;
             let all: Vec<Cow<'_, [F]>> = all.iter().map(|bytes| numbers(bytes)).collect();
-            combine::combine(&all.iter().map(|part| part.as_ref()).collect::<Vec<_>>(), buffer, op);
+            reduction::reduce(&all.iter().map(|part| part.as_ref()).collect::<Vec<_>>(), buffer, op);
             return Ok(());
         }
         // Each rank combines its part of the numbers, in rank order, and all gather the parts: the traffic of a ring, and
@@ -153,7 +153,7 @@ impl ProcessCommunicator {
         self.check_lengths(operation, parts.iter().map(|part| part.len()), bytes_of(rank).len())?;
         let parts: Vec<Cow<'_, [F]>> = parts.into_iter().map(numbers).collect();
         let mine = &mut buffer[part_of(rank)];
-        combine::combine(&parts.iter().map(|part| part.as_ref()).collect::<Vec<_>>(), mine, op);
+        reduction::reduce(&parts.iter().map(|part| part.as_ref()).collect::<Vec<_>>(), mine, op);
 
         let data = Data::Copied(Arc::new(bytemuck::cast_slice(mine).to_vec()));
         let whole = 0..data.bytes().len();

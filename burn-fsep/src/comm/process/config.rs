@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{JobToken, ProcessCommunicator, RendezvousError, guest, host};
+use super::{JobToken, ProcessCommunicator, RendezvousError, client, server};
 use crate::comm::{CommError, Communicator, local::panic_message};
 
 /// Every pair of ranks has a connection and every connection two threads.
@@ -76,8 +76,8 @@ impl ProcessConfig {
         }
         let links = match rank {
             _ if world_size == 1 => vec![None],
-            0 => host::gather(self)?,
-            _ => guest::join(self)?,
+            0 => server::gather(self)?,
+            _ => client::join(self)?,
         };
         ProcessCommunicator::connect(rank, links, self.timeout)
     }

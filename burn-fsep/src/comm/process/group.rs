@@ -65,6 +65,8 @@ struct State {
     has_left: bool,
     /// Threads that still write.
     writers: usize,
+    /// Threads that still read.
+    readers: usize,
 }
 
 /// One rank's side of the group: what the peers sent, how they are, and what is to be sent to them.
@@ -87,8 +89,9 @@ impl Group {
             peers.push(Peer { queue, standing: Standing::Present, unclaimed: 0 });
             queues.push(stream.map(|stream| (stream, receiver)));
         }
-        let writers = queues.iter().flatten().count();
-        let state = State { rounds: HashMap::new(), peers, failure: None, has_left: false, writers };
+        let links = queues.iter().flatten().count();
+        let state =
+            State { rounds: HashMap::new(), peers, failure: None, has_left: false, writers: links, readers: links };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let group = Arc::new(Self { rank, size: queues.len(), timeout, state, changed });
         for (peer, queue) in queues.into_iter().enumerate() {
@@ -266,10 +269,12 @@ impl Group {
         }
     }
 
-    /// Leaves the group and waits, for a limited time, until the peers have received what was sent to them.
+    /// Leaves the group and waits, for a limited time, until what was sent to the peers is on its way. Nothing if it has left.
     pub fn leave(&self) {
         let mut state = self.state.lock();
-        state.has_left = true;
+        if std::mem::replace(&mut state.has_left, true) {
+            return;
+        }
         for peer in &mut state.peers {
             if let Some(queue) = peer.queue.take() {
                 let _ = queue.send(Outgoing::goodbye());
@@ -277,11 +282,19 @@ impl Group {
         }
         let limit = if state.failure.is_some() { FAREWELL_AFTER_FAILURE } else { FAREWELL.min(self.timeout) };
         let deadline = Instant::now() + limit;
-        while state.writers > 0 && !self.changed.wait_until(&mut state, deadline).timed_out() {}
+        // What a peer sends to a process that has ended makes its system throw away what this rank has sent last: why it failed.
+        // So this rank also reads until its peers, which learn of the failure, send nothing more.
+        let is_busy = |state: &State| state.writers > 0 || state.failure.is_some() && state.readers > 0;
+        while is_busy(&state) && !self.changed.wait_until(&mut state, deadline).timed_out() {}
     }
 
     pub fn writer_ended(&self) {
         self.state.lock().writers -= 1;
+        self.changed.notify_all();
+    }
+
+    pub fn reader_ended(&self) {
+        self.state.lock().readers -= 1;
         self.changed.notify_all();
     }
 

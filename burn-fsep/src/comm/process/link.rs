@@ -32,18 +32,18 @@ const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration
 const UNACKNOWLEDGED: Duration = Duration::from_secs(25);
 
 /// What can be seen of a connection that does not block, without reading from it.
-pub(super) enum Glance {
+pub(super) enum Peek {
     Silent,
     Spoke,
     Ended(String),
 }
 
-pub(super) fn glance(stream: &TcpStream) -> Glance {
+pub(super) fn peek(stream: &TcpStream) -> Peek {
     match stream.peek(&mut [0]) {
-        Ok(0) => Glance::Ended("it ended".into()),
-        Ok(_) => Glance::Spoke,
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Glance::Silent,
-        Err(error) => Glance::Ended(error.to_string()),
+        Ok(0) => Peek::Ended("it ended".into()),
+        Ok(_) => Peek::Spoke,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Peek::Silent,
+        Err(error) => Peek::Ended(error.to_string()),
     }
 }
 
@@ -64,7 +64,10 @@ pub(super) fn start(
         writers_group.writer_ended();
     })?;
     let group = group.clone();
-    spawn(format!("from-rank-{peer}"), move || read(&group, peer, stream))
+    spawn(format!("from-rank-{peer}"), move || {
+        read(&group, peer, stream);
+        group.reader_ended();
+    })
 }
 
 fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
@@ -156,14 +159,14 @@ mod tests {
     }
 
     #[test]
-    fn a_glance_takes_nothing() {
+    fn a_peek_takes_nothing() {
         let (stream, mut peer) = pair();
         stream.set_nonblocking(true).unwrap();
-        assert!(matches!(glance(&stream), Glance::Silent));
+        assert!(matches!(peek(&stream), Peek::Silent));
         peer.write_all(&[1]).unwrap();
-        while matches!(glance(&stream), Glance::Silent) {}
-        assert!(matches!(glance(&stream), Glance::Spoke));
+        while matches!(peek(&stream), Peek::Silent) {}
+        assert!(matches!(peek(&stream), Peek::Spoke));
         drop(peer);
-        assert!(matches!(glance(&stream), Glance::Spoke), "what was sent before the end comes first");
+        assert!(matches!(peek(&stream), Peek::Spoke), "what was sent before the end comes first");
     }
 }

@@ -16,18 +16,18 @@
 //! TCP keep-alive and, on Linux, by unacknowledged data, within half a minute; a rank that hangs, by the collective's
 //! timeout.
 
+mod acceptor;
+mod client;
 mod communicator;
 mod config;
-mod door;
 mod error;
 mod exchange;
 mod frame;
 mod group;
-mod guest;
-mod hello;
-mod host;
+mod handshake;
 mod link;
 mod notice;
+mod server;
 mod token;
 
 pub use communicator::ProcessCommunicator;

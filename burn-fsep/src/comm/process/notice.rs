@@ -3,7 +3,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use super::hello::MAGIC;
+use super::handshake::MAGIC;
 
 /// What the listening side answers to a hello, and what rank 0 tells the others during the rendezvous.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use socket2::SockRef;
 use super::{
     JobToken, RendezvousError,
     error::system,
-    hello::{Hello, MAGIC, VERSION},
+    handshake::{Hello, MAGIC, VERSION},
     notice::{Notice, Refusal},
 };
 
@@ -25,7 +25,7 @@ const BATCH: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Lets ranks of this job in, and nobody else: takes connections, reads their hellos and answers them. Never blocks.
-pub(super) struct Door<'a> {
+pub(super) struct Acceptor<'a> {
     listener: TcpListener,
     token: &'a JobToken,
     world_size: usize,
@@ -67,7 +67,7 @@ impl Waiting {
     }
 }
 
-impl<'a> Door<'a> {
+impl<'a> Acceptor<'a> {
     pub fn new(listener: TcpListener, token: &'a JobToken, world_size: usize) -> Result<Self, RendezvousError> {
         listener.set_nonblocking(true).map_err(system("listening for other ranks"))?;
         // All ranks may come at once, and strangers with them.

@@ -8,10 +8,10 @@ use std::{
 
 use super::{
     ProcessConfig, RendezvousError,
-    door::Door,
+    acceptor::Acceptor,
     error::system,
-    hello::Hello,
-    link::{Glance, Links, POLL, READY, glance},
+    handshake::Hello,
+    link::{Links, POLL, Peek, READY, peek},
     notice::{Notice, Refusal},
 };
 
@@ -22,7 +22,7 @@ const DELIVERY: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(5);
 
 /// A rank that has come.
-struct Seat {
+struct Member {
     stream: TcpStream,
     /// Where it listens for its peers.
     address: SocketAddr,
@@ -34,37 +34,37 @@ struct Seat {
 pub(super) fn gather(config: &ProcessConfig) -> Result<Links, RendezvousError> {
     let listener = config.listen()?;
     let own = listener.local_addr().map_err(system("address of the listening socket"))?;
-    let mut door = Door::new(listener, &config.token, config.world_size)?;
-    let mut seats: Vec<Option<Seat>> = (0..config.world_size).map(|_| None).collect();
-    let result =
-        wait_for_ranks(config, &mut door, &mut seats).and_then(|()| introduce(config, own, &mut door, &mut seats));
+    let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
+    let mut members: Vec<Option<Member>> = (0..config.world_size).map(|_| None).collect();
+    let result = wait_for_ranks(config, &mut acceptor, &mut members)
+        .and_then(|()| introduce(config, own, &mut acceptor, &mut members));
     if let Err(error) = &result {
-        call_off(error, &mut door, &mut seats);
+        call_off(error, &mut acceptor, &mut members);
     }
     result?;
-    Ok(seats.into_iter().map(|seat| seat.map(|seat| seat.stream)).collect())
+    Ok(members.into_iter().map(|member| member.map(|member| member.stream)).collect())
 }
 
 /// Tells all ranks, also those that come a little later, why the rendezvous is off.
-fn call_off(error: &RendezvousError, door: &mut Door<'_>, seats: &mut [Option<Seat>]) {
+fn call_off(error: &RendezvousError, acceptor: &mut Acceptor<'_>, members: &mut [Option<Member>]) {
     let (notice, linger) = match error {
         RendezvousError::Missing { missing, .. } => (Notice::Missing(missing.clone()), Duration::ZERO),
         RendezvousError::Lost { rank, .. } => (Notice::Lost(*rank), LINGER),
         _ => (Notice::Lost(0), Duration::ZERO),
     };
     let start = Instant::now();
-    let mut told = vec![false; seats.len()];
+    let mut told = vec![false; members.len()];
     loop {
-        for (seat, told) in seats.iter_mut().zip(&mut told) {
-            if let Some(seat) = seat.as_mut().filter(|_| !*told) {
-                let _ = tell(seat, &notice);
+        for (member, told) in members.iter_mut().zip(&mut told) {
+            if let Some(member) = member.as_mut().filter(|_| !*told) {
+                let _ = tell(member, &notice);
                 *told = true;
             }
         }
-        if seats[1..].iter().all(Option::is_some) || start.elapsed() >= linger {
+        if members[1..].iter().all(Option::is_some) || start.elapsed() >= linger {
             return;
         }
-        if !door.turn(|hello, stream| seat(hello, stream, seats)) {
+        if !acceptor.turn(|hello, stream| admit(hello, stream, members)) {
             std::thread::sleep(POLL);
         }
     }
@@ -72,19 +72,19 @@ fn call_off(error: &RendezvousError, door: &mut Door<'_>, seats: &mut [Option<Se
 
 fn wait_for_ranks(
     config: &ProcessConfig,
-    door: &mut Door<'_>,
-    seats: &mut [Option<Seat>],
+    acceptor: &mut Acceptor<'_>,
+    members: &mut [Option<Member>],
 ) -> Result<(), RendezvousError> {
     let start = Instant::now();
     loop {
-        let busy = door.turn(|hello, stream| seat(hello, stream, seats));
-        let missing: Vec<usize> = (1..seats.len()).filter(|&rank| seats[rank].is_none()).collect();
+        let busy = acceptor.turn(|hello, stream| admit(hello, stream, members));
+        let missing: Vec<usize> = (1..members.len()).filter(|&rank| members[rank].is_none()).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        check_present(seats)?;
+        check_present(members)?;
         if start.elapsed() >= config.rendezvous_timeout {
-            let (waited, refused) = (config.rendezvous_timeout, door.refused.take());
+            let (waited, refused) = (config.rendezvous_timeout, acceptor.refused.take());
             return Err(RendezvousError::Missing { missing, waited, refused });
         }
         if !busy {
@@ -93,17 +93,22 @@ fn wait_for_ranks(
     }
 }
 
-fn seat(hello: &Hello, stream: TcpStream, seats: &mut [Option<Seat>]) -> Result<(), (Refusal, TcpStream)> {
+fn admit(hello: &Hello, stream: TcpStream, members: &mut [Option<Member>]) -> Result<(), (Refusal, TcpStream)> {
     let rank = hello.rank as usize;
     // Only what was seen is believed: a rank cannot send its peers to another machine.
     let Ok(from) = stream.peer_addr() else { return Ok(()) };
-    if rank == 0 || seats[rank].is_some() {
+    if matches!(peek(&stream), Peek::Ended(_)) {
+        // It did not want to wait for an answer, and comes again. Of a socket that listened before this rank looked, the
+        // operating system keeps such connections.
+        return Ok(());
+    }
+    if rank == 0 || members[rank].is_some() {
         return Err((Refusal::DuplicateRank, stream));
     }
     let address = SocketAddr::new(from.ip().to_canonical(), hello.port);
-    let seat = seats[rank].insert(Seat { stream, address, ready: false });
+    let member = members[rank].insert(Member { stream, address, ready: false });
     // A rank that cannot be told has gone, which shows.
-    let _ = tell(seat, &Notice::Welcome);
+    let _ = tell(member, &Notice::Welcome);
     Ok(())
 }
 
@@ -111,20 +116,21 @@ fn seat(hello: &Hello, stream: TcpStream, seats: &mut [Option<Seat>]) -> Result<
 fn introduce(
     config: &ProcessConfig,
     own: SocketAddr,
-    door: &mut Door<'_>,
-    seats: &mut [Option<Seat>],
+    acceptor: &mut Acceptor<'_>,
+    members: &mut [Option<Member>],
 ) -> Result<(), RendezvousError> {
-    let peers = Notice::Peers(seats.iter().map(|seat| seat.as_ref().map_or(own, |seat| seat.address)).collect());
-    tell_all(seats, &peers)?;
+    let peers =
+        Notice::Peers(members.iter().map(|member| member.as_ref().map_or(own, |member| member.address)).collect());
+    tell_all(members, &peers)?;
     let start = Instant::now();
     loop {
-        door.turn(|_, stream| Err((Refusal::DuplicateRank, stream)));
+        acceptor.turn(|_, stream| Err((Refusal::DuplicateRank, stream)));
         let mut missing = Vec::new();
-        for (rank, seat) in seats.iter_mut().enumerate() {
-            let Some(seat) = seat.as_mut().filter(|seat| !seat.ready) else { continue };
+        for (rank, member) in members.iter_mut().enumerate() {
+            let Some(member) = member.as_mut().filter(|member| !member.ready) else { continue };
             let mut byte = [0];
-            match seat.stream.read(&mut byte) {
-                Ok(1) if byte[0] == READY => seat.ready = true,
+            match member.stream.read(&mut byte) {
+                Ok(1) if byte[0] == READY => member.ready = true,
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                     missing.push(rank);
                 }
@@ -133,9 +139,9 @@ fn introduce(
             }
         }
         if missing.is_empty() {
-            return tell_all(seats, &Notice::Go);
+            return tell_all(members, &Notice::Go);
         }
-        check_present(seats)?;
+        check_present(members)?;
         if start.elapsed() >= config.rendezvous_timeout {
             return Err(RendezvousError::Missing { missing, waited: config.rendezvous_timeout, refused: None });
         }
@@ -143,29 +149,29 @@ fn introduce(
     }
 }
 
-fn check_present(seats: &[Option<Seat>]) -> Result<(), RendezvousError> {
-    for (rank, seat) in seats.iter().enumerate() {
-        if let Some(Glance::Ended(reason)) = seat.as_ref().map(|seat| glance(&seat.stream)) {
+fn check_present(members: &[Option<Member>]) -> Result<(), RendezvousError> {
+    for (rank, member) in members.iter().enumerate() {
+        if let Some(Peek::Ended(reason)) = member.as_ref().map(|member| peek(&member.stream)) {
             return Err(lost(rank, reason));
         }
     }
     Ok(())
 }
 
-fn tell_all(seats: &mut [Option<Seat>], notice: &Notice) -> Result<(), RendezvousError> {
-    for (rank, seat) in seats.iter_mut().enumerate() {
-        if let Some(seat) = seat {
-            tell(seat, notice).map_err(|error| lost(rank, error.to_string()))?;
+fn tell_all(members: &mut [Option<Member>], notice: &Notice) -> Result<(), RendezvousError> {
+    for (rank, member) in members.iter_mut().enumerate() {
+        if let Some(member) = member {
+            tell(member, notice).map_err(|error| lost(rank, error.to_string()))?;
         }
     }
     Ok(())
 }
 
-fn tell(seat: &mut Seat, notice: &Notice) -> std::io::Result<()> {
-    seat.stream.set_nonblocking(false)?;
-    seat.stream.set_write_timeout(Some(DELIVERY))?;
-    seat.stream.write_all(&notice.encode())?;
-    seat.stream.set_nonblocking(true)
+fn tell(member: &mut Member, notice: &Notice) -> std::io::Result<()> {
+    member.stream.set_nonblocking(false)?;
+    member.stream.set_write_timeout(Some(DELIVERY))?;
+    member.stream.write_all(&notice.encode())?;
+    member.stream.set_nonblocking(true)
 }
 
 fn lost(rank: usize, reason: String) -> RendezvousError {

@@ -11,7 +11,7 @@ impl Number for f32 {}
 impl Number for f64 {}
 
 /// Combines all ranks' numbers, in rank order: the same bits wherever it is done. `[N][len] -> [len]`
-pub(super) fn combine<F: Number>(parts: &[&[F]], out: &mut [F], op: ReduceOp) {
+pub(super) fn reduce<F: Number>(parts: &[&[F]], out: &mut [F], op: ReduceOp) {
     out.copy_from_slice(parts[0]);
     for part in &parts[1..] {
         for (a, &b) in out.iter_mut().zip(*part) {

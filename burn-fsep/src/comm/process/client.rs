@@ -8,10 +8,10 @@ use std::{
 
 use super::{
     ProcessConfig, RendezvousError,
-    door::Door,
+    acceptor::Acceptor,
     error::system,
-    hello::{Hello, VERSION},
-    link::{Glance, Links, POLL, READY, glance},
+    handshake::{Hello, VERSION},
+    link::{Links, POLL, Peek, READY, peek},
     notice::{Notice, Refusal},
 };
 
@@ -38,12 +38,12 @@ impl From<io::Error> for Attempt {
 /// Connects to rank 0, learns from it where the others listen, and connects to each of them.
 pub(super) fn join(config: &ProcessConfig) -> Result<Links, RendezvousError> {
     let (control, listener) = reach_rank_0(config)?;
-    let mut guest = Guest { config, control };
-    let Notice::Peers(addresses) = guest.notice()? else { return Err(guest.confused()) };
-    let links = guest.mesh(listener, &addresses)?;
-    guest.control.write_all(&[READY]).map_err(|error| lost(0, error.to_string()))?;
-    let Notice::Go = guest.notice()? else { return Err(guest.confused()) };
-    let control = std::iter::once(Some(guest.control));
+    let mut client = Client { config, control };
+    let Notice::Peers(addresses) = client.notice()? else { return Err(client.confused()) };
+    let links = client.mesh(listener, &addresses)?;
+    client.control.write_all(&[READY]).map_err(|error| lost(0, error.to_string()))?;
+    let Notice::Go = client.notice()? else { return Err(client.confused()) };
+    let control = std::iter::once(Some(client.control));
     Ok(control.chain(links.into_iter().skip(1)).collect())
 }
 
@@ -102,7 +102,7 @@ fn refused(config: &ProcessConfig, refusal: Refusal) -> RendezvousError {
 }
 
 /// A rank that rank 0 has welcomed.
-struct Guest<'a> {
+struct Client<'a> {
     config: &'a ProcessConfig,
     control: TcpStream,
 }
@@ -114,7 +114,7 @@ enum Lower {
     Welcomed(TcpStream),
 }
 
-impl Guest<'_> {
+impl Client<'_> {
     /// Rank 0's next notice. Rank 0 gives up before this rank does.
     fn notice(&mut self) -> Result<Notice, RendezvousError> {
         let limit = self.config.rendezvous_timeout.saturating_add(MARGIN);
@@ -137,9 +137,9 @@ impl Guest<'_> {
 
     /// Rank 0 says something only if the rendezvous is off.
     fn check_rank_0(&mut self) -> Result<(), RendezvousError> {
-        match glance(&self.control) {
-            Glance::Silent => Ok(()),
-            Glance::Spoke | Glance::Ended(_) => Err(self.notice().err().unwrap_or_else(|| self.confused())),
+        match peek(&self.control) {
+            Peek::Silent => Ok(()),
+            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| self.confused())),
         }
     }
 
@@ -151,12 +151,14 @@ impl Guest<'_> {
     fn mesh(&mut self, listener: TcpListener, addresses: &[SocketAddr]) -> Result<Links, RendezvousError> {
         let config = self.config;
         let start = Instant::now();
-        let mut door = Door::new(listener, &config.token, config.world_size)?;
+        let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
         let mut higher: Links = addresses.iter().map(|_| None).collect();
         let mut lower: Vec<Lower> = (1..config.rank).map(|_| Lower::Absent(String::new())).collect();
+        // The lower rank that is looked at first.
+        let mut first = 0;
         self.control.set_nonblocking(true).map_err(system("connection to rank 0"))?;
         loop {
-            let busy = door.turn(|hello, mut stream| {
+            let busy = acceptor.turn(|hello, mut stream| {
                 let rank = hello.rank as usize;
                 if rank <= config.rank {
                     return Err((Refusal::UnexpectedRank, stream));
@@ -170,9 +172,20 @@ impl Guest<'_> {
                 }
                 Ok(())
             });
-            for (index, state) in lower.iter_mut().enumerate() {
-                let now = std::mem::replace(state, Lower::Absent(String::new()));
-                *state = self.advance(now, addresses[index + 1]).map_err(|refusal| refused(config, refusal))?;
+            let left = config.rendezvous_timeout.saturating_sub(start.elapsed());
+            // An attempt that fails may take long: after it, first look at everything else, and next time at the ranks after it.
+            let (begin, mut has_failed) = (first, false);
+            for index in (0..lower.len()).map(|i| (begin + i) % (config.rank - 1)) {
+                if has_failed && matches!(lower[index], Lower::Absent(_)) {
+                    continue;
+                }
+                let now = std::mem::replace(&mut lower[index], Lower::Absent(String::new()));
+                let limit = left.clamp(POLL, ATTEMPT);
+                lower[index] =
+                    self.advance(now, addresses[index + 1], limit).map_err(|refusal| refused(config, refusal))?;
+                if !has_failed && matches!(lower[index], Lower::Absent(_)) {
+                    (has_failed, first) = (true, index + 1);
+                }
             }
             let is_late = |rank: usize| match rank < config.rank {
                 true => !matches!(lower[rank - 1], Lower::Welcomed(_)),
@@ -200,7 +213,7 @@ impl Guest<'_> {
                     Some((rank, reason)) => {
                         RendezvousError::Unreachable { rank, address: addresses[rank].to_string(), waited, reason }
                     }
-                    None => RendezvousError::Missing { missing, waited, refused: door.refused },
+                    None => RendezvousError::Missing { missing, waited, refused: acceptor.refused },
                 });
             }
             if !busy {
@@ -209,11 +222,11 @@ impl Guest<'_> {
         }
     }
 
-    /// Goes on with the connection to a lower rank.
-    fn advance(&self, state: Lower, address: SocketAddr) -> Result<Lower, Refusal> {
+    /// Goes on with the connection to a lower rank; an attempt to connect takes at most `limit`.
+    fn advance(&self, state: Lower, address: SocketAddr, limit: Duration) -> Result<Lower, Refusal> {
         let config = self.config;
         let greet = || -> io::Result<TcpStream> {
-            let mut stream = TcpStream::connect_timeout(&address, ATTEMPT)?;
+            let mut stream = TcpStream::connect_timeout(&address, limit)?;
             stream.set_read_timeout(Some(ATTEMPT))?;
             stream.write_all(&Hello::new(config.rank, config.world_size, 0, &config.token).encode())?;
             stream.set_nonblocking(true)?;
@@ -221,10 +234,10 @@ impl Guest<'_> {
         };
         Ok(match state {
             Lower::Absent(_) => greet().map_or_else(|error| Lower::Absent(error.to_string()), Lower::Greeted),
-            Lower::Greeted(mut stream) => match glance(&stream) {
-                Glance::Silent => Lower::Greeted(stream),
-                Glance::Ended(reason) => Lower::Absent(reason),
-                Glance::Spoke => {
+            Lower::Greeted(mut stream) => match peek(&stream) {
+                Peek::Silent => Lower::Greeted(stream),
+                Peek::Ended(reason) => Lower::Absent(reason),
+                Peek::Spoke => {
                     let answer =
                         stream.set_nonblocking(false).and_then(|()| Notice::read(&mut stream, config.world_size));
                     match answer {
