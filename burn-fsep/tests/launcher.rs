@@ -121,17 +121,31 @@ fn signals_are_passed_on() {
 
 #[test]
 fn the_second_signal_kills() {
-    let (mut child, _, pids) = start(2, &[], "trap '' INT; echo $$; while :; do sleep 0.05; done");
+    let (mut child, _, pids) = start(2, &[], "trap '' TERM; echo $$; while :; do sleep 0.05; done");
     let pid = Pid::from_raw(child.id() as i32);
     let start = Instant::now();
     while child.try_wait().unwrap().is_none() {
         assert!(start.elapsed() < LIMIT);
         // Signals that come at once are one.
-        kill(pid, Signal::SIGINT).unwrap();
+        kill(pid, Signal::SIGTERM).unwrap();
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(child.wait().unwrap().code(), Some(128 + 9));
     assert_dead(&pids);
+}
+
+#[test]
+fn a_launcher_that_was_started_deaf_stays_so() {
+    let job = ["--ranks", "2", "--", "sh", "-c", "echo started; sleep 1; exit 4"];
+    let mut child = Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_fsep-launch")])
+        .args(job)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGHUP).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(4));
 }
 
 #[test]

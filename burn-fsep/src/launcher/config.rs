@@ -61,7 +61,8 @@ impl LauncherConfig {
         self
     }
 
-    /// Starts the ranks and waits for them; SIGINT, SIGTERM and SIGHUP are passed on. Returns the exit code of the first rank
+    /// Starts the ranks and waits for them; SIGINT, SIGTERM and SIGHUP are passed on, unless this process ignores them (`nohup`).
+    /// They do nothing else in this process from then on, also after the return. Returns the exit code of the first rank
     /// that failed, 128 + the signal if one killed it, and 0 if none failed.
     ///
     /// No process of the job is left behind, however this one ends: on Linux the ranks die with the thread that calls this.

@@ -44,7 +44,9 @@ pub(super) struct Job {
 impl Job {
     pub fn new(grace: Duration) -> Result<Self, LauncherError> {
         let (sender, events) = mpsc::channel();
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(system("handlers for signals"))?;
+        // What was started to be deaf to a signal (`nohup`, `&` in a script) stays so, and its ranks with it.
+        let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored(*signal));
+        let mut signals = Signals::new(heard).map_err(system("handlers for signals"))?;
         let handle = signals.handle();
         let sends = sender.clone();
         let forward = move || signals.forever().for_each(|signal| drop(sends.send(Event::Signal(signal))));
@@ -163,6 +165,14 @@ impl Failure {
             (None, None) => Some(Self { code: 1, reason: "ended without a status".into() }),
         }
     }
+}
+
+/// Whether this process ignores a signal. Linux tells; elsewhere it is taken not to.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    ignored & 1 << (signal - 1) != 0
 }
 
 fn pid_of(child: &Child) -> Pid {
