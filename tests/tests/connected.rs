@@ -4,12 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Tensor, TensorData},
+    store::ModuleRecord,
+    tensor::{DType, FloatDType, Tensor, TensorData},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{
-        CommError, Communicator,
+        CommError, Communicator, Operation,
         local::{LaunchConfig, LocalCommunicator, RankError},
     },
 };
@@ -332,4 +333,48 @@ fn a_single_rank_never_waits() {
     let runtime = FsepRuntime::single();
     let error = runtime.run(|| runtime.comm().abort("done")).map(|()| runtime.comm().failure());
     assert!(matches!(error, Ok(Some(CommError::PeerFailed { rank: 0, .. }))));
+}
+
+/// Layers in bf16, a loss in f32, and a rank whose loss does not depend on the layer.
+#[test]
+fn a_loss_of_another_type_is_connected() {
+    let results = ranks(2, |comm| {
+        let (rank, runtime) = (comm.rank(), FsepRuntime::new(comm)?);
+        let layer = FSEPMoEConfig::new(HIDDEN, 6, 4)
+            .with_compute_dtype(Some(FloatDType::BF16))
+            .try_init(&runtime, &device())?;
+        runtime.run(|| {
+            let output = layer.forward(input(3).cast(FloatDType::BF16));
+            let loss = match rank {
+                0 => output.cast(FloatDType::F32).sum(),
+                _ => Tensor::<1>::ones([1], &device()).require_grad(),
+            };
+            let loss = runtime.connect(loss);
+            let grads = loss.backward();
+            let experts = layer.experts.weight.val().grad(&grads).expect("all ranks take part");
+            (loss.dtype(), experts.dtype(), is_zero(experts))
+        })
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), (DType::F32, DType::F32, false));
+    }
+}
+
+/// As after loading one rank's record on all of them.
+#[test]
+fn shards_of_another_rank_are_refused() {
+    let records = std::sync::Mutex::new(None);
+    let results = ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let layer = layer(&runtime)?;
+        if runtime.rank() == 0 {
+            *records.lock().unwrap() = Some(layer.clone().into_record().into_bytes().unwrap());
+        }
+        runtime.comm().barrier(Operation::new("rank 0 has saved"))?;
+        let record = ModuleRecord::from_bytes(records.lock().unwrap().clone().unwrap()).unwrap();
+        let layer = layer.try_load_record(record).unwrap();
+        layer.try_forward(input(3)).map(|output| output.hidden.dims())
+    });
+    let messages: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+    assert!(messages.iter().all(|said| said.contains("layer 0 of rank 1 has the shards of rank 0")), "{messages:?}");
 }

@@ -2,16 +2,21 @@ use std::sync::Arc;
 
 use burn::{
     module::Module,
-    tensor::{FloatDType, Tensor},
+    tensor::{DType, FloatDType, Tensor},
 };
 
-use super::{FsepExperts, TopKRouter, assignments::Assignments, losses::load_balancing_loss, tokens::token_rows};
+use super::{
+    FsepExperts, TopKRouter,
+    assignments::Assignments,
+    losses::load_balancing_loss,
+    tokens::{check_dtype, token_rows},
+};
 use crate::{
     FsepError, FsepRuntime,
     ops::{self, MoeStep, Tracked, WeightStorage},
     runtime::RestorePass,
     schedule::Entry,
-    shard::ExpertShape,
+    shard::{ExpertShape, foreign_owner},
 };
 
 /// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
@@ -85,8 +90,8 @@ impl FSEPMoE {
     /// # Errors
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
-    /// layer; [`FsepError::Config`] if a rank's router has logits that are no numbers; [`FsepError::Comm`] if a collective
-    /// fails; [`FsepError::Panicked`] if the backend panics.
+    /// layer; [`FsepError::Config`] if a rank's router has logits that are no numbers, or its experts are another rank's
+    /// shards; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         self.settings.runtime.run(|| self.forward_with_losses(hidden))
     }
@@ -105,6 +110,8 @@ impl FSEPMoE {
         let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff, compute_dtype } = &self.settings;
         let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
         let dims = hidden.dims();
+        // The router's weight may be another one for this pass: that of `GradientBuckets`.
+        check_dtype(hidden.dtype(), compute_dtype.map_or(self.experts.weight.dtype(), DType::from))?;
         let tokens = token_rows(hidden)?;
 
         let routed = self.router.forward(tokens.clone())?;
@@ -114,8 +121,16 @@ impl FSEPMoE {
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
         let is_sharded = *storage == WeightStorage::Sharded;
         if is_sharded {
-            // Ids may be new after a record was loaded.
-            runtime.register_shards(*layer, self.experts.weight.id);
+            // Ids may be new after a record was loaded, and that of another rank.
+            let id = self.experts.weight.id;
+            if let Some(other) = foreign_owner(id, runtime.rank(), runtime.world_size()) {
+                return Err(FsepError::Config(format!(
+                    "layer {layer} of rank {} has the shards of rank {other}: each rank has to save and load a record of its own \
+                     (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model",
+                    runtime.rank()
+                )));
+            }
+            runtime.register_shards(*layer, id);
         }
         let shards = weights.clone().inner();
         let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };

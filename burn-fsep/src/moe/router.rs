@@ -5,7 +5,7 @@ use burn::{
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{StandardNormal, Uniform};
 
-use super::{FSEPMoEConfig, losses::z_loss};
+use super::{FSEPMoEConfig, losses::z_loss, tokens::check_dtype};
 use crate::{FsepError, shard::mix};
 
 /// Routing that does not come from the router, for throughput tests.
@@ -100,14 +100,7 @@ impl TopKRouter {
             });
         }
         let dtype = hidden.dtype();
-        let weight_dtype = self.compute_dtype.map_or(self.weight.dtype(), DType::from);
-        if dtype != weight_dtype {
-            return Err(FsepError::Shape {
-                what: "element type of the MoE layer's input".into(),
-                expected: format!("{weight_dtype:?}, the layer's"),
-                actual: format!("{:?}", hidden.dtype()),
-            });
-        }
+        check_dtype(dtype, self.compute_dtype.map_or(self.weight.dtype(), DType::from))?;
         // The softmax and the losses are in single precision, also where the product is not.
         let mut logits = hidden.matmul(self.weight.val().cast(dtype)).cast(FloatDType::F32);
         if let RouterForcing::Bias(bias) = &self.forcing {

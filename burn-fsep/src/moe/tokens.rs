@@ -1,4 +1,4 @@
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::FsepError;
 
@@ -18,4 +18,16 @@ pub(super) fn token_rows<const R: usize>(hidden: Tensor<R>) -> Result<Tensor<2>,
         });
     }
     Ok(hidden.reshape([tokens, dims[R - 1]]))
+}
+
+/// Whether the layer takes elements of this type.
+pub(super) fn check_dtype(actual: DType, expected: DType) -> Result<(), FsepError> {
+    if actual == expected {
+        return Ok(());
+    }
+    Err(FsepError::Shape {
+        what: "element type of the MoE layer's input".into(),
+        expected: format!("{expected:?}, the layer's"),
+        actual: format!("{actual:?}"),
+    })
 }

@@ -19,7 +19,7 @@ use super::{
     layer::{LayerConfig, LayerState, RoutedStep},
 };
 use crate::{
-    FsepError, ScheduleConfig, Timeline,
+    FsepError, Timeline,
     comm::{
         Communicator, Operation,
         local::{LocalCommunicator, panic_message},
@@ -162,11 +162,6 @@ impl FsepRuntime {
 
     pub(crate) fn schedule(&self) -> &Schedule {
         &self.inner.schedule
-    }
-
-    /// Which communication is moved behind compute.
-    pub fn schedule_config(&self) -> ScheduleConfig {
-        self.inner.schedule.config()
     }
 
     /// The record of what ran when, if one is kept.
@@ -334,7 +329,8 @@ impl FsepRuntime {
         outputs.into_values().fold(loss, |loss, (_, output)| {
             // Masked, not multiplied by zero: an output that is not finite must not reach the loss.
             let everything = Tensor::<2>::ones(output.shape(), &output.device()).equal_elem(1);
-            loss + output.mask_fill(everything, 0.0).sum()
+            let dtype = FloatDType::from(loss.dtype());
+            loss + output.mask_fill(everything, 0.0).sum().cast(dtype)
         })
     }
 

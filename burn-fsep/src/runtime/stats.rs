@@ -41,11 +41,6 @@ impl StepStats {
         self.mean(|layer| layer.imbalance)
     }
 
-    /// The `q`-th percentile (0 to 100) over layers of the imbalance before balancing.
-    pub fn imbalance_static_percentile(&self, q: f64) -> f64 {
-        percentile(self.layers.iter().map(|layer| layer.imbalance_static).collect(), q)
-    }
-
     /// The `q`-th percentile (0 to 100) over layers of the imbalance after balancing.
     pub fn imbalance_percentile(&self, q: f64) -> f64 {
         percentile(self.layers.iter().map(|layer| layer.imbalance).collect(), q)

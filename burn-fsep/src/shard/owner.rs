@@ -14,16 +14,24 @@ pub(crate) fn shard_id(rank: usize, world_size: usize) -> ParamId {
 }
 
 /// Whether an id is of `rank`'s part of `world_size`.
-#[cfg(feature = "train")]
 pub(crate) fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
     id.val() & OWNER_BITS == owner(rank, world_size)
+}
+
+/// The rank other than `rank` whose part of `world_size` an id is. `None` also for ids that were not made for shards, but for
+/// one in millions.
+pub(crate) fn foreign_owner(id: ParamId, rank: usize, world_size: usize) -> Option<usize> {
+    if is_shard_of(id, rank, world_size) {
+        return None;
+    }
+    (0..world_size).find(|&other| is_shard_of(id, other, world_size))
 }
 
 fn owner(rank: usize, world_size: usize) -> u64 {
     mix(mix(0, world_size as u64), rank as u64) & OWNER_BITS
 }
 
-#[cfg(all(test, feature = "train"))]
+#[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
@@ -36,6 +44,9 @@ mod tests {
             let id = shard_id(rank, ranks_of);
             let owners: Vec<_> = ranks.iter().filter(|(rank, n)| is_shard_of(id, *rank, *n)).collect();
             assert_eq!(owners, [&(rank, ranks_of)]);
+            assert_eq!(foreign_owner(id, rank, ranks_of), None);
+            assert_eq!(foreign_owner(id, rank + 1, ranks_of), Some(rank));
+            assert_eq!(foreign_owner(id, rank, ranks_of + 1), None, "a number of ranks that is not among these");
         }
         let ids: HashSet<_> = (0..1000).map(|_| shard_id(1, 4)).collect();
         assert_eq!(ids.len(), 1000);
