@@ -318,7 +318,7 @@ fn compute_in_half_precision_with_gradients_in_single() {
         ranks(n, |comm| {
             let runtime = FsepRuntime::new(comm)?;
             let (model, rank) = (model(), runtime.rank());
-            let config = GradientBucketsConfig::new().with_bucket_bytes(200).with_compute_dtype(FloatDType::BF16);
+            let config = GradientBucketsConfig::new().with_bucket_bytes(200).with_compute_dtype(Some(FloatDType::BF16));
             let buckets = config.init(&runtime);
             for step in 0..2 {
                 let seed = rank + n * step;
@@ -343,7 +343,7 @@ fn compute_in_half_precision_with_gradients_in_single() {
 
 #[test]
 fn without_autodiff_parameters_are_cast() {
-    let buckets = GradientBucketsConfig::new().with_compute_dtype(FloatDType::BF16).init(&FsepRuntime::single());
+    let buckets = GradientBucketsConfig::new().with_compute_dtype(Some(FloatDType::BF16)).init(&FsepRuntime::single());
     let model = model().valid();
     let input = Tensor::<2>::ones([1, WIDTH], &plain_device());
     assert_eq!(buckets.prepare(&model.head, &input).weight.dtype(), DType::BF16);

@@ -52,7 +52,7 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
 /// Makes the folder in which a checkpoint is written, after removing what dead writers left; returns the checkpoint's
 /// order.
 pub(super) fn begin(folder: &Path, step: u64) -> Result<u64, CheckpointError> {
-    fs::create_dir_all(folder).map_err(CheckpointError::io("create", folder))?;
+    create(folder)?;
     let left = entries(folder)?;
     for (_, path) in left.iter().filter(|(name, _)| name.starts_with(DELETED)) {
         // Tried again before the next checkpoint.
@@ -65,6 +65,14 @@ pub(super) fn begin(folder: &Path, step: u64) -> Result<u64, CheckpointError> {
     let partial = partial(folder, sequence, step);
     fs::create_dir(&partial).map_err(CheckpointError::io("create", &partial))?;
     Ok(sequence)
+}
+
+/// Makes a folder that stays after a power failure, with those that it is in.
+fn create(folder: &Path) -> Result<(), CheckpointError> {
+    let is_new = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let new: Vec<&Path> = folder.ancestors().take_while(is_new).collect();
+    fs::create_dir_all(folder).map_err(CheckpointError::io("create", folder))?;
+    new.into_iter().filter_map(Path::parent).try_for_each(sync_folder)
 }
 
 /// Where a checkpoint is written.
@@ -110,6 +118,7 @@ fn delete(path: &Path) -> Result<(), CheckpointError> {
 
 /// Waits until the disk has the folder's list of files.
 pub(super) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     // Elsewhere a folder cannot be opened, and needs no sync of its own.
     if cfg!(unix) {
         File::open(folder)

@@ -52,7 +52,7 @@ impl<M> fmt::Debug for Loaded<M> {
 /// Loads a checkpoint of any number of ranks. Collective.
 ///
 /// Gives a model and an optimizer with the checkpoint's parameters and state in the place of those of `model` and
-/// `optimizer`, which stay as they are. If the number of ranks and slots is the checkpoint's, the runtime's layers get
+/// `optimizer`, which stay as they are, but for running statistics (`BatchNorm`), which clones share. If the number of ranks and slots is the checkpoint's, the runtime's layers get
 /// its layouts.
 ///
 /// # Errors
@@ -90,16 +90,15 @@ pub fn load<M: Module>(
         })
     };
     let Content { values, states, records } = reading.finish(comm, READ)?;
-    let applied = load_model(model, &params, values).and_then(|model| {
-        let optimizer = load_optimizer(optimizer, &params, states).map_err(|error| match error {
-            OptimizerError::Refused { place, reason } => {
-                CheckpointError::Optimizer { checkpoint: path.clone(), parameter: params[place].path.clone(), reason }
-            }
-            OptimizerError::Other(error) => error,
-        })?;
-        Ok((model, optimizer))
+    let optimizer = load_optimizer(optimizer, &params, states).map_err(|error| match error {
+        OptimizerError::Refused { place, reason } => {
+            CheckpointError::Optimizer { checkpoint: path.clone(), parameter: params[place].path.clone(), reason }
+        }
+        OptimizerError::Other(error) => error,
     });
-    let (model, optimizer) = agree(comm, APPLY, applied)?;
+    let optimizer = agree(comm, APPLY, optimizer)?;
+    // Last: Burn's clones share running statistics, which this sets in `model`, too.
+    let model = agree(comm, APPLY, load_model(model, &params, values))?;
     for (layer, layout) in layouts {
         let failed = |error: crate::FsepError| CheckpointError::Config(error.to_string());
         runtime.resume_layout(layer, Arc::new(layout)).map_err(failed)?;

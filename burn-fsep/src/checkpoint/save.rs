@@ -317,7 +317,12 @@ fn check_equal(
     let shared = replicated.iter().filter(|(name, _)| !name.starts_with("record/"));
     let (names, values): (Vec<&str>, Vec<u64>) =
         shared.map(|(name, tensor)| (name.as_str(), digest(&tensor.bytes))).unzip();
-    compare(&names, &values, "were their gradients averaged (`sync_gradients`)?")
+    compare(
+        &names,
+        &values,
+        "were their gradients averaged (`sync_gradients`)? Running statistics (`BatchNorm`) are each rank's own: \
+         `broadcast_parameters` before saving gives all ranks those of rank 0",
+    )
 }
 
 /// Size and checksum of all ranks' files.

@@ -42,10 +42,7 @@ pub fn export_unsharded(checkpoint: impl AsRef<Path>, file: impl Into<PathBuf>) 
     let written = write_unsharded(checkpoint, &manifest, &partial);
     let written = written
         .and_then(|()| fs::rename(&partial, &target).map_err(CheckpointError::io("rename", &partial)))
-        .and_then(|()| match target.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => sync_folder(folder),
-            _ => Ok(()),
-        });
+        .and_then(|()| target.parent().map_or(Ok(()), sync_folder));
     if written.is_err() {
         let _ = fs::remove_file(&partial);
     }

@@ -44,8 +44,8 @@ impl GradientBucketsConfig {
 
     /// Sets the element type in which prepared modules compute, usually bfloat16. Parameters, their gradients and the
     /// optimizer's state keep theirs.
-    pub fn with_compute_dtype(mut self, dtype: FloatDType) -> Self {
-        self.compute_dtype = Some(dtype);
+    pub fn with_compute_dtype(mut self, dtype: Option<FloatDType>) -> Self {
+        self.compute_dtype = dtype;
         self
     }
 
@@ -119,6 +119,11 @@ impl GradientBuckets {
     /// `input`. Expert shards and parameters without gradients are not collected.
     ///
     /// The gradients are those of `module`'s parameters, in their element type. `input` itself is not cast.
+    ///
+    /// # Panics
+    ///
+    /// With a compute type, if the module has a `BatchNorm`: clones share its running statistics, which would get that type
+    /// for good. Prepare the modules beside it.
     pub fn prepare<M: Module, const D: usize>(&self, module: &M, input: &Tensor<D>) -> M {
         let input_served = Arc::new(AtomicBool::new(false));
         module.clone().map(&mut Prepare { buckets: self, input, input_served, path: PlacementPath::default() })
@@ -144,6 +149,9 @@ impl GradientBuckets {
     }
 }
 
+/// The container of Burn's one module with running statistics.
+const RUNNING_STATISTICS: &str = "Struct:BatchNorm";
+
 struct Prepare<'a, const D: usize> {
     buckets: &'a GradientBuckets,
     input: &'a Tensor<D>,
@@ -153,6 +161,11 @@ struct Prepare<'a, const D: usize> {
 
 impl<const I: usize> ModuleMapper for Prepare<'_, I> {
     fn enter_module(&mut self, _name: &str, container: &str) {
+        assert!(
+            self.buckets.compute_dtype.is_none() || container != RUNNING_STATISTICS,
+            "GradientBuckets::prepare: a BatchNorm cannot compute in another type than its running statistics; prepare the modules \
+             beside it"
+        );
         self.path.enter(container);
     }
 

@@ -11,7 +11,8 @@ use burn_fsep_planner::callback::{CallbackError, OptimizerContext, StepContext, 
 use parking_lot::Mutex;
 
 use super::{
-    GradientBuckets, burn_checkpoints::BurnCheckpoints, checkpoints::LearnerCheckpoints, clip_grad_norm, sync_gradients,
+    GradientBuckets, burn_checkpoints::BurnCheckpoints, clip_grad_norm, learner_checkpoints::LearnerCheckpoints,
+    sync_gradients,
 };
 use crate::{
     FsepError, FsepRuntime,

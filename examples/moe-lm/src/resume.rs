@@ -77,23 +77,33 @@ pub(crate) fn resume(
     Ok(Some(loaded))
 }
 
-/// What has to stay as it was for a training to go on; the model's sizes are compared when it is loaded.
+/// What has to stay as it was for a training to go on. The sizes of parameters are compared when they are loaded.
 fn options(args: &Args, data: &TrainingData) -> String {
     let Args { model, training, .. } = args;
     let mut hasher = DefaultHasher::new();
     data.train.hash_text(&mut hasher);
-    format!(
-        "--batch {} --context {} --steps {} --top-k {} --lr {} --clip {} --aux-loss {} --seed {} and the text {:016x}",
+    let mut options = format!(
+        "--batch {} --context {} --steps {} --heads {} --top-k {} --lr {} --clip {} --aux-loss {} --seed {}",
         training.batch,
         training.context,
         training.steps,
+        model.heads,
         model.top_k,
         training.lr,
         training.clip,
         training.aux_loss,
         training.seed,
-        hasher.finish()
-    )
+    );
+    if training.mixed_precision {
+        options += " --mixed-precision";
+    }
+    if let Some(bias) = model.force_biased {
+        options += &format!(" --force-biased {bias}");
+    }
+    if let Some(shares) = &model.force_shares {
+        options += &format!(" --force-shares {shares:?}");
+    }
+    options + &format!(" and the text {:016x}", hasher.finish())
 }
 
 /// The rows of `metrics.jsonl` up to the step that training goes on from.

@@ -37,6 +37,13 @@ impl Args {
         if self.training.dense && self.output.record_trace.is_some() {
             return refuse("--record-trace needs ranks to route between; leave --dense out".into());
         }
+        let plans = self.parallel.planner != Planner::MinMax || self.parallel.synchronous || self.parallel.no_prefetch;
+        if self.training.dense && plans {
+            return refuse(
+                "--planner, --synchronous and --no-prefetch have no meaning with --dense: nothing is laid out over ranks"
+                    .into(),
+            );
+        }
         let ranks = Ranks::of(&self.parallel, self.training.dense, environment)?;
         self.check_ranks(ranks.world_size())?;
         Ok(ranks)

@@ -1,0 +1,60 @@
+//! Running statistics are no parameters: clones of a module share them, and each rank has its own.
+
+use burn::{
+    nn::{BatchNorm, BatchNormConfig},
+    optim::{AdamWConfig, GradientsParams, SgdConfig},
+    tensor::{FloatDType, Tensor},
+};
+use burn_fsep::{
+    FsepRuntime,
+    checkpoint::{TrainingProgress, load, save},
+    train::GradientBucketsConfig,
+};
+use burn_fsep_tests::device;
+
+fn norm() -> BatchNorm {
+    BatchNormConfig::new(3).init(&device())
+}
+
+/// One that has seen inputs: each forward pass takes note of the one before.
+fn norm_of(scale: f32) -> BatchNorm {
+    let norm = norm();
+    (0..2).for_each(|_| drop(norm.forward(input(scale))));
+    norm
+}
+
+/// `[B, 3]`
+fn input(scale: f32) -> Tensor<2> {
+    Tensor::from_data([[scale, 0.0, 2.0], [3.0 * scale, 1.0, -2.0]], &device())
+}
+
+fn mean(norm: &BatchNorm) -> Vec<f32> {
+    norm.running_mean.value().into_data().try_to_vec().unwrap()
+}
+
+#[test]
+#[should_panic(expected = "a BatchNorm cannot compute in another type")]
+fn they_are_not_prepared_for_another_type() {
+    let buckets = GradientBucketsConfig::new().with_compute_dtype(Some(FloatDType::BF16)).init(&FsepRuntime::single());
+    buckets.prepare(&norm(), &input(1.0));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_loaded_leaves_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = FsepRuntime::single();
+    let model = norm_of(1.0);
+    let grads = GradientsParams::from_grads(model.forward(input(1.0)).powf_scalar(3.0).sum().backward(), &model);
+    let mut optimizer = AdamWConfig::new().init();
+    let model = optimizer.step(0.1, model, grads);
+    let path = save(folder.path(), &runtime, &model, &optimizer, &TrainingProgress::new(1)).unwrap();
+    let saved = mean(&model);
+
+    let other = norm_of(7.0);
+    let before = mean(&other);
+    assert_ne!(before, saved);
+    assert!(load(&path, &runtime, &other, &SgdConfig::new().init()).is_err());
+    assert_eq!(mean(&other), before);
+    let loaded = load(&path, &runtime, &other, &optimizer).unwrap();
+    assert_eq!(mean(&loaded.model), saved);
+}
