@@ -45,8 +45,8 @@ pub enum FsepError {
         /// The other rank's value.
         theirs: String,
     },
-    /// Data could not be read from the device.
-    #[error("reading a tensor from its device failed: {0}")]
+    /// The device, or what works on it, failed.
+    #[error("the device failed: {0}")]
     Device(String),
     /// The gradients cannot be clipped nor trained with.
     #[error(

@@ -9,7 +9,7 @@ use crate::{
     comm::{Communicator, Operation, PendingDeviceExchange, ReduceOp},
 };
 
-/// All-reduce as an operation of a backend. Without overrides everything goes through host memory.
+/// All-reduce as an operation of a backend, by default through host memory, and the identity of tensors.
 #[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"))]
 pub trait ReduceOps: Backend {
     /// Starts to replace the elements of `tensor`, in place, by their combination over ranks; `None` if the communicator
@@ -28,11 +28,9 @@ pub trait ReduceOps: Backend {
         Ok(None)
     }
 
-    /// Whether two tensors are surely the same elements of the same memory. `false` where a backend cannot tell.
-    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
-        let _ = (a, b);
-        false
-    }
+    /// Whether two tensors are surely the same elements of the same memory. Experts that were prefetched are used only if their
+    /// shards are the layer's by this, so a backend that cannot tell has no prefetch in forward.
+    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool;
 }
 
 #[cfg(feature = "flex")]

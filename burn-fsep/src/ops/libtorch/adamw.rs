@@ -9,7 +9,7 @@ use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
 use parking_lot::Mutex;
 use tch::{Device, Kind, TchError};
 
-use super::{cuda, device_error};
+use super::{cuda, kernels::device_error};
 use crate::FsepError;
 
 /// A step of AdamW, whose coefficients are equal for all elements.

@@ -65,7 +65,9 @@ impl Fused {
     /// The kernels for a tensor with rows of `width` elements; `None` where they do not apply.
     pub fn of(tensor: &Tensor, width: i64) -> Option<Arc<Self>> {
         let Device::Cuda(index) = tensor.device() else { return None };
-        let fits = tensor.kind() == Kind::BFloat16 && width % VECTOR == 0 && tensor.is_contiguous();
+        // A view may begin anywhere, but a vector has to be aligned.
+        let is_aligned = (tensor.data_ptr() as usize).is_multiple_of(2 * VECTOR as usize);
+        let fits = tensor.kind() == Kind::BFloat16 && width % VECTOR == 0 && tensor.is_contiguous() && is_aligned;
         if fits { on_gpu(index) } else { None }
     }
 

@@ -4,7 +4,7 @@ use tch::{Device, TchError, Tensor};
 
 use super::{
     super::exchange::{PendingDevice, PendingTensor, start_host_exchange},
-    device_error,
+    kernels::device_error,
 };
 use crate::{
     FsepError,

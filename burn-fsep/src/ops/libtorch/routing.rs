@@ -7,7 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     super::{RoutingOps, routing::gather_through_host},
     cuda::upload,
-    device_error,
+    kernels::device_error,
 };
 use crate::{
     FsepError,
