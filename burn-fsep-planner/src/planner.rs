@@ -17,7 +17,8 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
-    /// Static expert parallelism: layouts never change, tokens are split evenly.
+    /// Static expert parallelism: the planner never changes a layout, tokens are split evenly. A runtime that repairs layouts in
+    /// the step (`FsepRuntimeConfig::correction`) still does.
     Static,
     /// The planner of LAER-MoE: moving sum, greedy placement, even split.
     Paper,

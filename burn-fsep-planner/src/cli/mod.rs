@@ -7,23 +7,10 @@ mod files;
 mod plan;
 mod replay;
 mod report;
+mod run;
 mod simulate;
 mod summary;
 
 pub use args::{CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
 pub use error::CliError;
-
-/// Runs a command and returns what it prints.
-///
-/// # Errors
-///
-/// [`CliError`] naming the file and what is wrong with it.
-pub fn run(cli: &Cli) -> Result<String, CliError> {
-    match &cli.command {
-        Command::Plan(args) => plan::plan(args),
-        Command::Replay(args) => replay::table(args),
-        Command::Report(args) => report::report(args),
-        Command::Simulate(args) => simulate::table(args),
-        Command::Calibrate(args) => calibrate::calibrate(args),
-    }
-}
+pub use run::run;

@@ -154,7 +154,7 @@ mod tests {
     use super::*;
     use crate::test_cases::{Case, cases};
 
-    /// The bound of design section 6: no rank can be below `load(U) / |ranks holding any of U|` for any set of
+    /// The bound of `docs/planner.md` ("Dispatch"): no rank can be below `load(U) / |ranks holding any of U|` for any set of
     /// experts `U`. Its maximum over all sets is the optimum, by max-flow min-cut.
     fn bound_over_all_subsets(case: &Case) -> u64 {
         let experts = case.layout.num_experts();

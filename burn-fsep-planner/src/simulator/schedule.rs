@@ -1,4 +1,4 @@
-//! What prefetching hides: `docs/design.md`, section 5, and LAER-MoE, section 4.2.
+//! What prefetching hides: `docs/design.md` ("Schedule") and LAER-MoE, section 4.2.
 
 /// Seconds of one layer in one micro-batch, as far as hiding communication is concerned.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,0 +1,16 @@
+use super::{Cli, CliError, Command, calibrate, plan, replay, report, simulate};
+
+/// Runs a command and returns what it prints.
+///
+/// # Errors
+///
+/// [`CliError`] naming the file and what is wrong with it.
+pub fn run(cli: &Cli) -> Result<String, CliError> {
+    match &cli.command {
+        Command::Plan(args) => plan::plan(args),
+        Command::Replay(args) => replay::table(args),
+        Command::Report(args) => report::report(args),
+        Command::Simulate(args) => simulate::table(args),
+        Command::Calibrate(args) => calibrate::calibrate(args),
+    }
+}
