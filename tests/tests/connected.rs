@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use burn::{
-    module::{Module, Param},
+    module::{Lora, Module, Param, ParamGroup},
     store::ModuleRecord,
     tensor::{DType, FloatDType, Tensor, TensorData},
 };
@@ -377,4 +377,25 @@ fn shards_of_another_rank_are_refused() {
     });
     let messages: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
     assert!(messages.iter().all(|said| said.contains("layer 0 of rank 1 has the shards of rank 0")), "{messages:?}");
+}
+
+#[test]
+fn adapters_of_shards_are_refused() {
+    let results = ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        layer(&runtime)?.apply_lora(Lora::new(2, 1.0)).try_forward(input(3)).map(|output| output.hidden.dims())
+    });
+    let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+    assert!(errors.iter().any(|said| said.contains("the experts of layer 0 are reparameterized")), "{errors:?}");
+}
+
+#[test]
+fn adapters_beside_the_shards_train() {
+    let results = ranks(2, |comm| {
+        let runtime = FsepRuntime::new(comm)?;
+        let group = ParamGroup::all().exclude(ParamGroup::from_predicate("experts"));
+        let layer = layer(&runtime)?.apply_lora(Lora::new(2, 1.0).set_param_group(group));
+        runtime.run(|| drop(layer.forward(input(3)).sum().backward()))
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
 }

@@ -91,7 +91,7 @@ impl FSEPMoE {
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
     /// layer; [`FsepError::Config`] if a rank's router has logits that are no numbers, or its experts are another rank's
-    /// shards; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
+    /// shards or reparameterized; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         self.settings.runtime.run(|| self.forward_with_losses(hidden))
     }
@@ -133,6 +133,12 @@ impl FSEPMoE {
             runtime.register_shards(*layer, id);
         }
         let shards = weights.clone().inner();
+        if !ops::is_same(&shards, &self.experts.weight.base().inner()) {
+            return Err(FsepError::Config(format!(
+                "the experts of layer {layer} are reparameterized (LoRA), but what a rank has of them are no matrices of the model: \
+                 leave `experts.weight` out (`ParamGroup::exclude`)"
+            )));
+        }
         let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };
         let ahead = entry.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
         let step = runtime.route(*layer, ends, tracked, ahead)?;

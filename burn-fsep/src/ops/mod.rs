@@ -25,6 +25,7 @@ pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOu
 #[cfg(all(feature = "libtorch", feature = "train"))]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
+pub(crate) use reduce::is_same;
 pub use routing::RoutingOps;
 pub(crate) use routing::{NOT_FINITE, counts_of};
 pub use step::{MoeStep, Tracked, WeightStorage};

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
+use burn::{
+    backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor},
+    tensor::Tensor,
+};
 
 use crate::{
     FsepError,
@@ -31,6 +34,11 @@ pub trait ReduceOps: Backend {
     /// Whether two tensors are surely the same elements of the same memory. Experts that were prefetched are used only if their
     /// shards are the layer's by this, so a backend that cannot tell has no prefetch in forward.
     fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool;
+}
+
+/// [`ReduceOps::fsep_is_same`] of tensors of any backend, without gradients.
+pub(crate) fn is_same(a: &Tensor<2>, b: &Tensor<2>) -> bool {
+    <Dispatch as ReduceOps>::fsep_is_same(a.clone().into_dispatch(), b.clone().into_dispatch())
 }
 
 #[cfg(feature = "flex")]

@@ -6,7 +6,6 @@ use std::{
 };
 
 use burn::{
-    backend::Dispatch,
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{FloatDType, Int, Tensor},
 };
@@ -24,7 +23,7 @@ use crate::{
         Communicator, Operation,
         local::{LocalCommunicator, panic_message},
     },
-    ops::{self, ReduceOps, Restores, Tracked},
+    ops::{self, Restores, Tracked},
     schedule::{Entry, Restore, Schedule},
     shard::{RestoredGauge, UnshardPlan},
 };
@@ -257,11 +256,7 @@ impl FsepRuntime {
     /// A layer with these shards begins a training forward pass.
     pub(crate) fn enter(&self, layer: usize, shards: &Tensor<2>) -> Entry {
         let mut entry = self.inner.schedule.enter(layer);
-        let is_current = |ahead: &Arc<Restore>| {
-            let (ahead, shards) = (ahead.weights.clone().into_dispatch(), shards.clone().into_dispatch());
-            <Dispatch as ReduceOps>::fsep_is_same(ahead, shards)
-        };
-        if let Some(stale) = entry.ahead.take_if(|ahead| !is_current(ahead)) {
+        if let Some(stale) = entry.ahead.take_if(|ahead| !ops::is_same(&ahead.weights, shards)) {
             self.inner.schedule.miss(&stale);
         }
         entry

@@ -6,7 +6,7 @@ use std::{
 };
 
 use cudarc::{
-    driver::{CudaContext, CudaEvent, CudaStream, DriverError},
+    driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys::CUresult},
     nccl::sys::ncclResult_t,
 };
 use parking_lot::Mutex;
@@ -167,6 +167,8 @@ impl Group {
         let mut fault = None;
         outstanding.retain(|exchange| match exchange.done.try_is_complete() {
             Ok(is_complete) => !is_complete,
+            // Of this thread, or of the process's end: not of the exchange.
+            Err(DriverError(CUresult::CUDA_ERROR_INVALID_CONTEXT | CUresult::CUDA_ERROR_DEINITIALIZED)) => true,
             Err(error) => {
                 fault.get_or_insert_with(|| self.cuda(exchange.operation, error));
                 false
