@@ -1,6 +1,6 @@
 //! Every rank runs the same collectives: without tokens, with frozen parameters, with outputs that are not used.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Debug, sync::Arc, time::Duration};
 
 use burn::{
     module::{Lora, Module, Param, ParamGroup},
@@ -22,6 +22,11 @@ type Outcome<T> = Vec<Result<T, RankError<FsepError>>>;
 
 fn ranks<T: Send>(n: usize, program: impl Fn(Arc<dyn Communicator>) -> Result<T, FsepError> + Sync) -> Outcome<T> {
     launch(&LaunchConfig::new(n).with_timeout(Duration::from_secs(20)), program)
+}
+
+/// What each rank says, all of which fail.
+fn messages<T: Debug>(results: Outcome<T>) -> Vec<String> {
+    results.into_iter().map(|result| result.unwrap_err().to_string()).collect()
 }
 
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
@@ -200,7 +205,7 @@ fn a_layer_that_one_rank_does_not_use_gets_the_others_gradients() {
 #[test]
 fn a_layer_that_is_not_connected_is_a_clear_error() {
     let results = unused_output(false);
-    let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+    let errors = messages(results);
     assert!(errors[0].contains("rank 1") || errors[0].contains("rank(s) [1]"), "{errors:?}");
     assert!(errors[0].contains("layer 1"), "{errors:?}");
 }
@@ -292,7 +297,7 @@ fn logits_that_are_not_finite_are_refused_on_every_rank() {
             let x = if runtime.rank() == 1 { x.slice_fill([2..3, 0..1], bad) } else { x };
             layer.try_forward(x).map(|_| ())
         });
-        let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+        let errors = messages(results);
         assert!(errors.iter().all(|e| e.contains("rank 1") && e.contains("not finite")), "{bad}: {errors:?}");
     }
     // A logit of minus infinity among others only rules an expert out.
@@ -375,8 +380,8 @@ fn shards_of_another_rank_are_refused() {
         let layer = layer.try_load_record(record).unwrap();
         layer.try_forward(input(3)).map(|output| output.hidden.dims())
     });
-    let messages: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
-    assert!(messages.iter().all(|said| said.contains("layer 0 of rank 1 has the shards of rank 0")), "{messages:?}");
+    let errors = messages(results);
+    assert!(errors.iter().all(|said| said.contains("layer 0 of rank 1 has the shards of rank 0")), "{errors:?}");
 }
 
 #[test]
@@ -385,7 +390,7 @@ fn adapters_of_shards_are_refused() {
         let runtime = FsepRuntime::new(comm)?;
         layer(&runtime)?.apply_lora(Lora::new(2, 1.0)).try_forward(input(3)).map(|output| output.hidden.dims())
     });
-    let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
+    let errors = messages(results);
     assert!(errors.iter().any(|said| said.contains("the experts of layer 0 are reparameterized")), "{errors:?}");
 }
 

@@ -52,8 +52,8 @@ impl<M> fmt::Debug for Loaded<M> {
 /// Loads a checkpoint of any number of ranks. Collective.
 ///
 /// Gives a model and an optimizer with the checkpoint's parameters and state in the place of those of `model` and
-/// `optimizer`, which stay as they are, but for running statistics (`BatchNorm`), which clones share. If the number of ranks and slots is the checkpoint's, the runtime's layers get
-/// its layouts.
+/// `optimizer`, which stay as they are, but for running statistics (`BatchNorm`), which clones share. If the number of
+/// ranks and slots is the checkpoint's, the runtime's layers get its layouts.
 ///
 /// # Errors
 ///

@@ -113,6 +113,7 @@ impl FSEPMoE {
         // The router's weight may be another one for this pass: that of `GradientBuckets`.
         check_dtype(hidden.dtype(), compute_dtype.map_or(self.experts.weight.dtype(), DType::from))?;
         let tokens = token_rows(hidden)?;
+        self.check_experts()?;
 
         let routed = self.router.forward(tokens.clone())?;
         let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(routed.experts, num_experts);
@@ -121,24 +122,10 @@ impl FSEPMoE {
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
         let is_sharded = *storage == WeightStorage::Sharded;
         if is_sharded {
-            // Ids may be new after a record was loaded, and that of another rank.
-            let id = self.experts.weight.id;
-            if let Some(other) = foreign_owner(id, runtime.rank(), runtime.world_size()) {
-                return Err(FsepError::Config(format!(
-                    "layer {layer} of rank {} has the shards of rank {other}: each rank has to save and load a record of its own \
-                     (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model",
-                    runtime.rank()
-                )));
-            }
-            runtime.register_shards(*layer, id);
+            // Ids may be new after a record was loaded.
+            runtime.register_shards(*layer, self.experts.weight.id);
         }
         let shards = weights.clone().inner();
-        if !ops::is_same(&shards, &self.experts.weight.base().inner()) {
-            return Err(FsepError::Config(format!(
-                "the experts of layer {layer} are reparameterized (LoRA), but what a rank has of them are no matrices of the model: \
-                 leave `experts.weight` out (`ParamGroup::exclude`)"
-            )));
-        }
         let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };
         let ahead = entry.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
         let step = runtime.route(*layer, ends, tracked, ahead)?;
@@ -184,6 +171,27 @@ impl FSEPMoE {
             .then(|| load_balancing_loss(routed.scores, &counts.expert_totals(), *aux_loss_coeff));
         let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
         Ok(MoeOutput { hidden: output.reshape(dims), aux_loss })
+    }
+
+    /// Whether the experts are what this rank was given of them: a user can load, or attach, anything else.
+    fn check_experts(&self) -> Result<(), FsepError> {
+        let LayerSettings { runtime, layer, storage, .. } = &self.settings;
+        let (weight, rank) = (&self.experts.weight, runtime.rank());
+        if *storage == WeightStorage::Sharded
+            && let Some(other) = foreign_owner(weight.id, rank, runtime.world_size())
+        {
+            return Err(FsepError::Config(format!(
+                "layer {layer} of rank {rank} has the shards of rank {other}: each rank has to save and load a record of its own \
+                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model"
+            )));
+        }
+        if !ops::is_same(&weight.val().inner(), &weight.base().inner()) {
+            return Err(FsepError::Config(format!(
+                "the experts of layer {layer} are reparameterized (LoRA), but what a rank has of them are no matrices of the model: \
+                 leave `experts.weight` out (`ParamGroup::exclude`)"
+            )));
+        }
+        Ok(())
     }
 }
 
