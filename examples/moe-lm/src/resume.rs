@@ -15,7 +15,7 @@ use burn_fsep::{
     planner::callback::{CallbackError, StepContext, TrainingCallback},
 };
 
-use crate::{Args, MoeLmError, model::MoeLm, record::StepRow, train::TrainingData};
+use crate::{Args, ModelArgs, MoeLmError, TrainingArgs, model::MoeLm, record::StepRow, train::TrainingData};
 
 /// The note of a checkpoint that says what its training was.
 const OPTIONS: &str = "options";
@@ -77,30 +77,37 @@ pub(crate) fn resume(
     Ok(Some(loaded))
 }
 
-/// What has to stay as it was for a training to go on. The sizes of parameters are compared when they are loaded.
+/// What has to stay as it was for a training to go on.
 fn options(args: &Args, data: &TrainingData) -> String {
-    let Args { model, training, .. } = args;
+    // Without `..`, so that whoever adds an option decides. Left out are what parameters there are, which is compared when they
+    // are loaded, the text's files, of which the text is compared, and the size of the validation, which may change.
+    let ModelArgs { layers: _, hidden: _, heads, ffn: _, experts: _, top_k, force_biased, force_shares } = &args.model;
+    let TrainingArgs {
+        text: _,
+        batch,
+        context,
+        steps,
+        valid_batches: _,
+        lr,
+        clip,
+        aux_loss,
+        seed,
+        mixed_precision,
+        dense: _,
+    } = &args.training;
     let mut hasher = DefaultHasher::new();
     data.train.hash_text(&mut hasher);
     let mut options = format!(
-        "--batch {} --context {} --steps {} --heads {} --top-k {} --lr {} --clip {} --aux-loss {} --seed {}",
-        training.batch,
-        training.context,
-        training.steps,
-        model.heads,
-        model.top_k,
-        training.lr,
-        training.clip,
-        training.aux_loss,
-        training.seed,
+        "--batch {batch} --context {context} --steps {steps} --heads {heads} --top-k {top_k} --lr {lr} --clip {clip} \
+         --aux-loss {aux_loss} --seed {seed}"
     );
-    if training.mixed_precision {
+    if *mixed_precision {
         options += " --mixed-precision";
     }
-    if let Some(bias) = model.force_biased {
+    if let Some(bias) = force_biased {
         options += &format!(" --force-biased {bias}");
     }
-    if let Some(shares) = &model.force_shares {
+    if let Some(shares) = force_shares {
         options += &format!(" --force-shares {shares:?}");
     }
     options + &format!(" and the text {:016x}", hasher.finish())
