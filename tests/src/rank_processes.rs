@@ -253,14 +253,13 @@ impl RankProcesses {
         let (mut ranks_took, mut next_look) = (None, MPIRUN_PAUSE);
         while !self.has_ended() {
             let took = start.elapsed();
-            let looks = self.launcher != Launcher::Direct && took >= next_look;
-            if looks {
+            if self.launcher != Launcher::Direct && took >= next_look {
                 next_look = took + MPIRUN_PAUSE;
-            }
-            if looks && self.ranks_have_ended() {
-                let since = took - *ranks_took.get_or_insert(took);
-                if since > MPIRUN_GRACE {
-                    eprintln!("mpirun still runs {since:?} after its ranks: killed\n{}", self.text("mpirun.txt"));
+                if ranks_took.is_none() && self.ranks_have_ended() {
+                    ranks_took = Some(took);
+                }
+                if ranks_took.is_some_and(|ranks_took| took - ranks_took > MPIRUN_GRACE) {
+                    eprintln!("mpirun still runs after its ranks: killed\n{}", self.text("mpirun.txt"));
                     self.children.iter_mut().flatten().for_each(|mpirun| mpirun.kill().expect("a child"));
                 }
             }
