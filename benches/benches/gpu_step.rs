@@ -26,16 +26,13 @@ use burn_fsep::{
         local::{LaunchConfig, launch},
         nccl::NcclConfig,
     },
-    train::{FusedAdamWConfig, GradientBuckets},
+    train::{FusedAdamWConfig, GradientBuckets, PlannerConfig, TrainingCallback},
 };
 use burn_fsep_benches::{
     Times,
     fused::{BackwardMark, BackwardSpan, attention, rms_norm},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 use clap::{Parser, ValueEnum};
 
 #[derive(Parser, Clone)]
@@ -221,7 +218,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
     let runtime = config.init(comm)?;
     let mut model = Transformer::new(args, &runtime, &device)?;
     let mut optimizer = FusedAdamWConfig::new().init();
-    let mut planner = PlannerConfig::new(Strategy::MinMax).init();
+    let mut planner = PlannerConfig::new(PlannerStrategy::MinMax).init();
     let plans = args.ranks > 1 && !args.static_ep;
     if plans {
         planner.on_train_start(&runtime).map_err(|error| FsepError::Callback(error.to_string()))?;
@@ -260,8 +257,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         model = optimizer.step(1e-5, model, grads);
         drop(span);
         if plans {
-            let context = StepContext::new(1, step + 1, &runtime);
-            planner.on_step_end(&context).map_err(|error| FsepError::Callback(error.to_string()))?;
+            planner.step(&runtime)?;
         }
         tch::Cuda::synchronize(rank as i64);
         if step >= args.warmup {

@@ -12,9 +12,8 @@ use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     checkpoint::{self, CheckpointConfig, CheckpointError, list, verify},
     comm::local::LaunchConfig,
-    train::{FsepStrategy, RankDataset, SilentRenderer},
+    train::{FsepStrategy, RankDataset, SilentRenderer, StepContext, TrainingCallback},
 };
-use burn_fsep_planner::callback::{CallbackError, StepContext, TrainingCallback};
 use burn_fsep_tests::{
     SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device, small_slots, task_items,
 };
@@ -58,7 +57,7 @@ impl Job<'_> {
         let mut runtime_config = FsepRuntimeConfig::new().with_seed(3);
         if self.burn.is_some() {
             // Their checkpoints know nothing of layouts that were repaired, on which the order of sums depends.
-            runtime_config = runtime_config.with_correction(None);
+            runtime_config = runtime_config.with_repair(None);
         }
         let results = launch(&config, |comm| self.run_rank(&runtime_config.init(comm)?, folder.path()));
         results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
@@ -126,7 +125,7 @@ impl Job<'_> {
 struct StopAfter(Option<usize>, Interrupter);
 
 impl TrainingCallback for StopAfter {
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         if self.0 == Some(context.iteration) {
             self.1.stop(Some("enough"));
         }

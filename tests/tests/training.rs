@@ -1,7 +1,7 @@
 //! Training in a loop of one's own equals that of the dense model.
 
 use burn_fsep::{FsepError, FsepRuntimeConfig, comm::local::LaunchConfig};
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, SplitAny, Trained, dense_loss_curve, launch, task_items, train_by_hand,
 };
@@ -42,18 +42,18 @@ fn the_loss_curve_is_that_of_the_dense_model() {
     let after = GradientSync::AfterBackward;
     // The small model has four replicated parameters of 192, 256, 256 and 192 bytes.
     for (ranks, split, layouts, sync) in [
-        (2, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (2, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(1)),
+        (2, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (2, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(1)),
         (2, SplitAny::Random, LayoutSource::Random, after),
-        (4, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), after),
+        (4, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), after),
         (4, SplitAny::Random, LayoutSource::Random, GradientSync::Buckets(300)),
     ] {
         let results = train(ranks, split, layouts, sync);
         // The min-max planner keeps a layout that is good enough.
         let enough = match layouts {
             LayoutSource::Random => 9 * STEPS / 10,
-            LayoutSource::Planner(Strategy::Paper) => 10,
+            LayoutSource::Planner(PlannerStrategy::Paper) => 10,
             LayoutSource::Planner(_) => 2,
         };
         let first = &results[0];
@@ -86,7 +86,7 @@ fn without_gradient_sync_the_loss_curve_is_another_one() {
 
 #[test]
 fn training_again_gives_the_same_bits() {
-    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(200));
+    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(200));
     for (first, second) in run().iter().zip(run()) {
         assert_eq!(first.losses, second.losses);
         assert_eq!(first.replicated, second.replicated);

@@ -7,12 +7,11 @@ use burn::{
         TrainingItem, ValidLoader, train::WorkerFailure,
     },
 };
-use burn_fsep_planner::callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback};
 use parking_lot::Mutex;
 
 use super::{
-    GradientBuckets, burn_checkpoints::BurnCheckpoints, clip_grad_norm, learner_checkpoints::LearnerCheckpoints,
-    sync_gradients,
+    GradientBuckets, OptimizerContext, StepContext, TrainingCallback, burn_checkpoints::BurnCheckpoints,
+    clip_grad_norm, learner_checkpoints::LearnerCheckpoints, sync_gradients,
 };
 use crate::{
     FsepError, FsepRuntime,
@@ -132,10 +131,10 @@ impl FsepStrategy {
 
     fn each_callback(
         &self,
-        mut call: impl FnMut(&mut dyn TrainingCallback) -> Result<(), CallbackError>,
+        mut call: impl FnMut(&mut dyn TrainingCallback) -> Result<(), FsepError>,
     ) -> Result<(), FsepError> {
         for callback in self.callbacks.lock().iter_mut() {
-            call(callback.as_mut()).map_err(callback_error)?;
+            call(callback.as_mut())?;
         }
         Ok(())
     }
@@ -276,17 +275,6 @@ impl FsepStrategy {
         interrupter: &Interrupter,
     ) -> Option<I> {
         batch.and_then(|batch| batch.map_err(|error| interrupter.fail(error)).ok())
-    }
-}
-
-fn callback_error(error: CallbackError) -> FsepError {
-    match error {
-        CallbackError::Planner(error) => error.into(),
-        CallbackError::Host(error) => match error.downcast::<FsepError>() {
-            Ok(error) => *error,
-            Err(error) => FsepError::Callback(error.to_string()),
-        },
-        other => FsepError::Callback(other.to_string()),
     }
 }
 
