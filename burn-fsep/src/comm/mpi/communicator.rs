@@ -66,7 +66,7 @@ impl Communicator for MpiCommunicator {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let [header_tag, payload_tag] = tags(sequence);
         let headers = group.check_signatures.then(|| Headers::new(operation, &plan, self.size()));
-        let post = |headers: Headers| {
+        let post = |headers: Headers| -> Result<_, CommError> {
             let (data, plan) = headers.exchange();
             Ok((headers, group.post(operation, self.handle.raw, header_tag, data, &plan)?))
         };

@@ -11,7 +11,7 @@ use super::{
     MpiCommunicator,
     library::{Fault, Library},
 };
-use crate::comm::{CommError, Communicator, Operation, control_group::engine_error};
+use crate::comm::{CommError, Operation, control_group::engine_error};
 
 const START: Operation = Operation::new("start of MPI");
 const END: Operation = Operation::new("end of MPI");

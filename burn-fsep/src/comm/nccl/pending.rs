@@ -19,28 +19,35 @@ pub(super) struct StagedExchange {
 }
 
 impl StagedExchange {
-    /// Waits for the exchange, since copying waits without a limit, and copies parts of what it brought to `recv`.
-    fn download(&self, parts: &[Range<usize>], recv: &mut [u8]) -> Result<(), CommError> {
-        self.group.wait_event(&self.done, self.operation)?;
-        parts.iter().filter(|part| !part.is_empty()).try_for_each(|part| {
-            let copied = self.stream.memcpy_dtoh(&self.received.slice(part.clone()), &mut recv[part.clone()]);
-            copied.map_err(|error| cuda_error(self.operation, error))
-        })
+    /// Waits for the exchange, since copying waits without a limit.
+    fn join(&self) -> Result<(), CommError> {
+        self.group.wait_event(&self.done, self.operation)
+    }
+
+    /// Copies a part of what has come to the same place of `recv`.
+    fn download(&self, part: Range<usize>, recv: &mut [u8]) -> Result<(), CommError> {
+        if part.is_empty() {
+            return Ok(());
+        }
+        let copied = self.stream.memcpy_dtoh(&self.received.slice(part.clone()), &mut recv[part]);
+        copied.map_err(|error| cuda_error(self.operation, error))
     }
 }
 
 impl PendingExchange for StagedExchange {
     fn wait(self: Box<Self>, recv: &mut [u8]) -> Result<(), CommError> {
         check_buffer(self.operation, "receive", recv.len(), self.recv_len)?;
+        self.join()?;
         if self.recvs.iter().map(|block| block.len).sum::<usize>() == self.recv_len {
-            return self.download(&[0..self.recv_len], recv);
+            return self.download(0..self.recv_len, recv);
         }
-        self.download(&self.recvs.iter().map(Block::range).collect::<Vec<_>>(), recv)
+        self.recvs.iter().try_for_each(|block| self.download(block.range(), recv))
     }
 
     fn wait_for_blocks(mut self: Box<Self>, take: &mut dyn FnMut(Block, &[u8])) -> Result<(), CommError> {
         let mut recv = vec![0; self.recv_len];
-        self.download(&[0..self.recv_len], &mut recv)?;
+        self.join()?;
+        self.download(0..self.recv_len, &mut recv)?;
         self.recvs.sort_by_key(|block| block.peer);
         self.recvs.iter().for_each(|block| take(*block, &recv[block.range()]));
         Ok(())

@@ -23,7 +23,7 @@ use super::handle::{Fault, Handle, unique_id};
 use crate::{
     Timeline,
     comm::{
-        CommError, Communicator, Operation, all_gather_u64,
+        CommError, Operation, all_gather_u64,
         control_group::{ControlGroup, engine_error},
     },
 };
