@@ -1,8 +1,8 @@
 //! The local engine: ranks are threads of one process. Needs nothing installed and runs everywhere.
 
 mod communicator;
-mod group;
 mod launch;
+mod rounds;
 
 pub use communicator::LocalCommunicator;
 pub(crate) use launch::panic_message;

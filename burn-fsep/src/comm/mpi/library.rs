@@ -191,22 +191,6 @@ impl Mpi {
         Ok(Request(request))
     }
 
-    /// Starts to copy rank `root`'s memory to all ranks.
-    ///
-    /// # Safety
-    ///
-    /// The `len` bytes at `at` may be read and written until the request is complete.
-    pub unsafe fn broadcast(&mut self, comm: RawComm, at: *mut u8, len: usize, root: usize) -> Result<Request, Fault> {
-        let layout = Layout::of(std::slice::from_ref(&(0..len)))?;
-        // SAFETY: the null request is a constant.
-        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        // SAFETY: the caller vouches for the memory.
-        check("MPI_Ibcast", unsafe {
-            ffi::MPI_Ibcast(at.cast(), layout.count, layout.raw, root as i32, comm.0, &mut request)
-        })?;
-        Ok(Request(request))
-    }
-
     /// Starts to duplicate a communicator.
     ///
     /// # Safety

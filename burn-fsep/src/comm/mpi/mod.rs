@@ -17,10 +17,9 @@
 
 mod communicator;
 mod config;
-mod exchange;
 mod group;
-mod header;
 mod library;
+mod pending;
 mod transfer;
 mod universe;
 

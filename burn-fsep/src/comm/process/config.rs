@@ -74,12 +74,12 @@ impl ProcessConfig {
         if rank >= world_size || world_size > MAX_WORLD_SIZE {
             return Err(RendezvousError::InvalidRank { rank, world_size, max: MAX_WORLD_SIZE });
         }
-        let links = match rank {
+        let peers = match rank {
             _ if world_size == 1 => vec![None],
             0 => server::gather(self)?,
             _ => client::join(self)?,
         };
-        ProcessCommunicator::connect(rank, links, self.timeout)
+        ProcessCommunicator::connect(rank, peers, self.timeout)
     }
 
     /// Meets the other ranks, runs `program` as this rank, and leaves the group.

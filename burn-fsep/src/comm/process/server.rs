@@ -9,10 +9,10 @@ use std::{
 use super::{
     ProcessConfig, RendezvousError,
     acceptor::Acceptor,
+    connection::{Connections, POLL, Peek, READY, peek},
     error::system,
-    handshake::Hello,
-    link::{Links, POLL, Peek, READY, peek},
-    notice::{Notice, Refusal},
+    handshake::{Hello, Notice, Refusal},
+    wire,
 };
 
 /// How long a rank may take to receive a notice.
@@ -31,7 +31,7 @@ struct Member {
 }
 
 /// Waits for all other ranks, tells them of each other, and waits until they are connected.
-pub(super) fn gather(config: &ProcessConfig) -> Result<Links, RendezvousError> {
+pub(super) fn gather(config: &ProcessConfig) -> Result<Connections, RendezvousError> {
     let listener = config.listen()?;
     let own = listener.local_addr().map_err(system("address of the listening socket"))?;
     let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
@@ -170,7 +170,7 @@ fn tell_all(members: &mut [Option<Member>], notice: &Notice) -> Result<(), Rende
 fn tell(member: &mut Member, notice: &Notice) -> std::io::Result<()> {
     member.stream.set_nonblocking(false)?;
     member.stream.set_write_timeout(Some(DELIVERY))?;
-    member.stream.write_all(&notice.encode())?;
+    member.stream.write_all(&wire::encode(notice))?;
     member.stream.set_nonblocking(true)
 }
 

@@ -1,12 +1,20 @@
+//! What all communicators of a rank share, and the thread that ends them when the group fails.
+
 use std::{
     fmt,
     hash::{BuildHasher, Hasher, RandomState},
-    sync::{Arc, LazyLock, Weak},
+    sync::{
+        Arc, LazyLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use cudarc::{
-    driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys::CUresult},
+    driver::{
+        CudaContext, CudaEvent, CudaStream, DriverError,
+        sys::{CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, CUresult},
+    },
     nccl::sys::ncclResult_t,
 };
 use parking_lot::Mutex;
@@ -14,26 +22,35 @@ use parking_lot::Mutex;
 use super::handle::{Fault, Handle, unique_id};
 use crate::{
     Timeline,
-    comm::{CommError, Communicator, Operation},
+    comm::{
+        CommError, Operation, all_gather_u64,
+        control_group::{ControlGroup, engine_error},
+    },
 };
 
 /// How often the watchdog looks.
 const WATCH: Duration = Duration::from_millis(20);
 /// How long the control group may take to say which rank was lost, where NCCL noticed first.
 const NAMING: Duration = Duration::from_secs(2);
+/// Communicators of a rank whose kernels fit on the GPU together: those of an FSEP runtime.
+const COMMUNICATORS: usize = 4;
+/// More blocks of one kernel than NCCL makes use of on an H100 or H200.
+const MAX_BLOCKS: usize = 32;
 
-/// What all communicators of a rank share: its GPU, the control group, and the failure that ends all of them.
+/// What all communicators of a rank share: its GPU, the control group, and what the watchdog watches.
 pub(super) struct Group {
-    pub control: Arc<dyn Communicator>,
-    pub timeout: Duration,
+    pub control: ControlGroup,
     pub context: Arc<CudaContext>,
     pub timeline: Option<Timeline>,
     /// The legacy default stream, on which the backend computes.
     pub compute: Arc<CudaStream>,
+    /// Thread blocks that a kernel of NCCL may have; one takes a multiprocessor.
+    kernel_blocks: usize,
     handles: Mutex<Vec<Weak<Handle>>>,
-    failure: Mutex<Option<CommError>>,
     /// Exchanges on the GPU that nobody has seen the end of.
     outstanding: Mutex<Vec<Outstanding>>,
+    /// Whether the group has failed and the communicators were told to end.
+    has_ended: AtomicBool,
 }
 
 struct Outstanding {
@@ -44,21 +61,27 @@ struct Outstanding {
 
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "GPU {}, control group {:?}", self.context.ordinal(), self.control)
+        write!(f, "GPU {}, {:?}", self.context.ordinal(), self.control)
     }
 }
 
+/// Thread blocks of each of the kernels that may run at once, on a GPU with so many multiprocessors: a power of two, to which
+/// NCCL rounds up where ranks send to each other.
+fn kernel_blocks(multiprocessors: usize) -> usize {
+    let share = (multiprocessors / COMMUNICATORS).clamp(1, MAX_BLOCKS);
+    1 << share.ilog2()
+}
+
 impl Group {
-    /// Also starts the watchdog, which ends with the group.
+    /// Also starts the watchdog, which ends with the group. Collective.
     pub fn new(
-        control: Arc<dyn Communicator>,
+        control: ControlGroup,
         context: Arc<CudaContext>,
-        timeout: Duration,
         timeline: Option<Timeline>,
     ) -> Result<Arc<Self>, CommError> {
         let operation = Operation::new("GPUs of the ranks");
         let place = [process_number(), context.ordinal() as u64];
-        let places = crate::comm::all_gather_u64(control.as_ref(), operation, &place)?;
+        let places = all_gather_u64(control.comm.as_ref(), operation, &place)?;
         if places.chunks_exact(2).filter(|theirs| **theirs == place).count() > 1 {
             // They share the default stream, hence wait for work that another rank can only queue behind their own; and
             // CUDA loads kernels only while none of the process is running.
@@ -68,18 +91,20 @@ impl Group {
                 context.ordinal()
             );
             // Ranks that have a GPU of their own would go on.
-            control.abort(&reason);
-            return Err(engine(operation, reason));
+            return Err(control.fail(engine_error(operation, reason)));
         }
+        let multiprocessors = context
+            .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(|error| control.fail(cuda_error(operation, error)))?;
         let group = Arc::new(Self {
             compute: context.default_stream(),
             control,
-            timeout,
             context,
             timeline,
+            kernel_blocks: kernel_blocks(multiprocessors.max(0) as usize),
             handles: Mutex::default(),
-            failure: Mutex::default(),
             outstanding: Mutex::default(),
+            has_ended: AtomicBool::new(false),
         });
         let watched = Arc::downgrade(&group);
         let watchdog = std::thread::Builder::new().name("nccl-watchdog".into()).spawn(move || {
@@ -89,8 +114,17 @@ impl Group {
                 std::thread::sleep(WATCH);
             }
         });
-        watchdog.map_err(|error| group.fail(engine(operation, format!("no thread for the watchdog: {error}"))))?;
+        watchdog
+            .map_err(|error| group.fail(engine_error(operation, format!("no thread for the watchdog: {error}"))))?;
         Ok(group)
+    }
+
+    pub fn rank(&self) -> usize {
+        self.control.comm.rank()
+    }
+
+    pub fn size(&self) -> usize {
+        self.control.comm.size()
     }
 
     /// A new NCCL communicator over all ranks. Collective.
@@ -99,12 +133,12 @@ impl Group {
         self.check(operation)?;
         let result = || -> Result<Arc<Handle>, CommError> {
             let mut id = [0; 128];
-            if self.control.rank() == 0 {
+            if self.rank() == 0 {
                 id = unique_id().map_err(|fault| self.fault(operation, fault))?;
             }
-            self.control.broadcast(operation, &mut id, 0)?;
-            self.context.bind_to_thread().map_err(|error| self.cuda(operation, error))?;
-            let handle = Handle::connect(&id, self.control.size(), self.control.rank(), self.timeout)
+            self.control.comm.broadcast(operation, &mut id, 0)?;
+            self.context.bind_to_thread().map_err(|error| cuda_error(operation, error))?;
+            let handle = Handle::connect(&id, self.size(), self.rank(), self.kernel_blocks, self.control.timeout)
                 .map_err(|fault| self.fault(operation, fault))?;
             let handle = Arc::new(handle);
             self.handles.lock().push(Arc::downgrade(&handle));
@@ -121,32 +155,14 @@ impl Group {
 
     /// Waits until the GPU has come to an event.
     pub fn wait_event(&self, done: &CudaEvent, operation: Operation) -> Result<(), CommError> {
-        self.poll(operation, || done.try_is_complete().map_err(|error| self.cuda(operation, error)))
+        self.poll(operation, || done.try_is_complete().map_err(|error| cuda_error(operation, error)))
     }
 
-    fn poll(
-        &self,
-        operation: Operation,
-        mut is_done: impl FnMut() -> Result<bool, CommError>,
-    ) -> Result<(), CommError> {
-        let start = Instant::now();
-        loop {
-            if is_done().map_err(|error| self.fail(error))? {
-                // Work that was cut short by an abort is done, too.
-                return self.check(operation);
-            }
-            self.check(operation)?;
-            let waited = start.elapsed();
-            if waited > self.timeout {
-                return Err(self.fail(self.timed_out(operation)));
-            }
-            // Counts take some tens of microseconds; whoever waits longer shall not take a core from others.
-            if waited < Duration::from_millis(1) {
-                std::thread::yield_now();
-            } else {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        }
+    fn poll(&self, operation: Operation, is_done: impl FnMut() -> Result<bool, CommError>) -> Result<(), CommError> {
+        // NCCL does not say who is missing.
+        self.control.poll(operation, is_done, Vec::new).inspect_err(|_| self.end())?;
+        // Work that was cut short by an abort is done, too.
+        self.check(operation)
     }
 
     /// Lets the watchdog see to the end of an exchange that the host does not wait for.
@@ -155,11 +171,7 @@ impl Group {
     }
 
     fn watch(&self) {
-        if self.failure.lock().is_some() {
-            return;
-        }
-        if let Some(failure) = self.control.failure() {
-            self.end(failure);
+        if self.has_ended.load(Ordering::Relaxed) || self.failure().is_some() {
             return;
         }
         let mut outstanding = self.outstanding.lock();
@@ -170,7 +182,7 @@ impl Group {
             // Of this thread, or of the process's end: not of the exchange.
             Err(DriverError(CUresult::CUDA_ERROR_INVALID_CONTEXT | CUresult::CUDA_ERROR_DEINITIALIZED)) => true,
             Err(error) => {
-                fault.get_or_insert_with(|| self.cuda(exchange.operation, error));
+                fault.get_or_insert_with(|| cuda_error(exchange.operation, error));
                 false
             }
         });
@@ -181,14 +193,14 @@ impl Group {
         }
         // Exchanges wait for the compute stream, which may be busy with anything: their time counts from when the one before
         // them was seen to be done.
-        let late = outstanding.first().filter(|exchange| exchange.since.elapsed() > self.timeout);
+        let late = outstanding.first().filter(|exchange| exchange.since.elapsed() > self.control.timeout);
         let late = late.map(|exchange| exchange.operation);
         drop(outstanding);
         if let Some(fault) = fault {
             self.fail(fault);
         }
         if let Some(operation) = late {
-            self.fail(self.timed_out(operation));
+            self.fail(self.control.timed_out(operation, Vec::new()));
         }
         let handles: Vec<_> = self.handles.lock().iter().filter_map(Weak::upgrade).collect();
         for handle in handles {
@@ -200,34 +212,25 @@ impl Group {
 
     /// The group's failure as a rank in `operation` sees it.
     pub fn check(&self, operation: Operation) -> Result<(), CommError> {
-        match self.failure() {
-            Some(failure) => Err(failure.seen_from(&operation.to_string())),
-            None => Ok(()),
-        }
+        self.control.check(operation).inspect_err(|_| self.end())
     }
 
     pub fn failure(&self) -> Option<CommError> {
-        if let Some(failure) = &*self.failure.lock() {
-            return Some(failure.clone());
-        }
-        let failure = self.control.failure()?;
-        self.end(failure.clone());
-        Some(failure)
+        self.control.failure().inspect(|_| self.end())
     }
 
     /// Ends the group on all ranks because of an error of this one; returns the error.
     pub fn fail(&self, error: CommError) -> CommError {
-        if self.control.failure().is_none() {
-            self.control.abort(&error.to_string());
-        }
-        self.end(error.clone());
+        let error = self.control.fail(error);
+        self.end();
         error
     }
 
-    /// Ends this rank's part.
-    fn end(&self, failure: CommError) {
-        self.failure.lock().get_or_insert(failure);
-        let handles: Vec<_> = self.handles.lock().iter().filter_map(Weak::upgrade).collect();
+    /// Ends this rank's part of a group that has failed.
+    fn end(&self) {
+        self.has_ended.store(true, Ordering::Relaxed);
+        // Not kept: each is told once.
+        let handles: Vec<_> = self.handles.lock().drain(..).filter_map(|handle| handle.upgrade()).collect();
         // Together: the end of one may wait for the GPU, and so for another one's work, until that is told to end, too.
         std::thread::scope(|scope| {
             for handle in &handles {
@@ -239,16 +242,11 @@ impl Group {
         });
     }
 
-    fn timed_out(&self, operation: Operation) -> CommError {
-        // NCCL does not say who is missing.
-        CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing: Vec::new() }
-    }
-
     pub fn fault(&self, operation: Operation, fault: Fault) -> CommError {
         match fault {
             Fault::Aborted => match self.failure() {
                 Some(failure) => failure.seen_from(&operation.to_string()),
-                None => engine(operation, "the communicator was aborted".into()),
+                None => engine_error(operation, "the communicator was aborted".into()),
             },
             Fault::Nccl(error) => {
                 if matches!(error, ncclResult_t::ncclRemoteError | ncclResult_t::ncclSystemError)
@@ -267,7 +265,7 @@ impl Group {
                     }
                     _ => "NCCL: internal error",
                 };
-                engine(operation, format!("{reason}; NCCL_DEBUG=WARN says more"))
+                engine_error(operation, format!("{reason}; NCCL_DEBUG=WARN says more"))
             }
         }
     }
@@ -283,18 +281,28 @@ impl Group {
             std::thread::sleep(WATCH);
         }
     }
-
-    pub fn cuda(&self, operation: Operation, error: DriverError) -> CommError {
-        engine(operation, format!("CUDA: {error}"))
-    }
 }
 
-pub(super) fn engine(operation: Operation, reason: String) -> CommError {
-    CommError::Engine { operation: operation.to_string(), reason }
+pub(super) fn cuda_error(operation: Operation, error: DriverError) -> CommError {
+    engine_error(operation, format!("CUDA: {error}"))
 }
 
 /// A number that this process's ranks share and no other process has. Its id is not that: in containers it is often 1.
 fn process_number() -> u64 {
     static NUMBER: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
     *NUMBER
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_of_all_communicators_fit_on_the_gpu() {
+        // H100 and H200, A100, L4, and the smallest.
+        for (multiprocessors, blocks) in [(132, 32), (108, 16), (58, 8), (4, 1), (1, 1)] {
+            assert_eq!(kernel_blocks(multiprocessors), blocks);
+            assert!(COMMUNICATORS * blocks <= multiprocessors.max(COMMUNICATORS));
+        }
+    }
 }

@@ -1,32 +1,63 @@
-//! What ranks tell each other of a collective before they take part, where they compare.
+//! What ranks tell each other of a collective before they take part in it, where the library's messages say nothing of it.
 
-use crate::comm::Block;
+use std::sync::Arc;
+
+use burn::tensor::Bytes;
+
+use super::{Block, ExchangePlan, Operation, exchange_plan::by_peer};
 
 /// Bytes of a header.
-pub(super) const HEADER: usize = 256;
+const HEADER: usize = 256;
 /// Bytes of it that say which collective it is.
 const TEXT: usize = HEADER - 3 * 8;
 
+/// What this rank does with each peer, and expects of it. Shape `[N]` each.
+pub(super) struct Headers {
+    sent: Vec<Header>,
+    expected: Vec<Header>,
+}
+
+impl Headers {
+    pub fn new(operation: Operation, plan: &ExchangePlan, size: usize) -> Self {
+        let signature = operation.signature();
+        let headers =
+            |blocks: &[Block]| by_peer(blocks, size).iter().map(|blocks| Header::new(&signature, blocks)).collect();
+        Self { sent: headers(&plan.sends), expected: headers(&plan.recvs) }
+    }
+
+    /// The exchange that brings each rank what its peers say: in rank order, equally many bytes each.
+    pub fn exchange(&self) -> (Arc<Bytes>, ExchangePlan) {
+        let size = self.sent.len();
+        let data: Vec<u8> = self.sent.iter().flat_map(Header::encode).collect();
+        let blocks: Vec<_> = (0..size).map(|peer| Block { peer, offset: peer * HEADER, len: HEADER }).collect();
+        let plan =
+            ExchangePlan { sends: blocks.clone(), recvs: blocks, recv_len: size * HEADER, send_len: size * HEADER };
+        (Arc::new(Bytes::from_elems(data)), plan)
+    }
+
+    /// What this rank expects of `peer` and what that one says, if they differ.
+    pub fn difference(&self, peer: usize, said: &[u8]) -> Option<[String; 2]> {
+        self.expected[peer].difference(&Header::decode(said))
+    }
+}
+
 /// What one rank is about to do with another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+struct Header {
     /// The collective, cut off where it is too long.
-    pub text: String,
+    text: String,
     /// Blocks between the two ranks, in this direction.
-    pub blocks: u64,
+    blocks: u64,
     /// Their bytes.
-    pub bytes: u64,
+    bytes: u64,
     /// Tells lists of block lengths apart whose number and sum are equal.
     fingerprint: u64,
 }
 
 impl Header {
-    pub fn new<'a>(text: &str, blocks: impl Iterator<Item = &'a Block>) -> Self {
-        let mut cut = TEXT.min(text.len());
-        while !text.is_char_boundary(cut) {
-            cut -= 1;
-        }
-        let mut header = Self { text: text[..cut].into(), blocks: 0, bytes: 0, fingerprint: 0xcbf2_9ce4_8422_2325 };
+    fn new(text: &str, blocks: &[Block]) -> Self {
+        let text = text[..text.floor_char_boundary(TEXT)].into();
+        let mut header = Self { text, blocks: 0, bytes: 0, fingerprint: 0xcbf2_9ce4_8422_2325 };
         for block in blocks {
             header.blocks += 1;
             header.bytes += block.len as u64;
@@ -36,7 +67,7 @@ impl Header {
         header
     }
 
-    pub fn encode(&self) -> Vec<u8> {
+    fn encode(&self) -> Vec<u8> {
         let mut bytes = self.text.clone().into_bytes();
         bytes.resize(TEXT, 0);
         for number in [self.blocks, self.bytes, self.fingerprint] {
@@ -46,7 +77,7 @@ impl Header {
     }
 
     /// Reads [`HEADER`] bytes.
-    pub fn decode(bytes: &[u8]) -> Self {
+    fn decode(bytes: &[u8]) -> Self {
         let text = String::from_utf8_lossy(&bytes[..TEXT]).trim_end_matches('\0').to_string();
         let number = |i: usize| {
             let mut word = [0; 8];
@@ -57,7 +88,7 @@ impl Header {
     }
 
     /// Says what differs: what this rank expects of another, and what that one does.
-    pub fn difference(&self, theirs: &Self) -> Option<[String; 2]> {
+    fn difference(&self, theirs: &Self) -> Option<[String; 2]> {
         if self == theirs {
             return None;
         }
@@ -82,7 +113,7 @@ mod tests {
 
     fn header(text: &str, lengths: &[usize]) -> Header {
         let blocks: Vec<_> = lengths.iter().map(|&len| Block { peer: 0, offset: 0, len }).collect();
-        Header::new(text, blocks.iter())
+        Header::new(text, &blocks)
     }
 
     #[test]
@@ -103,5 +134,19 @@ mod tests {
         assert_eq!((&*expects, &*sends), ("a: expects 2 blocks of 7 bytes in all", "a: sends a block of 7 bytes"));
         let [_, sends] = ours.difference(&header("a", &[4, 3])).unwrap();
         assert!(sends.ends_with("of other lengths"), "{sends}");
+    }
+
+    #[test]
+    fn an_exchange_brings_each_rank_what_is_meant_for_it() {
+        let block = |peer, len| Block { peer, offset: 0, len };
+        let plan = |sends, recvs| ExchangePlan { sends, recvs, recv_len: 9, send_len: 9 };
+        let ours = Headers::new(Operation::new("a"), &plan(vec![block(1, 5)], vec![block(1, 7)]), 2);
+        let said = |headers: &Headers| headers.exchange().0[..HEADER].to_vec();
+        let theirs = |len| Headers::new(Operation::new("a"), &plan(vec![block(0, len)], vec![block(0, 5)]), 2);
+        assert_eq!(ours.difference(1, &said(&theirs(7))), None);
+        assert!(ours.difference(1, &said(&theirs(8))).unwrap()[1].ends_with("sends a block of 8 bytes"));
+        let (data, plan) = ours.exchange();
+        assert!(plan.check(Operation::new("headers"), 2).is_ok());
+        assert_eq!((data.len(), plan.sends[1].range()), (2 * HEADER, HEADER..2 * HEADER));
     }
 }

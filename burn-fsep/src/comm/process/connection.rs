@@ -11,12 +11,12 @@ use std::{
 use socket2::{SockRef, TcpKeepalive};
 
 use super::{
-    frame::{Message, Outgoing},
-    group::Group,
+    mailbox::Mailbox,
+    message::{Message, Outgoing},
 };
 
 /// A rank's connections with all ranks, by rank; `None` for itself.
-pub(super) type Links = Vec<Option<TcpStream>>;
+pub(super) type Connections = Vec<Option<TcpStream>>;
 
 /// Pause between two looks at what may happen during the rendezvous.
 pub(super) const POLL: Duration = Duration::from_millis(2);
@@ -49,24 +49,24 @@ pub(super) fn peek(stream: &TcpStream) -> Peek {
 
 /// Starts the threads that read from and write to rank `peer`. Both end with the connection.
 pub(super) fn start(
-    group: &Arc<Group>,
+    mailbox: &Arc<Mailbox>,
     peer: usize,
     stream: TcpStream,
     queue: mpsc::Receiver<Outgoing>,
 ) -> io::Result<()> {
     prepare(&stream)?;
     let outgoing = stream.try_clone()?;
-    let writers_group = group.clone();
+    let of_writer = mailbox.clone();
     spawn(format!("to-rank-{peer}"), move || {
         // What became of the peer shows on the other half of the connection.
         let _ = write(&outgoing, &queue);
         let _ = outgoing.shutdown(Shutdown::Write);
-        writers_group.writer_ended();
+        of_writer.writer_ended();
     })?;
-    let group = group.clone();
+    let mailbox = mailbox.clone();
     spawn(format!("from-rank-{peer}"), move || {
-        read(&group, peer, stream);
-        group.reader_ended();
+        read(&mailbox, peer, stream);
+        mailbox.reader_ended();
     })
 }
 
@@ -92,7 +92,7 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes what is queued until the group drops the queue.
+/// Writes what is queued until the mailbox drops the queue.
 fn write(stream: &TcpStream, queue: &mpsc::Receiver<Outgoing>) -> io::Result<()> {
     let mut writer = BufWriter::with_capacity(BUFFER, stream);
     while let Ok(message) = queue.recv() {
@@ -105,15 +105,15 @@ fn write(stream: &TcpStream, queue: &mpsc::Receiver<Outgoing>) -> io::Result<()>
     Ok(())
 }
 
-fn read(group: &Group, peer: usize, stream: TcpStream) {
+fn read(mailbox: &Mailbox, peer: usize, stream: TcpStream) {
     let mut reader = BufReader::with_capacity(BUFFER, stream);
     loop {
         match Message::read(&mut reader) {
-            Ok(Some(Message::Frame(key, frame))) => group.deliver(key, peer, frame),
-            Ok(Some(Message::End(error))) => group.peer_ended(peer, error),
-            Ok(Some(Message::Goodbye)) => group.peer_left(peer),
-            Ok(None) => return group.peer_lost(peer, "its process ended without notice".into()),
-            Err(error) => return group.peer_lost(peer, describe(&error)),
+            Ok(Some(Message::Frame(key, frame))) => mailbox.deliver(key, peer, frame),
+            Ok(Some(Message::End(error))) => mailbox.peer_ended(peer, error),
+            Ok(Some(Message::Leave)) => mailbox.peer_left(peer),
+            Ok(None) => return mailbox.peer_lost(peer, "its process ended without notice".into()),
+            Err(error) => return mailbox.peer_lost(peer, describe(&error)),
         }
     }
 }
