@@ -16,13 +16,14 @@ use burn_fsep_planner::{
     Layout, PlannerError, PlannerStrategy, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
     placement::{LayoutRequest, LayoutSolver},
+    predictor::{LastStep, Predictor},
 };
 use burn_fsep_tests::{device, launch};
 
 /// A layer of 4 experts in 2 slots a rank.
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
-    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(2)).with_moe_router_force_load_balancing(true);
-    config.try_init(runtime, &device())
+    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(if runtime.world_size() == 1 { 4 } else { 2 }));
+    config.with_moe_router_force_load_balancing(true).try_init(runtime, &device())
 }
 
 /// Runs it forward and backward once.
@@ -101,6 +102,75 @@ fn a_dispatcher_that_loses_tokens_is_an_error() {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("0 tokens dispatched"), "{error}");
     }
+}
+
+/// Adds up what it learns.
+#[derive(Debug)]
+struct Adder {
+    sum: Arc<AtomicUsize>,
+    last: LastStep,
+}
+
+impl Predictor for Adder {
+    fn name(&self) -> &'static str {
+        "adder"
+    }
+
+    fn observe(&mut self, counts: &RoutingCounts) -> Result<(), PlannerError> {
+        self.sum.fetch_add(counts.total() as usize, Ordering::Relaxed);
+        self.last.observe(counts)
+    }
+
+    fn predict(&self) -> Option<RoutingCounts> {
+        self.last.predict()
+    }
+
+    fn save(&self, state: &mut Vec<u8>) -> Result<(), PlannerError> {
+        self.last.save(state)
+    }
+
+    fn load(&mut self, state: &mut &[u8]) -> Result<(), PlannerError> {
+        self.last.load(state)
+    }
+}
+
+/// Two steps of 20 tokens a rank, 2 experts a token; behind each a pass of 13 tokens without backward. Returns how many assignments
+/// the planner has learned of.
+fn learned(ranks: usize, begins_steps: bool) -> Vec<usize> {
+    let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let layer = layer(&runtime)?;
+        let sum = Arc::new(AtomicUsize::new(0));
+        let adder = sum.clone();
+        let mut planner = PlannerConfig::new(PlannerStrategy::MinMax)
+            .with_synchronous(true)
+            .with_predictor(move |_| Box::new(Adder { sum: adder.clone(), last: LastStep::new() }))
+            .init();
+        planner.on_train_start(&runtime)?;
+        for _ in 0..2 {
+            if begins_steps {
+                runtime.begin_step(&layer)?;
+            }
+            step(&runtime, &layer)?;
+            planner.step(&runtime)?;
+            let look = layer.try_forward(Tensor::<2>::ones([13, 4], &device()))?;
+            assert!(look.hidden.is_tracked());
+        }
+        planner.step(&runtime)?;
+        Ok(sum.load(Ordering::Relaxed))
+    });
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn a_forward_pass_between_steps_is_not_observed() {
+    assert_eq!(learned(1, true), [80]);
+    assert_eq!(learned(2, true), [160; 2]);
+}
+
+#[test]
+fn a_program_that_knows_no_steps_is_observed() {
+    assert_eq!(learned(1, false), [80 + 2 * 26]);
 }
 
 /// Always answers with one layout.

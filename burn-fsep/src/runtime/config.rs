@@ -1,17 +1,16 @@
 use std::{
-    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
 
 use burn_fsep_planner::{
     PlannerStrategy, Topology,
-    dispatch::{Dispatcher, MinMax},
+    dispatch::Dispatcher,
     repair::{LayoutRepair, RepairConfig},
 };
 use derive_new::new;
 
-use super::FsepRuntime;
+use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, all_gather_u64},
@@ -32,8 +31,8 @@ pub struct FsepRuntimeConfig {
     #[new(default)]
     pub(super) dispatcher: DispatcherFactory,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
-    /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
-    /// only the changed slots are restored once more.
+    /// free, which is right where weights are unsharded after the counts are known; where experts are prefetched in forward,
+    /// only the changed slots are unsharded once more.
     #[new(value = "Some(RepairConfig::free())")]
     pub repair: Option<RepairConfig>,
     /// Which communication is moved behind compute.
@@ -42,29 +41,6 @@ pub struct FsepRuntimeConfig {
     /// Records what runs when; this rank's own.
     #[new(default)]
     pub timeline: Option<Timeline>,
-}
-
-/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-#[derive(Clone, Default)]
-pub(super) struct DispatcherFactory {
-    given: Option<Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>>,
-}
-
-impl DispatcherFactory {
-    pub fn make(&self) -> Box<dyn Dispatcher> {
-        self.given.as_ref().map_or_else(|| Box::new(MinMax::new()) as Box<dyn Dispatcher>, |make| make())
-    }
-
-    /// Whether the user gave it.
-    pub fn is_given(&self) -> bool {
-        self.given.is_some()
-    }
-}
-
-impl fmt::Debug for DispatcherFactory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.make().name())
-    }
 }
 
 impl Default for FsepRuntimeConfig {
@@ -100,7 +76,7 @@ impl FsepRuntimeConfig {
     /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
     /// names are compared, not what the closure captured.
     pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
-        self.dispatcher = DispatcherFactory { given: Some(Arc::new(dispatcher)) };
+        self.dispatcher = DispatcherFactory::new(dispatcher);
         self
     }
 

@@ -43,6 +43,7 @@ impl PlannerCallback {
     ///
     /// [`FsepError::Planner`] if a solver or predictor failed, [`FsepError::Comm`] if a rank is lost.
     pub fn step(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
+        runtime.end_step();
         let planner = match &self.running {
             Some(planner) => planner.clone(),
             None => self.start(runtime)?,

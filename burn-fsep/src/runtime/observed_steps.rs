@@ -1,0 +1,38 @@
+use std::sync::{Arc, Weak};
+
+use burn_fsep_planner::BackgroundPlanner;
+use parking_lot::RwLock;
+
+/// The planner that is given the routing counts of training passes, and of which passes.
+#[derive(Default)]
+pub(super) struct ObservedSteps(RwLock<Observed>);
+
+#[derive(Default)]
+struct Observed {
+    /// Whether a step is under way; `None` for programs that do not tell.
+    in_step: Option<bool>,
+    planner: Weak<BackgroundPlanner>,
+}
+
+impl ObservedSteps {
+    /// A step begins: from now on, nothing is observed between steps.
+    pub fn begin(&self) {
+        self.0.write().in_step = Some(true);
+    }
+
+    /// A step ends, if one had begun.
+    pub fn end(&self) {
+        let mut observed = self.0.write();
+        observed.in_step = observed.in_step.map(|_| false);
+    }
+
+    pub fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
+        self.0.write().planner = planner;
+    }
+
+    /// The planner, if it learns from a training pass that runs now.
+    pub fn planner(&self) -> Option<Arc<BackgroundPlanner>> {
+        let observed = self.0.read();
+        if observed.in_step == Some(false) { None } else { observed.planner.upgrade() }
+    }
+}
