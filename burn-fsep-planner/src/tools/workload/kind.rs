@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{
-    WorkloadError, WorkloadShape,
+    WorkloadShape,
     draws::{Draws, Purpose},
     rows, shares,
 };
-use crate::{RoutingCounts, tools::trace::Trace};
+use crate::{PlannerError, RoutingCounts, tools::trace::Trace};
 
 /// A pattern of routing, by name.
 ///
@@ -57,6 +57,23 @@ pub enum Workload {
     Periodic,
     /// Log-normal loads of sigma 0.02.
     NearUniform,
+}
+
+/// A workload that cannot be generated.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
+pub enum WorkloadError {
+    /// Sizes that make no workload.
+    #[error(transparent)]
+    Shape(#[from] PlannerError),
+    /// What a workload promises is not possible with this shape.
+    #[error("workload {workload} is not possible here: {problem}")]
+    Impossible {
+        /// The workload.
+        workload: Workload,
+        /// Why, and what would be possible.
+        problem: String,
+    },
 }
 
 impl Workload {

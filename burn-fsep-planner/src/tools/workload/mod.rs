@@ -12,5 +12,5 @@ mod shares;
 #[cfg(test)]
 mod tests;
 
-pub use kind::{UnknownWorkload, Workload};
-pub use shape::{WorkloadError, WorkloadShape};
+pub use kind::{UnknownWorkload, Workload, WorkloadError};
+pub use shape::WorkloadShape;

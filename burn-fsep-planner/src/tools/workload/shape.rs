@@ -1,7 +1,5 @@
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use super::Workload;
 use crate::{PlannerError, Topology};
 
 /// The sizes of a workload, and its seed.
@@ -47,21 +45,4 @@ impl WorkloadShape {
         }
         Ok(())
     }
-}
-
-/// A workload that cannot be generated.
-#[derive(Debug, Clone, PartialEq, Error)]
-#[non_exhaustive]
-pub enum WorkloadError {
-    /// Sizes that make no workload.
-    #[error(transparent)]
-    Shape(#[from] PlannerError),
-    /// What a workload promises is not possible with this shape.
-    #[error("workload {workload} is not possible here: {problem}")]
-    Impossible {
-        /// The workload.
-        workload: Workload,
-        /// Why, and what would be possible.
-        problem: String,
-    },
 }
