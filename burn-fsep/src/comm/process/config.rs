@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{JobToken, ProcessCommunicator, RendezvousError, client, server};
+use super::{JobToken, ProcessCommunicator, RendezvousError, client, links, server};
 use crate::comm::{CommError, Communicator, local::panic_message};
 
 /// Every pair of ranks has a connection and every connection two threads.
@@ -79,7 +79,7 @@ impl ProcessConfig {
             0 => server::gather(self)?,
             _ => client::join(self)?,
         };
-        ProcessCommunicator::connect(rank, peers, self.timeout)
+        links::connect(rank, peers, self.timeout)
     }
 
     /// Meets the other ranks, runs `program` as this rank, and leaves the group.
