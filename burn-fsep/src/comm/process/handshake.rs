@@ -5,7 +5,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{JobToken, wire};
+use super::{JobToken, RendezvousError, wire};
 
 /// What a rank says first on a connection. Not to be printed: it holds the job's secret.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +31,8 @@ impl Hello {
 pub(super) enum Notice {
     /// The hello was accepted.
     Welcome,
-    /// The hello was not.
-    Refused(Refusal),
+    /// The hello was not, which is this error of who said it.
+    Refused(RendezvousError),
     /// Where all ranks listen, in rank order.
     Peers(Vec<SocketAddr>),
     /// All ranks are connected to each other.
@@ -41,19 +41,6 @@ pub(super) enum Notice {
     Lost(usize),
     /// The rendezvous is off: ranks did not come.
     Missing(Vec<usize>),
-}
-
-/// Why a hello was not accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Refusal {
-    /// The listener's version.
-    Version(u32),
-    Token,
-    /// The listener's world size.
-    WorldSize(u32),
-    DuplicateRank,
-    /// A rank that has no business here.
-    UnexpectedRank,
 }
 
 impl Notice {
@@ -104,11 +91,11 @@ mod tests {
         let addresses = vec!["127.0.0.1:5".parse().unwrap(), "[::1]:65535".parse().unwrap()];
         for notice in [
             Notice::Welcome,
-            Notice::Refused(Refusal::Version(7)),
-            Notice::Refused(Refusal::Token),
-            Notice::Refused(Refusal::WorldSize(3)),
-            Notice::Refused(Refusal::DuplicateRank),
-            Notice::Refused(Refusal::UnexpectedRank),
+            Notice::Refused(RendezvousError::Version { ours: 7, theirs: u32::MAX }),
+            Notice::Refused(RendezvousError::WrongToken),
+            Notice::Refused(RendezvousError::WorldSize { ours: usize::MAX, theirs: usize::MAX }),
+            Notice::Refused(RendezvousError::DuplicateRank { rank: usize::MAX }),
+            Notice::Refused(RendezvousError::InvalidRank { rank: usize::MAX, world_size: usize::MAX, max: usize::MAX }),
             Notice::Peers(addresses),
             Notice::Go,
             Notice::Lost(1),

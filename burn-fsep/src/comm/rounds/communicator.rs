@@ -1,5 +1,6 @@
 use std::{
     fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,6 +14,7 @@ use crate::comm::{
     Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange,
     error::check_buffer,
     exchange_plan::{by_peer, match_blocks},
+    local::panic_message,
     process::{Links, message, message::Outgoing},
 };
 
@@ -64,6 +66,22 @@ impl RoundsCommunicator {
     pub(in crate::comm) fn new(rounds: Arc<Rounds>, rank: usize, links: Option<Arc<Links>>) -> Self {
         let member = Arc::new(Member { rounds, rank, links, channels: AtomicU64::new(1) });
         Self { member, channel: 0, sequence: AtomicU64::new(0) }
+    }
+
+    /// Runs a rank's program, which then leaves the group; its error or panic is what the others are told.
+    pub(in crate::comm) fn run<T, E: fmt::Display>(
+        self: &Arc<Self>,
+        program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, E>,
+    ) -> std::thread::Result<Result<T, E>> {
+        let result = catch_unwind(AssertUnwindSafe(|| program(self.clone())));
+        match &result {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => self.abort(&error.to_string()),
+            Err(panic) => self.abort(&format!("panicked: {}", panic_message(panic.as_ref()))),
+        }
+        // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
+        self.leave();
+        result
     }
 
     /// Leaves the group: peers that wait for this rank, now or later, get an error. Among processes it waits, for at most 30 s,
