@@ -116,7 +116,7 @@ fn refusals_say_why_and_harm_nobody() {
             let body =
                 answer.strip_prefix(&message(VERSION, &[])[..12]).unwrap_or_else(|| panic!("{what}: {answer:?}"));
             let text = String::from_utf8_lossy(body);
-            assert!(text.contains("Refused") && text.contains(refusal), "{what}: {text}");
+            assert!(text.contains("Failed") && text.contains(refusal), "{what}: {text}");
         }
     });
 }

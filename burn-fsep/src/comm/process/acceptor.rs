@@ -63,7 +63,7 @@ impl<'a> Acceptor<'a> {
             if let Err(((error, note), mut stream)) = admitted {
                 self.refused = Some(note);
                 // Fits any socket's buffer; whoever does not read it has to guess.
-                let _ = stream.write_all(&wire::encode(&Notice::Refused(error)));
+                let _ = stream.write_all(&wire::encode(&Notice::Failed(error)));
             }
         }
         is_busy

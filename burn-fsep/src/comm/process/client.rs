@@ -82,7 +82,7 @@ fn attempt(config: &ProcessConfig, address: SocketAddr) -> Result<(TcpStream, Tc
     stream.write_all(&wire::encode(&hello))?;
     match Notice::read(&mut stream, config.world_size) {
         Ok(Notice::Welcome) => Ok((stream, listener)),
-        Ok(Notice::Refused(error)) => Err(Attempt::Refused(error)),
+        Ok(Notice::Failed(error)) => Err(Attempt::Refused(error)),
         Ok(_) => Err(Attempt::Again("it answered out of turn".into())),
         Err(error) => Err(match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Attempt::Again("it does not answer".into()),
@@ -105,11 +105,7 @@ impl Client<'_> {
         self.control.set_nonblocking(false).map_err(system("connection to rank 0"))?;
         self.control.set_read_timeout(Some(limit)).map_err(system("connection to rank 0"))?;
         match Notice::read(&mut self.control, self.config.world_size) {
-            Ok(Notice::Lost(rank)) => Err(lost(rank, "rank 0 says so".into())),
-            Ok(Notice::Missing(missing)) => {
-                let waited = self.config.rendezvous_timeout;
-                Err(RendezvousError::Missing { missing, waited, refused: None })
-            }
+            Ok(Notice::Failed(error)) => Err(error),
             Ok(notice) => Ok(notice),
             Err(error) => Err(match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut => lost(0, format!("it was silent for {limit:?}")),

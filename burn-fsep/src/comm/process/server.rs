@@ -47,11 +47,11 @@ pub(super) fn gather(config: &ProcessConfig) -> Result<Connections, RendezvousEr
 
 /// Tells all ranks, also those that come a little later, why the rendezvous is off.
 fn call_off(error: &RendezvousError, acceptor: &mut Acceptor<'_>, members: &mut [Option<Member>]) {
-    let (notice, linger) = match error {
-        RendezvousError::Missing { missing, .. } => (Notice::Missing(missing.clone()), Duration::ZERO),
-        RendezvousError::Lost { rank, .. } => (Notice::Lost(*rank), LINGER),
-        _ => (Notice::Lost(0), Duration::ZERO),
-    };
+    let linger = if matches!(error, RendezvousError::Lost { .. }) { LINGER } else { Duration::ZERO };
+    let notice = Notice::Failed(match error {
+        RendezvousError::Missing { .. } | RendezvousError::Lost { .. } => error.clone(),
+        own => lost(0, own.to_string()),
+    });
     let start = Instant::now();
     let mut told = vec![false; members.len()];
     loop {
