@@ -294,7 +294,9 @@ fn fail(ranks: usize, test: &str) -> Vec<String> {
     let mut processes = start(ranks, test);
     processes.wait(PATIENCE);
     let said: Vec<_> = (0..ranks).map(|rank| processes.said(rank)).collect();
-    said.iter().enumerate().for_each(|(rank, said)| assert!(said.contains("panicked"), "rank {rank}: {said}"));
+    for (rank, said) in said.iter().enumerate() {
+        assert!(said.contains("panicked"), "rank {rank} does not fail\n{}", processes.all_said());
+    }
     said
 }
 

@@ -104,19 +104,19 @@ fn refusals_say_why_and_harm_nobody() {
         for (what, bytes, refusal) in [
             ("another version", hello(9, 3, 1, SECRET), "Version"),
             ("another version that says other things", message(9, &[0xc1; 40]), "Version"),
-            ("another token", hello(VERSION, 3, 1, "the secret of that test"), "Token"),
-            ("a longer token", hello(VERSION, 3, 1, "the secret of this test "), "Token"),
-            ("no token", hello(VERSION, 3, 1, ""), "Token"),
+            ("another token", hello(VERSION, 3, 1, "the secret of that test"), "WrongToken"),
+            ("a longer token", hello(VERSION, 3, 1, "the secret of this test "), "WrongToken"),
+            ("no token", hello(VERSION, 3, 1, ""), "WrongToken"),
             ("another world size", hello(VERSION, 4, 1, SECRET), "WorldSize"),
             ("a second rank 0", hello(VERSION, 3, 0, SECRET), "DuplicateRank"),
-            ("a rank out of range", hello(VERSION, 3, 3, SECRET), "UnexpectedRank"),
-            ("the largest rank", hello(VERSION, 3, u32::MAX, SECRET), "UnexpectedRank"),
+            ("a rank out of range", hello(VERSION, 3, 3, SECRET), "InvalidRank"),
+            ("the largest rank", hello(VERSION, 3, u32::MAX, SECRET), "InvalidRank"),
         ] {
             let answer = say(address, &bytes);
             let body =
                 answer.strip_prefix(&message(VERSION, &[])[..12]).unwrap_or_else(|| panic!("{what}: {answer:?}"));
             let text = String::from_utf8_lossy(body);
-            assert!(text.contains("Refused") && text.contains(refusal), "{what}: {text}");
+            assert!(text.contains("Failed") && text.contains(refusal), "{what}: {text}");
         }
     });
 }

@@ -128,6 +128,7 @@ pub(super) fn match_blocks<'a>(
 /// # Errors
 ///
 /// [`CommError::InvalidArgument`] if it is not what the rank receives from itself.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
 pub(super) fn own_blocks(
     operation: Operation,
     plan: &ExchangePlan,

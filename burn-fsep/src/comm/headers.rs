@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use burn::tensor::Bytes;
+use serde::{Deserialize, Serialize};
 
 use super::{Block, ExchangePlan, Operation, exchange_plan::by_peer};
 
 /// Bytes of a header.
 const HEADER: usize = 256;
-/// Bytes of it that say which collective it is.
-const TEXT: usize = HEADER - 3 * 8;
+/// Bytes of it that say which collective it is; numbers take 9 bytes each.
+const TEXT: usize = HEADER - 4 * 9;
 
 /// What this rank does with each peer, and expects of it. Shape `[N]` each.
 pub(super) struct Headers {
@@ -42,7 +43,7 @@ impl Headers {
 }
 
 /// What one rank is about to do with another.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Header {
     /// The collective, cut off where it is too long.
     text: String,
@@ -68,23 +69,14 @@ impl Header {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut bytes = self.text.clone().into_bytes();
-        bytes.resize(TEXT, 0);
-        for number in [self.blocks, self.bytes, self.fingerprint] {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
+        let mut bytes = rmp_serde::to_vec(self).expect("plain data, written to memory");
+        bytes.resize(HEADER, 0);
         bytes
     }
 
     /// Reads [`HEADER`] bytes.
     fn decode(bytes: &[u8]) -> Self {
-        let text = String::from_utf8_lossy(&bytes[..TEXT]).trim_end_matches('\0').to_string();
-        let number = |i: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[TEXT + 8 * i..TEXT + 8 * (i + 1)]);
-            u64::from_le_bytes(word)
-        };
-        Self { text, blocks: number(0), bytes: number(1), fingerprint: number(2) }
+        rmp_serde::from_slice(bytes).unwrap_or_else(|_| Self::new("something unknown", &[]))
     }
 
     /// Says what differs: what this rank expects of another, and what that one does.

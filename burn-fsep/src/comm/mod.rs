@@ -18,6 +18,7 @@ pub mod mpi;
 pub mod nccl;
 mod operation;
 pub mod process;
+mod rounds;
 
 pub use agree::{Difference, agree};
 pub use communicator::{Communicator, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64};
@@ -26,3 +27,4 @@ pub use environment::{EnvironmentError, RankEnvironment, TOKEN_VARIABLE};
 pub use error::CommError;
 pub use exchange_plan::{Block, ExchangePlan};
 pub use operation::Operation;
+pub use rounds::RoundsCommunicator;

@@ -1,10 +1,4 @@
-use std::{
-    any::Any,
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-    time::Duration,
-};
+use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use derive_new::new;
 use thiserror::Error;
@@ -119,21 +113,9 @@ fn run_rank<T, E: fmt::Display>(
     comm: Arc<LocalCommunicator>,
     program: &(impl Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync),
 ) -> Result<T, RankError<E>> {
-    match catch_unwind(AssertUnwindSafe(|| program(comm.clone()))) {
-        Ok(Ok(value)) => {
-            // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
-            comm.leave();
-            Ok(value)
-        }
-        Ok(Err(error)) => {
-            comm.abort(&error.to_string());
-            Err(RankError::Failed { rank, error })
-        }
-        Err(payload) => {
-            let message = panic_message(payload.as_ref());
-            comm.abort(&format!("panicked: {message}"));
-            Err(RankError::Panicked { rank, message })
-        }
+    match comm.run(program) {
+        Ok(result) => result.map_err(|error| RankError::Failed { rank, error }),
+        Err(panic) => Err(RankError::Panicked { rank, message: panic_message(panic.as_ref()) }),
     }
 }
 

@@ -2,7 +2,6 @@
 
 mod communicator;
 mod launch;
-mod rounds;
 
 pub use communicator::LocalCommunicator;
 pub(crate) use launch::panic_message;

@@ -34,7 +34,7 @@ const WATCH: Duration = Duration::from_millis(20);
 const NAMING: Duration = Duration::from_secs(2);
 /// Communicators of a rank whose kernels fit on the GPU together: those of an FSEP runtime.
 const COMMUNICATORS: usize = 4;
-/// More blocks of one kernel than NCCL makes use of on an H100 or H200.
+/// At most so many blocks of one kernel: as many as NCCL takes by itself between GPUs with NVLink.
 const MAX_BLOCKS: usize = 32;
 
 /// What all communicators of a rank share: its GPU, the control group, and what the watchdog watches.

@@ -6,8 +6,9 @@ use std::{
 
 use super::{
     JobToken, RendezvousError,
+    config::MAX_WORLD_SIZE,
     error::system,
-    handshake::{Hello, Notice, Refusal},
+    handshake::{Hello, Notice},
     wire,
 };
 
@@ -31,9 +32,9 @@ impl<'a> Acceptor<'a> {
         Ok(Self { listener, token, world_size, waiting: Vec::new(), refused: None })
     }
 
-    /// Goes on with what can go on now. `admit` says whether a rank of this job is expected here, and gets its connection,
-    /// which does not block; whether anything happened.
-    pub fn turn(&mut self, mut admit: impl FnMut(&Hello, TcpStream) -> Result<(), (Refusal, TcpStream)>) -> bool {
+    /// Goes on with what can go on now. `admit` gets the connection of a rank of this job, which does not block, or gives it
+    /// back if that rank has come before; whether anything happened.
+    pub fn turn(&mut self, mut admit: impl FnMut(&Hello, TcpStream) -> Result<(), TcpStream>) -> bool {
         let before = self.waiting.len();
         // An error is that of the connection, or passes: too many open files.
         while let Ok((stream, _)) = self.listener.accept() {
@@ -52,29 +53,41 @@ impl<'a> Acceptor<'a> {
                 Ok(None) | Err(_) => continue,
             };
             is_busy = true;
-            let refusal = match self.check(&hello) {
-                Ok(hello) => admit(hello, stream),
+            let admitted = match self.check(hello) {
+                Ok(hello) => admit(&hello, stream).map_err(|stream| {
+                    let rank = hello.rank as usize;
+                    ((RendezvousError::DuplicateRank { rank }, format!("a second rank {rank}.")), stream)
+                }),
                 Err(refusal) => Err((refusal, stream)),
             };
-            if let Err((refusal, mut stream)) = refusal {
-                self.refused = Some(describe(&hello, refusal));
+            if let Err(((error, note), mut stream)) = admitted {
+                self.refused = Some(note);
                 // Fits any socket's buffer; whoever does not read it has to guess.
-                let _ = stream.write_all(&wire::encode(&Notice::Refused(refusal)));
+                let _ = stream.write_all(&wire::encode(&Notice::Failed(error)));
             }
         }
         is_busy
     }
 
-    fn check<'h>(&self, hello: &'h Result<Hello, OtherVersion>) -> Result<&'h Hello, Refusal> {
-        let hello = hello.as_ref().map_err(|_| Refusal::Version(wire::VERSION))?;
-        if hello.token != self.token.reveal() {
-            return Err(Refusal::Token);
+    /// Whether it is a rank of this job; else its error and, for this rank's own, who it was.
+    fn check(&self, hello: Result<Hello, OtherVersion>) -> Result<Hello, (RendezvousError, String)> {
+        let (token, size, version) = (self.token.reveal(), self.world_size, wire::VERSION);
+        let other_version = |OtherVersion(ours)| {
+            let note = format!("protocol version {ours}, this one has {version}.");
+            (RendezvousError::Version { ours, theirs: version }, note)
+        };
+        let hello = hello.map_err(other_version)?;
+        let (rank, theirs) = (hello.rank as usize, hello.world_size as usize);
+        if hello.token != token {
+            return Err((RendezvousError::WrongToken, "a wrong job token.".into()));
         }
-        if hello.world_size as usize != self.world_size {
-            return Err(Refusal::WorldSize(self.world_size as u32));
+        if theirs != size {
+            let note = format!("rank {rank} of {theirs} ranks, this one expects {size}.");
+            return Err((RendezvousError::WorldSize { ours: theirs, theirs: size }, note));
         }
-        if hello.rank as usize >= self.world_size {
-            return Err(Refusal::UnexpectedRank);
+        if rank >= size {
+            let error = RendezvousError::InvalidRank { rank, world_size: size, max: MAX_WORLD_SIZE };
+            return Err((error, format!("rank {rank}, which is not expected here.")));
         }
         Ok(hello)
     }
@@ -109,16 +122,4 @@ fn hear(stream: &mut TcpStream) -> io::Result<Option<Result<Hello, OtherVersion>
         return Ok(Some(Err(OtherVersion(version))));
     }
     wire::decode(&bytes[wire::HEADER..end]).map(|hello| Some(Ok(hello)))
-}
-
-fn describe(hello: &Result<Hello, OtherVersion>, refusal: Refusal) -> String {
-    match (hello, refusal) {
-        (Err(OtherVersion(theirs)), _) => format!("protocol version {theirs}, this one has {}.", wire::VERSION),
-        (Ok(hello), Refusal::WorldSize(ours)) => {
-            format!("rank {} of {} ranks, this one expects {ours}.", hello.rank, hello.world_size)
-        }
-        (Ok(hello), Refusal::DuplicateRank) => format!("a second rank {}.", hello.rank),
-        (Ok(hello), Refusal::UnexpectedRank) => format!("rank {}, which is not expected here.", hello.rank),
-        (Ok(_), Refusal::Token | Refusal::Version(_)) => "a wrong job token.".into(),
-    }
 }

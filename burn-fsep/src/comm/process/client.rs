@@ -11,7 +11,7 @@ use super::{
     acceptor::Acceptor,
     connection::{Connections, POLL, Peek, READY, peek},
     error::system,
-    handshake::{Hello, Notice, Refusal},
+    handshake::{Hello, Notice},
     wire,
 };
 
@@ -26,7 +26,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 enum Attempt {
     /// It may succeed later.
     Again(String),
-    Refused(Refusal),
+    Refused(RendezvousError),
 }
 
 impl From<io::Error> for Attempt {
@@ -55,7 +55,7 @@ fn reach_rank_0(config: &ProcessConfig) -> Result<(TcpStream, TcpListener), Rend
         for address in &addresses {
             match attempt(config, *address) {
                 Ok(connected) => return Ok(connected),
-                Err(Attempt::Refused(refusal)) => return Err(refused(config, refusal)),
+                Err(Attempt::Refused(error)) => return Err(error),
                 Err(Attempt::Again(reason)) => last = reason,
             }
         }
@@ -82,22 +82,13 @@ fn attempt(config: &ProcessConfig, address: SocketAddr) -> Result<(TcpStream, Tc
     stream.write_all(&wire::encode(&hello))?;
     match Notice::read(&mut stream, config.world_size) {
         Ok(Notice::Welcome) => Ok((stream, listener)),
-        Ok(Notice::Refused(refusal)) => Err(Attempt::Refused(refusal)),
+        Ok(Notice::Failed(error)) => Err(Attempt::Refused(error)),
         Ok(_) => Err(Attempt::Again("it answered out of turn".into())),
         Err(error) => Err(match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Attempt::Again("it does not answer".into()),
             ErrorKind::UnexpectedEof => Attempt::Again("it closed the connection".into()),
             _ => error.into(),
         }),
-    }
-}
-
-fn refused(config: &ProcessConfig, refusal: Refusal) -> RendezvousError {
-    match refusal {
-        Refusal::Version(theirs) => RendezvousError::Version { ours: wire::VERSION, theirs },
-        Refusal::Token => RendezvousError::WrongToken,
-        Refusal::WorldSize(theirs) => RendezvousError::WorldSize { ours: config.world_size, theirs: theirs as usize },
-        Refusal::DuplicateRank | Refusal::UnexpectedRank => RendezvousError::DuplicateRank { rank: config.rank },
     }
 }
 
@@ -114,11 +105,7 @@ impl Client<'_> {
         self.control.set_nonblocking(false).map_err(system("connection to rank 0"))?;
         self.control.set_read_timeout(Some(limit)).map_err(system("connection to rank 0"))?;
         match Notice::read(&mut self.control, self.config.world_size) {
-            Ok(Notice::Lost(rank)) => Err(lost(rank, "rank 0 says so".into())),
-            Ok(Notice::Missing(missing)) => {
-                let waited = self.config.rendezvous_timeout;
-                Err(RendezvousError::Missing { missing, waited, refused: None })
-            }
+            Ok(Notice::Failed(error)) => Err(error),
             Ok(notice) => Ok(notice),
             Err(error) => Err(match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut => lost(0, format!("it was silent for {limit:?}")),
@@ -156,11 +143,8 @@ impl Client<'_> {
         loop {
             let is_busy = acceptor.turn(|hello, stream| {
                 let rank = hello.rank as usize;
-                if rank <= config.rank {
-                    return Err((Refusal::UnexpectedRank, stream));
-                }
-                if peers[rank].is_some() {
-                    return Err((Refusal::DuplicateRank, stream));
+                if rank <= config.rank || peers[rank].is_some() {
+                    return Err(stream);
                 }
                 peers[rank] = Some(stream);
                 Ok(())

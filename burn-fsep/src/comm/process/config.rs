@@ -1,17 +1,16 @@
 use std::{
-    any::Any,
     fmt,
     net::{SocketAddr, TcpListener, ToSocketAddrs},
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    panic::resume_unwind,
     sync::Arc,
     time::Duration,
 };
 
-use super::{JobToken, ProcessCommunicator, RendezvousError, client, server};
-use crate::comm::{CommError, Communicator, local::panic_message};
+use super::{JobToken, ProcessCommunicator, RendezvousError, client, links, server};
+use crate::comm::{CommError, Communicator};
 
 /// Every pair of ranks has a connection and every connection two threads.
-const MAX_WORLD_SIZE: usize = 1024;
+pub(super) const MAX_WORLD_SIZE: usize = 1024;
 
 /// Configuration of a rank's [`ProcessCommunicator`].
 #[derive(Debug, Clone)]
@@ -79,7 +78,7 @@ impl ProcessConfig {
             0 => server::gather(self)?,
             _ => client::join(self)?,
         };
-        ProcessCommunicator::connect(rank, peers, self.timeout)
+        links::connect(rank, peers, self.timeout)
     }
 
     /// Meets the other ranks, runs `program` as this rank, and leaves the group.
@@ -95,22 +94,9 @@ impl ProcessConfig {
         E: fmt::Display + From<CommError>,
     {
         let comm = Arc::new(self.init().map_err(CommError::from)?);
-        match catch_unwind(AssertUnwindSafe(|| program(comm.clone()))) {
-            Ok(Ok(value)) => {
-                // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
-                comm.leave();
-                Ok(value)
-            }
-            Ok(Err(error)) => {
-                comm.abort(&error.to_string());
-                comm.leave();
-                Err(error)
-            }
-            Err(payload) => {
-                comm.abort(&format!("panicked: {}", panic_message(payload.as_ref() as &(dyn Any + Send))));
-                comm.leave();
-                resume_unwind(payload)
-            }
+        match comm.run(program) {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
         }
     }
 

@@ -1,19 +1,12 @@
 //! Connections between two ranks.
 
 use std::{
-    io::{self, BufReader, BufWriter, ErrorKind, Write},
-    net::{Shutdown, TcpStream},
-    sync::{Arc, mpsc},
-    thread,
+    io::{self, ErrorKind},
+    net::TcpStream,
     time::Duration,
 };
 
 use socket2::{SockRef, TcpKeepalive};
-
-use super::{
-    mailbox::Mailbox,
-    message::{Message, Outgoing},
-};
 
 /// A rank's connections with all ranks, by rank; `None` for itself.
 pub(super) type Connections = Vec<Option<TcpStream>>;
@@ -23,8 +16,6 @@ pub(super) const POLL: Duration = Duration::from_millis(2);
 /// What a rank tells rank 0 when it is connected to all others.
 pub(super) const READY: u8 = b'R';
 
-const BUFFER: usize = 64 << 10;
-const STACK: usize = 256 << 10;
 /// When a silent connection is tested, and how often before it is given up: 25 s in all.
 const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(5), 3);
 /// How long sent data may stay unacknowledged.
@@ -47,34 +38,8 @@ pub(super) fn peek(stream: &TcpStream) -> Peek {
     }
 }
 
-/// Starts the threads that read from and write to rank `peer`. Both end with the connection.
-pub(super) fn start(
-    mailbox: &Arc<Mailbox>,
-    peer: usize,
-    stream: TcpStream,
-    queue: mpsc::Receiver<Outgoing>,
-) -> io::Result<()> {
-    prepare(&stream)?;
-    let outgoing = stream.try_clone()?;
-    let of_writer = mailbox.clone();
-    spawn(format!("to-rank-{peer}"), move || {
-        // What became of the peer shows on the other half of the connection.
-        let _ = write(&outgoing, &queue);
-        let _ = outgoing.shutdown(Shutdown::Write);
-        of_writer.writer_ended();
-    })?;
-    let mailbox = mailbox.clone();
-    spawn(format!("from-rank-{peer}"), move || {
-        read(&mailbox, peer, stream);
-        mailbox.reader_ended();
-    })
-}
-
-fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name(name).stack_size(STACK).spawn(run).map(drop)
-}
-
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+/// Lets the operating system notice machines that vanish.
+pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
@@ -92,33 +57,8 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes what is queued until the mailbox drops the queue.
-fn write(stream: &TcpStream, queue: &mpsc::Receiver<Outgoing>) -> io::Result<()> {
-    let mut writer = BufWriter::with_capacity(BUFFER, stream);
-    while let Ok(message) = queue.recv() {
-        message.write(&mut writer)?;
-        while let Ok(message) = queue.try_recv() {
-            message.write(&mut writer)?;
-        }
-        writer.flush()?;
-    }
-    Ok(())
-}
-
-fn read(mailbox: &Mailbox, peer: usize, stream: TcpStream) {
-    let mut reader = BufReader::with_capacity(BUFFER, stream);
-    loop {
-        match Message::read(&mut reader) {
-            Ok(Some(Message::Frame(key, frame))) => mailbox.deliver(key, peer, frame),
-            Ok(Some(Message::End(error))) => mailbox.peer_ended(peer, error),
-            Ok(Some(Message::Leave)) => mailbox.peer_left(peer),
-            Ok(None) => return mailbox.peer_lost(peer, "its process ended without notice".into()),
-            Err(error) => return mailbox.peer_lost(peer, describe(&error)),
-        }
-    }
-}
-
-fn describe(error: &io::Error) -> String {
+/// How the end of a connection shows.
+pub(super) fn describe(error: &io::Error) -> String {
     match error.kind() {
         ErrorKind::UnexpectedEof => "its process ended without notice, in the middle of a message".into(),
         ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "its process ended without notice (reset)".into(),
@@ -130,7 +70,7 @@ fn describe(error: &io::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::{io::Write, net::TcpListener};
 
     use super::*;
 

@@ -5,7 +5,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{JobToken, wire};
+use super::{JobToken, RendezvousError, wire};
 
 /// What a rank says first on a connection. Not to be printed: it holds the job's secret.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,56 +31,44 @@ impl Hello {
 pub(super) enum Notice {
     /// The hello was accepted.
     Welcome,
-    /// The hello was not.
-    Refused(Refusal),
+    /// The hello was not, or the rendezvous is off: the error of who hears it.
+    Failed(RendezvousError),
     /// Where all ranks listen, in rank order.
     Peers(Vec<SocketAddr>),
     /// All ranks are connected to each other.
     Go,
-    /// The rendezvous is off: a rank was lost.
-    Lost(usize),
-    /// The rendezvous is off: ranks did not come.
-    Missing(Vec<usize>),
-}
-
-/// Why a hello was not accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Refusal {
-    /// The listener's version.
-    Version(u32),
-    Token,
-    /// The listener's world size.
-    WorldSize(u32),
-    DuplicateRank,
-    /// A rank that has no business here.
-    UnexpectedRank,
 }
 
 impl Notice {
-    /// Bytes of the longest one, for each rank: that of all addresses.
-    const LIMIT: usize = 64;
+    /// Bytes of the longest one: the table of addresses, or an error with its texts and ranks.
+    fn limit(size: usize) -> usize {
+        64 * size + 1024
+    }
 
     /// Reads a notice in a job of `size` ranks.
     pub fn read(reader: &mut impl Read, size: usize) -> io::Result<Self> {
         let garbled = || io::Error::new(ErrorKind::InvalidData, "whoever listens there is no rank of burn-fsep");
-        let notice = match wire::read(reader, Self::LIMIT * size.max(1)) {
+        let notice = match wire::read(reader, Self::limit(size)) {
             Ok(notice) => notice.ok_or(ErrorKind::UnexpectedEof)?,
             Err(error) if error.kind() == ErrorKind::InvalidData => return Err(garbled()),
             Err(error) => return Err(error),
         };
-        let is_possible = match &notice {
-            Notice::Peers(addresses) => addresses.len() == size,
-            Notice::Lost(rank) => *rank < size,
-            Notice::Missing(ranks) => ranks.len() <= size && ranks.iter().all(|&rank| rank < size),
-            Notice::Welcome | Notice::Refused(_) | Notice::Go => true,
-        };
-        if is_possible { Ok(notice) } else { Err(garbled()) }
+        match &notice {
+            Notice::Peers(addresses) if addresses.len() != size => Err(garbled()),
+            _ => Ok(notice),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    fn missing(missing: Vec<usize>) -> RendezvousError {
+        RendezvousError::Missing { missing, waited: Duration::from_secs(1), refused: Some("a wrong job token.".into()) }
+    }
 
     #[test]
     fn a_hello_is_read_as_written() {
@@ -104,15 +92,14 @@ mod tests {
         let addresses = vec!["127.0.0.1:5".parse().unwrap(), "[::1]:65535".parse().unwrap()];
         for notice in [
             Notice::Welcome,
-            Notice::Refused(Refusal::Version(7)),
-            Notice::Refused(Refusal::Token),
-            Notice::Refused(Refusal::WorldSize(3)),
-            Notice::Refused(Refusal::DuplicateRank),
-            Notice::Refused(Refusal::UnexpectedRank),
+            Notice::Failed(RendezvousError::Version { ours: 7, theirs: u32::MAX }),
+            Notice::Failed(RendezvousError::WrongToken),
+            Notice::Failed(RendezvousError::WorldSize { ours: usize::MAX, theirs: usize::MAX }),
+            Notice::Failed(RendezvousError::DuplicateRank { rank: usize::MAX }),
+            Notice::Failed(RendezvousError::InvalidRank { rank: usize::MAX, world_size: usize::MAX, max: usize::MAX }),
             Notice::Peers(addresses),
             Notice::Go,
-            Notice::Lost(1),
-            Notice::Missing(vec![0, 1]),
+            Notice::Failed(missing(vec![0, 1])),
         ] {
             assert_eq!(Notice::read(&mut wire::encode(&notice).as_slice(), 2).unwrap(), notice);
         }
@@ -122,8 +109,8 @@ mod tests {
     fn garbled_notices_are_refused_before_anything_is_allocated() {
         let mut long = wire::encode(&Notice::Go);
         long[wire::HEADER - 4..wire::HEADER].copy_from_slice(&u32::MAX.to_le_bytes());
-        let [many, too_many] = [3, 200].map(|ranks| wire::encode(&Notice::Missing(vec![0; ranks])));
-        for bytes in [long, many, too_many, vec![b'H'; 21], wire::encode(&Notice::Lost(2)), wire::encode(&7)] {
+        let too_many = wire::encode(&Notice::Failed(missing(vec![0; 2000])));
+        for bytes in [long, too_many, vec![b'H'; 21], wire::encode(&7)] {
             assert_eq!(Notice::read(&mut bytes.as_slice(), 2).unwrap_err().kind(), ErrorKind::InvalidData);
         }
         for (size, addresses) in [(1, 2), (3, 2)] {
@@ -133,10 +120,11 @@ mod tests {
     }
 
     #[test]
-    fn a_table_of_long_addresses_fits() {
+    fn what_concerns_all_ranks_of_a_large_job_fits() {
         let size = 1024;
         let address = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
-        let notice = Notice::Peers(vec![address; size]);
-        assert_eq!(Notice::read(&mut wire::encode(&notice).as_slice(), size).unwrap(), notice);
+        for notice in [Notice::Peers(vec![address; size]), Notice::Failed(missing((1..size).collect()))] {
+            assert_eq!(Notice::read(&mut wire::encode(&notice).as_slice(), size).unwrap(), notice);
+        }
     }
 }

@@ -8,7 +8,11 @@ use burn::tensor::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::wire;
-use crate::comm::{Block, CommError};
+use crate::comm::{
+    Block, CommError, Operation,
+    error::invalid_argument,
+    rounds::{Part, RoundKey},
+};
 
 /// Longest description of a collective, in bytes.
 pub(super) const MAX_SIGNATURE: usize = 4 << 10;
@@ -21,33 +25,12 @@ const MAX_TEXT: usize = 16 << 10;
 /// Longest head of a message: its blocks take up to 9 bytes each.
 const MAX_HEAD: usize = 9 * MAX_BLOCKS + 2 * MAX_SIGNATURE;
 
-/// Names a collective: communicator and number on it.
-pub(super) type RoundKey = (u64, u64);
-
-/// A rank's part of a collective, as a peer gets it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Frame {
-    /// What the sender is doing, compared across ranks.
-    pub signature: String,
-    /// Lengths of the blocks that `payload` consists of.
-    pub blocks: Vec<u64>,
-    pub payload: Vec<u8>,
-}
-
-impl Frame {
-    /// The blocks of the payload.
-    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        let mut rest = self.payload.as_slice();
-        // Checked when it was read.
-        self.blocks.iter().map(move |&len| rest.split_off(..len as usize).unwrap_or_default())
-    }
-}
-
 /// What a rank hears from a peer.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Message {
-    Frame(RoundKey, Frame),
-    /// The peer's group has ended, for this reason; it sends no more frames.
+    /// Its part of a collective.
+    Part(RoundKey, Part),
+    /// The peer's group has ended, for this reason; it sends no more parts.
     End(CommError),
     /// The peer leaves in peace.
     Leave,
@@ -56,23 +39,41 @@ pub(super) enum Message {
 /// A message without the payload, which follows it as it is.
 #[derive(Serialize, Deserialize)]
 enum Head<'a> {
-    Frame { key: RoundKey, signature: Cow<'a, str>, blocks: Vec<u64> },
+    Part { key: RoundKey, signature: Cow<'a, str>, blocks: Vec<u64> },
     End(CommError),
     Leave,
 }
 
 /// What a rank tells a peer.
-pub(super) struct Outgoing {
+pub(in crate::comm) struct Outgoing {
     head: Vec<u8>,
     /// The data that several peers' messages share, and this peer's blocks of it.
     payload: Option<(Arc<Bytes>, Vec<Block>)>,
 }
 
+/// Peers refuse what is beyond the limits, so it is refused here, where it can be explained.
+pub(in crate::comm) fn check_limits(operation: Operation, part: &Part) -> Result<(), CommError> {
+    let check = |what: &str, actual: usize, limit: usize| match actual {
+        _ if actual <= limit => Ok(()),
+        _ => Err(invalid_argument(operation, format!("{actual} {what}; at most {limit} fit one message"))),
+    };
+    check("bytes of description", part.signature.len(), MAX_SIGNATURE)?;
+    part.blocks.iter().try_for_each(|blocks| {
+        check("blocks", blocks.len(), MAX_BLOCKS)?;
+        // Blocks may overlap: what is sent is not limited by the buffer's length.
+        check("bytes of data", blocks.iter().map(|block| block.len).sum(), MAX_PAYLOAD)
+    })
+}
+
 impl Outgoing {
-    pub fn frame(key: RoundKey, signature: &str, data: Arc<Bytes>, blocks: Vec<Block>) -> Self {
-        let lens = blocks.iter().map(|block| block.len as u64).collect();
-        let head = wire::encode(&Head::Frame { key, signature: signature.into(), blocks: lens });
-        Self { head, payload: Some((data, blocks)) }
+    /// What each rank gets of a part. Shape `[N]`.
+    pub fn parts(key: RoundKey, part: &Part) -> Vec<Self> {
+        let message = |blocks: &Vec<Block>| {
+            let lens = blocks.iter().map(|block| block.len as u64).collect();
+            let head = wire::encode(&Head::Part { key, signature: part.signature.as_str().into(), blocks: lens });
+            Self { head, payload: Some((part.data.clone(), blocks.clone())) }
+        };
+        part.blocks.iter().map(message).collect()
     }
 
     pub fn end(error: &CommError) -> Self {
@@ -110,15 +111,23 @@ impl Message {
     pub fn read(reader: &mut impl Read) -> io::Result<Option<Self>> {
         let Some(head) = wire::read(reader, MAX_HEAD)? else { return Ok(None) };
         Ok(Some(match head {
-            Head::Frame { key, signature, blocks } => {
-                let sum = |sum: usize, &len: &u64| sum.checked_add(usize::try_from(len).ok()?);
-                let payload = blocks.iter().try_fold(0, sum).filter(|&len| len <= MAX_PAYLOAD);
-                let payload = payload.ok_or_else(wire::garbled)?;
-                if signature.len() > MAX_SIGNATURE || blocks.len() > MAX_BLOCKS {
+            Head::Part { key, signature, blocks: lens } => {
+                if signature.len() > MAX_SIGNATURE || lens.len() > MAX_BLOCKS {
                     return Err(wire::garbled());
                 }
-                let payload = wire::read_bytes(reader, payload)?;
-                Message::Frame(key, Frame { signature: signature.into_owned(), blocks, payload })
+                let mut payload = 0;
+                let mut blocks = Vec::with_capacity(lens.len());
+                for len in lens {
+                    // Of this rank, which has no number here.
+                    let block = Block { peer: 0, offset: payload, len: usize::try_from(len).unwrap_or(usize::MAX) };
+                    payload = payload.saturating_add(block.len);
+                    blocks.push(block);
+                }
+                if payload > MAX_PAYLOAD {
+                    return Err(wire::garbled());
+                }
+                let data = Arc::new(Bytes::from_elems(wire::read_bytes(reader, payload)?));
+                Message::Part(key, Part { signature: signature.into_owned(), data, blocks: vec![blocks] })
             }
             Head::End(error) => Message::End(error),
             Head::Leave => Message::Leave,
@@ -139,20 +148,22 @@ mod tests {
         bytes
     }
 
-    fn frame(signature: &str, blocks: &[(usize, usize)]) -> Outgoing {
+    fn part(signature: &str, blocks: &[(usize, usize)]) -> Vec<u8> {
         let data = Arc::new(Bytes::from_elems((0..100).collect::<Vec<u8>>()));
-        let blocks = blocks.iter().map(|&(offset, len)| Block { peer: 0, offset, len }).collect();
-        Outgoing::frame((3, 9), signature, data, blocks)
+        let blocks = vec![blocks.iter().map(|&(offset, len)| Block { peer: 0, offset, len }).collect()];
+        written(&Outgoing::parts((3, 9), &Part { signature: signature.into(), data, blocks })[0])
     }
 
     #[test]
-    fn frames_are_read_as_written() {
-        let bytes = written(&frame("sum", &[(90, 2), (5, 1)]));
+    fn parts_are_read_as_written() {
+        let bytes = part("sum", &[(90, 2), (5, 1)]);
         let mut bytes = bytes.as_slice();
-        let frame = Frame { signature: "sum".into(), blocks: vec![2, 1], payload: vec![90, 91, 5] };
-        assert_eq!(Message::read(&mut bytes).unwrap(), Some(Message::Frame((3, 9), frame)));
-        assert_eq!(Message::read(&mut bytes).unwrap(), None);
-        assert_eq!(Message::read(&mut written(&Outgoing::leave()).as_slice()).unwrap(), Some(Message::Leave));
+        let Some(Message::Part((3, 9), part)) = Message::read(&mut bytes).unwrap() else { panic!("not a part") };
+        assert_eq!(part.signature, "sum");
+        assert_eq!(part.blocks_for(7).collect::<Vec<_>>(), [&[90, 91][..], &[5]]);
+        assert!(Message::read(&mut bytes).unwrap().is_none());
+        let leave = Message::read(&mut written(&Outgoing::leave()).as_slice()).unwrap();
+        assert!(matches!(leave, Some(Message::Leave)));
     }
 
     #[test]
@@ -168,7 +179,8 @@ mod tests {
             CommError::Rendezvous(RendezvousError::WrongToken),
         ] {
             let bytes = written(&Outgoing::end(&error));
-            assert_eq!(Message::read(&mut bytes.as_slice()).unwrap(), Some(Message::End(error)));
+            let read = Message::read(&mut bytes.as_slice()).unwrap();
+            assert!(matches!(&read, Some(Message::End(read)) if *read == error), "{read:?}");
         }
     }
 
@@ -186,7 +198,7 @@ mod tests {
     #[test]
     fn oversized_and_garbled_messages_are_refused() {
         let head = |signature: &str, blocks: Vec<u64>| {
-            wire::encode(&Head::Frame { key: (0, 0), signature: signature.into(), blocks })
+            wire::encode(&Head::Part { key: (0, 0), signature: signature.into(), blocks })
         };
         let mut too_long = head("", vec![]);
         too_long[wire::HEADER - 4..wire::HEADER].copy_from_slice(&(MAX_HEAD as u32 + 1).to_le_bytes());
@@ -207,14 +219,13 @@ mod tests {
 
     #[test]
     fn a_message_that_breaks_off_is_an_error_and_costs_no_memory() {
-        let whole = written(&frame("sum", &[(0, 1), (1, 1)]));
+        let whole = part("sum", &[(0, 1), (1, 1)]);
         for len in 1..whole.len() {
             let error = Message::read(&mut &whole[..len]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{len}");
         }
         // A length alone is no reason to allocate it: this one would not fit any machine here.
-        let promise =
-            wire::encode(&Head::Frame { key: (0, 0), signature: "".into(), blocks: vec![MAX_PAYLOAD as u64] });
+        let promise = wire::encode(&Head::Part { key: (0, 0), signature: "".into(), blocks: vec![MAX_PAYLOAD as u64] });
         assert!(Message::read(&mut promise.as_slice()).is_err());
     }
 }

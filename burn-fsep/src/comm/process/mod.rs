@@ -18,19 +18,20 @@
 
 mod acceptor;
 mod client;
-mod communicator;
 mod config;
 mod connection;
 mod error;
 mod handshake;
-mod mailbox;
-mod message;
-mod pending;
+mod links;
+pub(super) mod message;
 mod server;
 mod token;
 mod wire;
 
-pub use communicator::ProcessCommunicator;
 pub use config::ProcessConfig;
 pub use error::RendezvousError;
+pub(super) use links::Links;
 pub use token::{JobToken, TokenError};
+
+/// A rank's handle on a group of processes. See [`ProcessConfig`].
+pub type ProcessCommunicator = super::RoundsCommunicator;
