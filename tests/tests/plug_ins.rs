@@ -9,6 +9,7 @@ use burn::tensor::{Distribution, Tensor};
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::{LaunchConfig, RankError},
+    moe::RouterForcing,
 };
 use burn_fsep_planner::{
     Layout, PlannerConfig, PlannerError, RoutingCounts, Strategy, Topology,
@@ -20,7 +21,9 @@ use burn_fsep_tests::{device, launch};
 
 /// A layer of 4 experts in 2 slots a rank.
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
-    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(2)).with_moe_router_force_load_balancing(true);
+    let config = FSEPMoEConfig::new(4, 6, 4)
+        .with_slots_per_rank(Some(2))
+        .with_moe_router_force(Some(RouterForcing::LoadBalancing));
     config.try_init(runtime, &device())
 }
 

@@ -3,7 +3,10 @@ use burn::{
     tensor::{Device, FloatDType},
 };
 
-use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, layer::LayerSettings};
+use super::{
+    DenseMoE, FSEPMoE, ForcedRouter, FsepExperts, RouterForcing, TopKRouter, layer::LayerSettings,
+    losses::AuxiliaryLosses,
+};
 use crate::{FsepError, FsepRuntime, ops::WeightStorage, runtime::LayerConfig, shard::ExpertShape};
 
 /// How experts are spread over ranks.
@@ -41,17 +44,10 @@ pub struct FSEPMoEConfig {
     /// Weight of the router z-loss (ST-MoE, eq. 5); 0 is off.
     #[config(default = 0.0)]
     pub moe_z_loss_coeff: f64,
-    /// For throughput tests: route all experts equally many tokens, whatever the router says.
-    #[config(default = false)]
-    pub moe_router_force_load_balancing: bool,
-    /// For throughput tests: add a fixed random bias with this standard deviation to the router's logits, so that
-    /// routing is skewed.
+    /// For throughput tests: routing that does not come from the router (Megatron-Core's `moe_router_force_load_balancing` and
+    /// `moe_router_force_biased`).
     #[config(default = "None")]
-    pub moe_router_force_biased: Option<f64>,
-    /// For throughput tests: route exactly these shares of the assignments to the experts, whatever the router says.
-    /// Shape `[E]`, sum 1, none above `1 / K`.
-    #[config(default = "None")]
-    pub moe_router_force_shares: Option<Vec<f64>>,
+    pub moe_router_force: Option<RouterForcing>,
     /// Recompute the experts' activations in backward instead of keeping them.
     #[config(default = false)]
     pub moe_layer_recompute: bool,
@@ -106,6 +102,7 @@ impl FSEPMoEConfig {
         };
         let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
         let storage = if is_static || ranks == 1 { WeightStorage::Resident } else { WeightStorage::Sharded };
+        let router = self.router(runtime.seed(), runtime.num_layers(), device)?;
         let layer = runtime.register_layer(LayerConfig {
             num_experts: experts,
             slots_per_rank,
@@ -115,7 +112,7 @@ impl FSEPMoEConfig {
             compute_dtype: self.compute_dtype,
         })?;
         Ok(FSEPMoE {
-            router: self.router(runtime.seed(), layer, device),
+            router: router.0,
             experts: FsepExperts::new(shape, experts, storage, runtime, layer, device),
             settings: LayerSettings {
                 runtime: runtime.clone(),
@@ -123,7 +120,8 @@ impl FSEPMoEConfig {
                 shape,
                 storage,
                 recompute: self.moe_layer_recompute,
-                aux_loss_coeff: self.moe_aux_loss_coeff,
+                losses: self.losses(),
+                forced: router.1,
                 compute_dtype: self.compute_dtype,
             },
         })
@@ -138,25 +136,24 @@ impl FSEPMoEConfig {
     pub fn init_dense(&self, seed: u64, layer: usize, device: &Device) -> Result<DenseMoE, FsepError> {
         self.check()?;
         let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
-        let router = self.router(seed, layer, device);
-        Ok(DenseMoE::new(router, shape, self.num_moe_experts, self.moe_aux_loss_coeff, seed, layer, device))
+        let router = self.router(seed, layer, device)?;
+        Ok(DenseMoE::new(router, shape, self.num_moe_experts, self.losses(), seed, layer, device))
     }
 
-    fn router(&self, seed: u64, layer: usize, device: &Device) -> TopKRouter {
-        TopKRouter::new(self, self.forcing(seed, layer), seed, layer, device)
+    fn router(
+        &self,
+        seed: u64,
+        layer: usize,
+        device: &Device,
+    ) -> Result<(TopKRouter, Option<ForcedRouter>), FsepError> {
+        let (experts, topk) = (self.num_moe_experts, self.moe_router_topk);
+        let forced = self.moe_router_force.as_ref();
+        let forced = forced.map(|forcing| ForcedRouter::new(forcing, experts, topk, seed, layer)).transpose()?;
+        Ok((TopKRouter::new(self, seed, layer, device), forced))
     }
 
-    fn forcing(&self, seed: u64, layer: usize) -> RouterForcing {
-        let experts = self.num_moe_experts;
-        if let Some(shares) = &self.moe_router_force_shares {
-            RouterForcing::Shares(shares.clone())
-        } else if self.moe_router_force_load_balancing {
-            RouterForcing::Shares(vec![1.0 / experts as f64; experts])
-        } else if let Some(std) = self.moe_router_force_biased {
-            RouterForcing::biased(std, experts, seed, layer)
-        } else {
-            RouterForcing::Off
-        }
+    fn losses(&self) -> AuxiliaryLosses {
+        AuxiliaryLosses { balancing: self.moe_aux_loss_coeff, z: self.moe_z_loss_coeff }
     }
 
     fn check(&self) -> Result<(), FsepError> {
@@ -185,35 +182,11 @@ impl FSEPMoEConfig {
             }
             .into());
         }
-        for (name, value) in [
-            ("moe_aux_loss_coeff", Some(self.moe_aux_loss_coeff)),
-            ("moe_z_loss_coeff", Some(self.moe_z_loss_coeff)),
-            ("moe_router_force_biased", self.moe_router_force_biased),
-        ] {
-            if let Some(value) = value.filter(|v| !v.is_finite() || *v < 0.0) {
+        for (name, value) in
+            [("moe_aux_loss_coeff", self.moe_aux_loss_coeff), ("moe_z_loss_coeff", self.moe_z_loss_coeff)]
+        {
+            if !value.is_finite() || value < 0.0 {
                 return fail(format!("{name} must be finite and not negative, got {value}"));
-            }
-        }
-        let forced = [
-            self.moe_router_force_load_balancing,
-            self.moe_router_force_biased.is_some(),
-            self.moe_router_force_shares.is_some(),
-        ];
-        if forced.into_iter().filter(|on| *on).count() > 1 {
-            return fail("of the moe_router_force_* options at most one can be set".into());
-        }
-        if let Some(shares) = &self.moe_router_force_shares {
-            let largest = 1.0 / self.moe_router_topk as f64 + 1e-9;
-            let sum: f64 = shares.iter().sum();
-            if shares.len() != self.num_moe_experts
-                || (sum - 1.0).abs() > 1e-6
-                || shares.iter().any(|s| !(0.0..=largest).contains(s))
-            {
-                return fail(format!(
-                    "moe_router_force_shares needs {} shares between 0 and 1 / moe_router_topk that sum to 1, got \
-                     {shares:?}",
-                    self.num_moe_experts
-                ));
             }
         }
         Ok(())

@@ -3,7 +3,12 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::silu},
 };
 
-use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::load_balancing_loss, tokens::token_rows};
+use super::{
+    ForcedRouter, MoeOutput, RouterOutput, TokenMask, TopKRouter,
+    assignments::Assignments,
+    losses::AuxiliaryLosses,
+    tokens::{from_token_rows, token_rows},
+};
 use crate::{
     FsepError,
     shard::{ExpertShape, expert_parameters},
@@ -20,15 +25,17 @@ pub struct DenseMoE {
     #[module(skip)]
     shape: ExpertShape,
     #[module(skip)]
-    aux_loss_coeff: f64,
+    losses: AuxiliaryLosses,
+    #[module(skip)]
+    forced: Option<ForcedRouter>,
 }
 
 impl DenseMoE {
     pub(super) fn new(
-        router: TopKRouter,
+        (router, forced): (TopKRouter, Option<ForcedRouter>),
         shape: ExpertShape,
         num_experts: usize,
-        aux_loss_coeff: f64,
+        losses: AuxiliaryLosses,
         seed: u64,
         layer: usize,
         device: &Device,
@@ -36,7 +43,7 @@ impl DenseMoE {
         let expert = |expert| expert_parameters(shape, seed, layer, expert, 0..shape.num_params());
         let values: Vec<f32> = (0..num_experts).flat_map(expert).collect();
         let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
-        Self { router, weight, shape, aux_loss_coeff }
+        Self { router, weight, shape, losses, forced }
     }
 
     /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
@@ -54,13 +61,32 @@ impl DenseMoE {
     ///
     /// As [`TopKRouter::forward`].
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
-        let dims = hidden.dims();
-        let tokens = token_rows(hidden)?;
-        let [num_tokens, width] = tokens.dims();
-        let topk = self.router.topk();
+        self.route_and_compute(hidden, None)
+    }
 
-        let routed = self.router.forward(tokens.clone())?;
-        let assignments = Assignments::new(routed.experts, self.weight.dims()[0]);
+    /// As [`DenseMoE::try_forward`], for the real tokens of a batch alone; the rows of the others are zeros.
+    ///
+    /// # Errors
+    ///
+    /// Also [`FsepError::Shape`] if the mask is one of another number of tokens.
+    pub fn try_forward_masked<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: &TokenMask,
+    ) -> Result<MoeOutput<R>, FsepError> {
+        self.route_and_compute(hidden, Some(mask))
+    }
+
+    /// Applies the experts to tokens that any router has routed, and counts the assignments of each expert.
+    /// `[T, D] -> ([T, D], [E])`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError`] if a token has no expert or the device cannot be read.
+    pub fn forward_routed(&self, tokens: Tensor<2>, routed: &RouterOutput) -> Result<(Tensor<2>, Vec<u64>), FsepError> {
+        let width = tokens.dims()[1];
+        let [num_tokens, topk] = routed.experts.dims();
+        let assignments = Assignments::new(routed.experts.clone(), self.weight.dims()[0]);
         let counts = assignments.counts()?;
         let Assignments { row_of, token_of, .. } = assignments;
         let rows = tokens.select(0, token_of);
@@ -75,14 +101,21 @@ impl DenseMoE {
         }
         let output = if outputs.is_empty() { rows } else { Tensor::cat(outputs, 0) };
         let by_token = output.select(0, row_of).reshape([num_tokens, topk, width]);
-        let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
+        let output = (by_token * routed.probs.clone().unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1);
+        Ok((output, counts.into_iter().map(u64::from).collect()))
+    }
 
-        let balancing = (self.aux_loss_coeff > 0.0).then(|| {
-            let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
-            load_balancing_loss(routed.scores, &totals, self.aux_loss_coeff)
-        });
-        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
-        Ok(MoeOutput { hidden: output, aux_loss })
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
+        let dims = hidden.dims();
+        let tokens = token_rows(hidden, mask)?;
+        let routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
+        let (output, totals) = self.forward_routed(tokens, &routed)?;
+        let aux_loss = self.losses.of(&routed, &totals, 1);
+        Ok(MoeOutput { hidden: from_token_rows(output, dims, mask), aux_loss })
     }
 
     /// `[m, D] -> [m, D]`

@@ -6,10 +6,10 @@ use burn::{
 };
 
 use super::{
-    FsepExperts, TopKRouter,
+    ForcedRouter, FsepExperts, TokenMask, TopKRouter,
     assignments::Assignments,
-    losses::load_balancing_loss,
-    tokens::{check_dtype, token_rows},
+    losses::AuxiliaryLosses,
+    tokens::{check_dtype, from_token_rows, token_rows},
 };
 use crate::{
     FsepError, FsepRuntime,
@@ -50,7 +50,8 @@ pub(super) struct LayerSettings {
     pub shape: ExpertShape,
     pub storage: WeightStorage,
     pub recompute: bool,
-    pub aux_loss_coeff: f64,
+    pub losses: AuxiliaryLosses,
+    pub forced: Option<ForcedRouter>,
     pub compute_dtype: Option<FloatDType>,
 }
 
@@ -80,7 +81,18 @@ impl FSEPMoE {
     ///
     /// As [`FSEPMoE::forward`].
     pub fn forward_with_losses<const R: usize>(&self, hidden: Tensor<R>) -> MoeOutput<R> {
-        self.route_and_compute(hidden).unwrap_or_else(|error| self.settings.runtime.fail(error))
+        self.route_and_compute(hidden, None).unwrap_or_else(|error| self.settings.runtime.fail(error))
+    }
+
+    /// As [`FSEPMoE::forward_with_losses`], for the real tokens of a batch alone: output, losses, gradients, statistics and planning
+    /// are those of the batch without its padding, of which nothing is sent. The rows of padding are zeros. A rank may have no
+    /// real token at all. `[.., D] -> MoeOutput`
+    ///
+    /// # Panics
+    ///
+    /// As [`FSEPMoE::forward`]; with [`FsepError::Shape`] if the mask is one of another number of tokens.
+    pub fn forward_masked<const R: usize>(&self, hidden: Tensor<R>, mask: &TokenMask) -> MoeOutput<R> {
+        self.route_and_compute(hidden, Some(mask)).unwrap_or_else(|error| self.settings.runtime.fail(error))
     }
 
     /// Applies the layer and returns what went wrong: short for [`FsepRuntime::run`] around
@@ -106,17 +118,22 @@ impl FSEPMoE {
         &self.settings.runtime
     }
 
-    fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
-        let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff, compute_dtype } = &self.settings;
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
+        let LayerSettings { runtime, layer, shape, storage, recompute, losses, forced, compute_dtype } = &self.settings;
         let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
         let dims = hidden.dims();
         // The router's weight may be another one for this pass: that of `GradientBuckets`.
         check_dtype(hidden.dtype(), compute_dtype.map_or(self.experts.weight.dtype(), DType::from))?;
-        let tokens = token_rows(hidden)?;
+        let tokens = token_rows(hidden, mask)?;
         self.check_experts()?;
 
-        let routed = self.router.forward(tokens.clone())?;
-        let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(routed.experts, num_experts);
+        let routed = ForcedRouter::or(forced.as_ref(), &self.router, tokens.clone())?;
+        let Assignments { ends, row_of, assignment_of, token_of } =
+            Assignments::new(routed.experts.clone(), num_experts);
         let weights = self.experts.weight.val();
         let tracked =
             Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
@@ -163,14 +180,12 @@ impl FSEPMoE {
         if tracked.any() && step.restores.is_some() {
             runtime.schedule().forwarded(&step);
         }
-        let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, step);
+        let output = ops::moe(tokens, routed.probs.clone(), weights, row_of, assignment_of, token_of, step);
         if tracked.any() {
             runtime.remember_output(*layer, pass, &output);
         }
-        let balancing = (*aux_loss_coeff > 0.0)
-            .then(|| load_balancing_loss(routed.scores, &counts.expert_totals(), *aux_loss_coeff));
-        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
-        Ok(MoeOutput { hidden: output.reshape(dims), aux_loss })
+        let aux_loss = losses.of(&routed, &counts.expert_totals(), runtime.world_size());
+        Ok(MoeOutput { hidden: from_token_rows(output, dims, mask), aux_loss })
     }
 
     /// Whether the experts are what this rank was given of them: a user can load, or attach, anything else.
