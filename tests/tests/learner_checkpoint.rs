@@ -6,7 +6,7 @@ use burn::{
     data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
     lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     optim::AdamWConfig,
-    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, logger::FileMetricLogger, metric::LossMetric},
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -58,7 +58,7 @@ impl Job<'_> {
         let mut runtime_config = FsepRuntimeConfig::new().with_seed(3);
         if self.burn.is_some() {
             // Their checkpoints know nothing of layouts that were repaired, on which the order of sums depends.
-            runtime_config = runtime_config.with_correction(None);
+            runtime_config = runtime_config.with_repair(None);
         }
         let results = launch(&config, |comm| self.run_rank(&runtime_config.init(comm)?, folder.path()));
         results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
@@ -94,7 +94,10 @@ impl Job<'_> {
             (Some(burn), Some(number)) => burn.folder.join(format!("folder-{number}")),
             _ => folder.join(format!("rank-{}", runtime.rank())),
         };
+        // Each rank's own, also where folders are shared: ranks that write to one file may leave what burn-train cannot read.
+        let logger = FileMetricLogger::new(artifacts.join(format!("metrics-{}", runtime.rank())));
         let mut training = SupervisedTraining::new(artifacts, loader(&items)?, loader(&items[..2 * BATCH])?)
+            .with_metric_logger(logger)
             .metrics((LossMetric::new(),))
             .num_epochs(2)
             .with_interrupter(interrupter)

@@ -122,7 +122,7 @@ impl LayoutSolver for Fixed {
 #[test]
 fn layouts_come_from_the_solver_that_is_given() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
-        let runtime = FsepRuntimeConfig::new().with_correction(None).init(comm)?;
+        let runtime = FsepRuntimeConfig::new().with_repair(None).init(comm)?;
         let layers = [layer(&runtime)?, layer(&runtime)?];
         // Static expert parallelism starts with experts 0 and 1 on rank 0.
         let wanted = [vec![vec![2, 3], vec![0, 1]], vec![vec![0, 2], vec![1, 3]]];
@@ -145,7 +145,7 @@ fn layouts_come_from_the_solver_that_is_given() {
 fn nodes_may_have_different_numbers_of_ranks() {
     let results = launch(&LaunchConfig::new(3), |comm| -> Result<_, FsepError> {
         let uneven = Topology::new(&[1, 2])?;
-        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_correction(None);
+        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_repair(None);
         let runtime = config.with_dispatcher(|| Box::new(EvenSplit::new())).init(comm)?;
         assert_eq!(runtime.topology(), &uneven);
         let layer = layer(&runtime)?;

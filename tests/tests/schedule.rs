@@ -57,7 +57,7 @@ fn train(
     let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
         // Repairs wherever there is an imbalance at all: layouts change under prefetched experts.
         let eager = CorrectionConfig { tolerance: 1.0, ..CorrectionConfig::free() };
-        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_correction(Some(eager));
+        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_repair(Some(eager));
         let runtime = config.init(comm)?;
         let mut stack = Stack::new(&runtime)?;
         let mut left = Vec::new();
@@ -70,7 +70,7 @@ fn train(
             change(&mut stack, number);
             left.push(stack.step(&runtime, order, number as u64)?);
         }
-        assert_eq!(runtime.restored_gauge().bytes(), 0, "all experts are freed after the last step");
+        assert_eq!(runtime.unsharded_gauge().bytes(), 0, "all experts are freed after the last step");
         Ok((left, runtime.missed_prefetches()))
     });
     results.into_iter().map(Result::unwrap).collect()
@@ -134,7 +134,7 @@ fn at_most_two_layers_of_experts_are_alive() {
             runtime.begin_step(&stack)?;
             stack.step(&runtime, &[0, 1, 2, 3], step)?;
         }
-        Ok(runtime.restored_gauge().peak_bytes())
+        Ok(runtime.unsharded_gauge().peak_bytes())
     });
     let one_layer = SLOTS * 3 * HIDDEN * 9 * size_of::<f32>();
     for peak in results.into_iter().map(Result::unwrap) {

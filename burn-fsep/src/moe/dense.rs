@@ -4,8 +4,9 @@ use burn::{
 };
 
 use super::{
-    ForcedRouter, MoeOutput, RouterOutput, TokenMask, TopKRouter,
+    MoeOutput, TokenMask, TopKRouter,
     assignments::Assignments,
+    forced_router::ForcedRouter,
     losses::AuxiliaryLosses,
     tokens::{from_token_rows, token_rows},
 };
@@ -28,6 +29,8 @@ pub struct DenseMoE {
     losses: AuxiliaryLosses,
     #[module(skip)]
     forced: Option<ForcedRouter>,
+    #[module(skip)]
+    layer: usize,
 }
 
 impl DenseMoE {
@@ -43,7 +46,7 @@ impl DenseMoE {
         let expert = |expert| expert_parameters(shape, seed, layer, expert, 0..shape.num_params());
         let values: Vec<f32> = (0..num_experts).flat_map(expert).collect();
         let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
-        Self { router, weight, shape, losses, forced }
+        Self { router, weight, shape, losses, forced, layer }
     }
 
     /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
@@ -64,7 +67,7 @@ impl DenseMoE {
         self.route_and_compute(hidden, None)
     }
 
-    /// As [`DenseMoE::try_forward`], for the real tokens of a batch alone; the rows of the others are zeros.
+    /// As [`DenseMoE::try_forward`], for the real tokens of a batch alone; the rows of padding are zeros.
     ///
     /// # Errors
     ///
@@ -77,17 +80,19 @@ impl DenseMoE {
         self.route_and_compute(hidden, Some(mask))
     }
 
-    /// Applies the experts to tokens that any router has routed, and counts the assignments of each expert.
-    /// `[T, D] -> ([T, D], [E])`
-    ///
-    /// # Errors
-    ///
-    /// [`FsepError`] if a token has no expert or the device cannot be read.
-    pub fn forward_routed(&self, tokens: Tensor<2>, routed: &RouterOutput) -> Result<(Tensor<2>, Vec<u64>), FsepError> {
-        let width = tokens.dims()[1];
-        let [num_tokens, topk] = routed.experts.dims();
-        let assignments = Assignments::new(routed.experts.clone(), self.weight.dims()[0]);
-        let counts = assignments.counts()?;
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
+        let dims = hidden.dims();
+        let tokens = token_rows(hidden, mask)?;
+        let [num_tokens, width] = tokens.dims();
+        let topk = self.router.topk();
+
+        let routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
+        let assignments = Assignments::new(routed.experts, self.weight.dims()[0]);
+        let counts = assignments.counts(self.layer)?;
         let Assignments { row_of, token_of, .. } = assignments;
         let rows = tokens.select(0, token_of);
         let mut start = 0;
@@ -101,20 +106,10 @@ impl DenseMoE {
         }
         let output = if outputs.is_empty() { rows } else { Tensor::cat(outputs, 0) };
         let by_token = output.select(0, row_of).reshape([num_tokens, topk, width]);
-        let output = (by_token * routed.probs.clone().unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1);
-        Ok((output, counts.into_iter().map(u64::from).collect()))
-    }
+        let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1);
 
-    fn route_and_compute<const R: usize>(
-        &self,
-        hidden: Tensor<R>,
-        mask: Option<&TokenMask>,
-    ) -> Result<MoeOutput<R>, FsepError> {
-        let dims = hidden.dims();
-        let tokens = token_rows(hidden, mask)?;
-        let routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
-        let (output, totals) = self.forward_routed(tokens, &routed)?;
-        let aux_loss = self.losses.of(&routed, &totals, 1);
+        let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
+        let aux_loss = self.losses.of(routed.scores, routed.logits, &totals, topk, 1)?;
         Ok(MoeOutput { hidden: from_token_rows(output, dims, mask), aux_loss })
     }
 

@@ -1,6 +1,6 @@
 use burn::tensor::{Tensor, TensorData};
 
-use super::RouterOutput;
+use crate::FsepError;
 
 /// Weights of the auxiliary losses; 0 is off.
 ///
@@ -16,19 +16,35 @@ pub(super) struct AuxiliaryLosses {
 }
 
 impl AuxiliaryLosses {
-    /// Sum of the losses that are switched on and that the router gives what they need for. `[1]`
+    /// The sum of those that are on, `[1]`. `scores` and `logits`: `[T, E]`; `totals`: assignments of each expert on all of
+    /// the `ranks` ranks, `[E]`; `topk`: `K`.
     ///
-    /// `totals`: assignments of each expert on all of the `ranks` ranks, `[E]`.
-    pub fn of(&self, routed: &RouterOutput, totals: &[u64], ranks: usize) -> Option<Tensor<1>> {
-        let topk = routed.experts.dims()[1];
+    /// # Errors
+    ///
+    /// [`FsepError::Config`] if a loss is on and the router does not say what it needs.
+    pub fn of(
+        &self,
+        scores: Option<Tensor<2>>,
+        logits: Option<Tensor<2>>,
+        totals: &[u64],
+        topk: usize,
+        ranks: usize,
+    ) -> Result<Option<Tensor<1>>, FsepError> {
+        let needed = |coeff: f64, tensor: Option<Tensor<2>>, option: &str, what: &str| {
+            if coeff == 0.0 {
+                return Ok(None);
+            }
+            let missing = || FsepError::Config(format!("{option} is {coeff}, but the router's output has no {what}"));
+            tensor.ok_or_else(missing).map(Some)
+        };
+        let scores = needed(self.balancing, scores, "moe_aux_loss_coeff", "scores")?;
+        let logits = needed(self.z, logits, "moe_z_loss_coeff", "logits")?;
         let tokens = totals.iter().sum::<u64>() as f64 / topk as f64;
         // Without a token all sums are 0, and the divisor only has to be a number.
         let tokens_per_rank = if tokens > 0.0 { tokens / ranks as f64 } else { 1.0 };
-        let scores = routed.scores.clone().filter(|_| self.balancing > 0.0);
         let balancing = scores.map(|scores| load_balancing_loss(scores, totals, self.balancing, tokens_per_rank));
-        let logits = routed.logits.clone().filter(|_| self.z > 0.0);
         let z = logits.map(|logits| z_loss(logits, self.z, tokens_per_rank));
-        [balancing, z].into_iter().flatten().reduce(|a, b| a + b)
+        Ok([balancing, z].into_iter().flatten().reduce(|a, b| a + b))
     }
 }
 
@@ -54,7 +70,7 @@ fn z_loss(logits: Tensor<2>, coeff: f64, tokens_per_rank: f64) -> Tensor<1> {
 mod tests {
     use burn::tensor::{DType, Device};
 
-    use super::*;
+    use super::{super::RouterOutput, *};
 
     /// The losses of these logits on one rank, by the router's own choice.
     fn losses(logits: &[f32], experts: usize, topk: usize) -> [f32; 2] {
@@ -64,7 +80,9 @@ mod tests {
         let mut totals = vec![0u64; experts];
         routed.experts.to_data().iter::<i64>().for_each(|expert| totals[expert as usize] += 1);
         [(1.0, 0.0), (0.0, 1.0)].map(|(balancing, z)| {
-            AuxiliaryLosses { balancing, z }.of(&routed, &totals, 1).unwrap().into_scalar::<f32>()
+            let (losses, routed) = (AuxiliaryLosses { balancing, z }, routed.clone());
+            let loss = losses.of(routed.scores, routed.logits, &totals, topk, 1).unwrap();
+            loss.expect("a loss is on").into_scalar::<f32>()
         })
     }
 
@@ -94,9 +112,17 @@ mod tests {
 
     #[test]
     fn no_loss_without_a_coefficient_and_none_but_zero_without_a_token() {
-        let routed = RouterOutput::top_k(Tensor::zeros([0, 4], &Device::flex()), 2, DType::F32);
-        assert!(AuxiliaryLosses { balancing: 0.0, z: 0.0 }.of(&routed, &[0; 4], 2).is_none());
-        let loss = AuxiliaryLosses { balancing: 1.0, z: 1.0 }.of(&routed, &[0; 4], 2).unwrap();
-        assert_eq!(loss.into_scalar::<f32>(), 0.0);
+        let none = || Some(Tensor::<2>::zeros([0, 4], &Device::flex()));
+        let loss = |balancing, z| AuxiliaryLosses { balancing, z }.of(none(), none(), &[0; 4], 2, 2).unwrap();
+        assert!(loss(0.0, 0.0).is_none());
+        assert_eq!(loss(1.0, 1.0).unwrap().into_scalar::<f32>(), 0.0);
+    }
+
+    #[test]
+    fn a_loss_that_the_router_says_nothing_for_is_refused() {
+        for (balancing, z, named) in [(1.0, 0.0, "moe_aux_loss_coeff"), (0.0, 1.0, "moe_z_loss_coeff")] {
+            let error = AuxiliaryLosses { balancing, z }.of(None, None, &[4], 1, 1).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Device, FloatDType, Int, Tensor, TensorData, activation::softmax},
+    tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
 
-use super::{FSEPMoEConfig, tokens::check_dtype};
+use super::{RouterOutput, tokens::check_dtype};
 use crate::{
     FsepError,
     shard::{mix, uniform},
@@ -22,33 +22,21 @@ pub struct TopKRouter {
     compute_dtype: Option<FloatDType>,
 }
 
-/// What a router says of `T` tokens.
-#[derive(Debug, Clone)]
-pub struct RouterOutput {
-    /// Weights of the chosen experts, of the input's type. `[T, K]`
-    pub probs: Tensor<2>,
-    /// The chosen experts, without autodiff; `E` for a token whose logits leave no probabilities (not a number, or
-    /// infinite). `[T, K]`
-    pub experts: Tensor<2, Int>,
-    /// Probabilities of all experts, in single precision: for the load-balancing loss. `[T, E]`
-    pub scores: Option<Tensor<2>>,
-    /// In single precision: for the z-loss. `[T, E]`
-    pub logits: Option<Tensor<2>>,
-}
-
 impl TopKRouter {
-    pub(super) fn new(config: &FSEPMoEConfig, seed: u64, layer: usize, device: &Device) -> Self {
-        let (hidden, experts) = (config.hidden_size, config.num_moe_experts);
+    pub(super) fn new(
+        [hidden, experts]: [usize; 2],
+        topk: usize,
+        compute_dtype: Option<FloatDType>,
+        seed: u64,
+        layer: usize,
+        device: &Device,
+    ) -> Self {
         // The stream before those of the layer's experts, by position as they are.
         let stream = mix(mix(seed, layer as u64 + 1), 0);
         let bound = 1.0 / (hidden as f32).sqrt();
         let draw = |position: usize| bound * uniform(mix(stream, position as u64 + 1));
         let values: Vec<f32> = (0..hidden * experts).map(draw).collect();
-        Self {
-            weight: Param::from_data(TensorData::new(values, [hidden, experts]), device),
-            topk: config.moe_router_topk,
-            compute_dtype: config.compute_dtype,
-        }
+        Self { weight: Param::from_data(TensorData::new(values, [hidden, experts]), device), topk, compute_dtype }
     }
 
     /// Experts per token `K`.
@@ -56,7 +44,8 @@ impl TopKRouter {
         self.topk
     }
 
-    /// Routes tokens. `[T, D] -> RouterOutput`
+    /// Routes tokens. `[T, D] -> RouterOutput`. Each row of probabilities sums to 1, unless `K` is 1; a token whose logits leave
+    /// no probabilities (not a number, or infinite) gets no expert.
     ///
     /// # Errors
     ///
@@ -82,39 +71,10 @@ impl TopKRouter {
     }
 }
 
-impl RouterOutput {
-    /// The `K` largest logits of each token: chosen by logits, as small probabilities may all be 0. `logits`: `[T, E]`;
-    /// `dtype`: the input's.
-    pub(super) fn top_k(logits: Tensor<2>, topk: usize, dtype: DType) -> Self {
-        let num_experts = logits.dims()[1];
-        let (_, chosen) = logits.clone().detach().topk_with_indices(topk, 1);
-        let mut output = Self::of_choice(logits, chosen, dtype);
-        // Logits that are not finite give probabilities that are no numbers, and any expert: marked here, on the device, and
-        // noticed where the counts are read anyway.
-        output.experts = output.experts.mask_fill(output.probs.clone().inner().is_nan(), num_experts as i64);
-        output
-    }
-
-    /// The experts of a choice, which is on the device of the logits. `logits`: `[T, E]`, `chosen`: `[T, K]`
-    pub(super) fn of_choice(logits: Tensor<2>, chosen: Tensor<2, Int>, dtype: DType) -> Self {
-        let topk = chosen.dims()[1];
-        let scores = softmax(logits.clone(), 1);
-        let probs = scores.clone().gather(1, chosen.clone());
-        // Of an only choice the share is always 1, from which the router would learn nothing.
-        let probs = if topk == 1 { probs } else { probs.clone() / probs.sum_dim(1) };
-        Self { probs: probs.cast(dtype), experts: chosen.inner(), scores: Some(scores), logits: Some(logits) }
-    }
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
-
-    fn routed(logits: &[f32], topk: usize) -> (Vec<f32>, Vec<i64>) {
-        let logits = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [1, logits.len()]), &Device::flex());
-        let output = RouterOutput::top_k(logits, topk, DType::F32);
-        (output.probs.into_data().iter().collect(), output.experts.into_data().iter().collect())
-    }
+    use crate::FSEPMoEConfig;
 
     #[test]
     fn losses_of_a_router_in_half_precision_are_in_single_precision() {
@@ -145,37 +105,10 @@ mod tests {
         assert!(largest > 1e-6, "{largest}");
     }
 
-    /// Probabilities 1/2, 1/4, 1/8, 1/8.
-    #[test]
-    fn chosen_probabilities_sum_to_one_unless_there_is_only_one() {
-        let logits = [4.0f32.ln(), 2.0f32.ln(), 0.0, 0.0];
-        for (topk, expected) in [(1, vec![0.5]), (2, vec![2.0 / 3.0, 1.0 / 3.0])] {
-            let (probs, experts) = routed(&logits, topk);
-            assert_eq!(experts, (0..topk as i64).collect::<Vec<_>>());
-            assert!(probs.iter().zip(&expected).all(|(p, e): (_, &f32)| (p - e).abs() < 1e-6), "{probs:?}");
-        }
-    }
-
-    /// All probabilities but the first are 0.
-    #[test]
-    fn probabilities_that_underflow_leave_a_choice() {
-        assert_eq!(routed(&[200.0, 0.0, -1.0, -2.0], 2), (vec![1.0, 0.0], vec![0, 1]));
-        assert_eq!(routed(&[-2.0, -1.0, 0.0, 200.0], 3), (vec![1.0, 0.0, 0.0], vec![3, 2, 1]));
-    }
-
-    #[test]
-    fn logits_without_probabilities_have_no_expert() {
-        for bad in [f32::NAN, f32::INFINITY] {
-            assert_eq!(routed(&[0.0, bad, 1.0], 2).1, [3, 3], "{bad}");
-        }
-        assert_eq!(routed(&[f32::NEG_INFINITY; 3], 2).1, [3, 3]);
-        assert_eq!(routed(&[0.0, f32::NEG_INFINITY, 1.0], 2).1, [2, 0]);
-    }
-
     /// On every platform and in every version. These are Python's.
     #[test]
     fn values_of_a_seed_are_fixed() {
-        let router = TopKRouter::new(&FSEPMoEConfig::new(4, 5, 3), 7, 2, &Device::flex());
+        let router = TopKRouter::new([4, 3], 2, None, 7, 2, &Device::flex());
         let bits: Vec<u32> = router.weight.val().into_data().iter::<f32>().map(f32::to_bits).collect();
         assert_eq!(
             [0, 1, 2, 3, 4, 11].map(|position| bits[position]),

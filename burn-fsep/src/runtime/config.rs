@@ -32,10 +32,10 @@ pub struct FsepRuntimeConfig {
     #[new(default)]
     pub(super) dispatcher: DispatcherFactory,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
-    /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
-    /// only the changed slots are restored once more.
+    /// free, which is right where weights are unsharded after the counts are known; where experts are prefetched in forward,
+    /// only the changed slots are unsharded once more.
     #[new(value = "Some(CorrectionConfig::free())")]
-    pub correction: Option<CorrectionConfig>,
+    pub repair: Option<CorrectionConfig>,
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
@@ -105,8 +105,8 @@ impl FsepRuntimeConfig {
     }
 
     /// Sets when a layout is repaired in the step itself; `None` for never.
-    pub fn with_correction(mut self, correction: Option<CorrectionConfig>) -> Self {
-        self.correction = correction;
+    pub fn with_repair(mut self, repair: Option<CorrectionConfig>) -> Self {
+        self.repair = repair;
         self
     }
 
@@ -131,9 +131,9 @@ impl FsepRuntimeConfig {
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = self.topology_of(comm.size())?;
-        let correction = self.correction.map(Correction::new).transpose()?;
+        let repair = self.repair.map(Correction::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
-        FsepRuntime::from_parts(comm, topology, correction, self)
+        FsepRuntime::from_parts(comm, topology, repair, self)
     }
 
     fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
@@ -161,7 +161,7 @@ impl FsepRuntimeConfig {
             ("seed", self.seed),
             ("topology", hash(&format!("{topology:?}"))),
             ("dispatcher", hash(self.dispatcher.make().name())),
-            ("correction", hash(&format!("{:?}", self.correction))),
+            ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
         let mine = fields.map(|(_, value)| value);

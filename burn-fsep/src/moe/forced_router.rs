@@ -26,83 +26,67 @@ pub enum RouterForcing {
 /// A router for throughput tests: it takes the weight of a [`TopKRouter`], but decides itself where tokens go. The router's
 /// probabilities of the forced experts are their weights, so that it gets gradients as ever.
 #[derive(Debug, Clone)]
-pub struct ForcedRouter {
-    choice: Choice,
-}
-
-#[derive(Debug, Clone)]
-enum Choice {
+pub(super) enum ForcedRouter {
     /// Added to the logits. Shape `[E]`.
     Bias(Vec<f32>),
     Shares {
         /// Shape `[E]`.
         shares: Vec<f64>,
-        /// The choices of the most tokens so far, on their device: those of fewer tokens are its first rows.
+        /// The choices of the most tokens so far, on their device: those of fewer tokens are its first rows. `[T, K]`
         chosen: Arc<Mutex<Option<Tensor<2, Int>>>>,
     },
 }
 
-impl ForcedRouter {
-    /// A router of `num_experts` experts, of which each token gets `topk`. Biases depend on `seed` and the number of the layer.
-    ///
-    /// # Errors
-    ///
-    /// [`FsepError::Config`] if there are no such shares or no such deviation.
-    pub fn new(
-        forcing: &RouterForcing,
-        num_experts: usize,
-        topk: usize,
-        seed: u64,
-        layer: usize,
-    ) -> Result<Self, FsepError> {
-        let by_shares = |shares| Choice::Shares { shares, chosen: Arc::default() };
-        let choice = match forcing {
-            RouterForcing::LoadBalancing => by_shares(vec![1.0 / num_experts as f64; num_experts]),
-            RouterForcing::Biased(std) if !std.is_finite() || *std < 0.0 => {
-                return Err(FsepError::Config(format!(
-                    "moe_router_force: the deviation of biases must be finite and not negative, got {std}"
-                )));
-            }
-            RouterForcing::Biased(std) => Choice::Bias(biases(*std, num_experts, seed, layer)),
-            RouterForcing::Shares(shares) => {
-                let (largest, sum) = (1.0 / topk as f64 + 1e-9, shares.iter().sum::<f64>());
+impl RouterForcing {
+    /// Whether `num_experts` experts, of which each token gets `topk`, can be forced so.
+    pub(super) fn check(&self, num_experts: usize, topk: usize) -> Result<(), FsepError> {
+        let largest = 1.0 / topk as f64 + 1e-9;
+        match self {
+            Self::Biased(std) if !std.is_finite() || *std < 0.0 => Err(FsepError::Config(format!(
+                "moe_router_force: the deviation of biases must be finite and not negative, got {std}"
+            ))),
+            Self::Shares(shares)
                 if shares.len() != num_experts
-                    || (sum - 1.0).abs() > 1e-6
-                    || shares.iter().any(|share| !(0.0..=largest).contains(share))
-                {
-                    return Err(FsepError::Config(format!(
-                        "moe_router_force needs {num_experts} shares between 0 and 1 / moe_router_topk that sum to 1, got \
-                         {shares:?}"
-                    )));
-                }
-                by_shares(shares.clone())
+                    || (shares.iter().sum::<f64>() - 1.0).abs() > 1e-6
+                    || shares.iter().any(|share| !(0.0..=largest).contains(share)) =>
+            {
+                Err(FsepError::Config(format!(
+                    "moe_router_force needs {num_experts} shares between 0 and 1 / moe_router_topk that sum to 1, got {shares:?}"
+                )))
             }
-        };
-        Ok(Self { choice })
+            _ => Ok(()),
+        }
+    }
+}
+
+impl ForcedRouter {
+    /// `forcing` has to be possible. Biases depend on `seed` and the number of the layer.
+    pub fn new(forcing: &RouterForcing, num_experts: usize, seed: u64, layer: usize) -> Self {
+        let by_shares = |shares| Self::Shares { shares, chosen: Arc::default() };
+        match forcing {
+            RouterForcing::LoadBalancing => by_shares(vec![1.0 / num_experts as f64; num_experts]),
+            RouterForcing::Biased(std) => Self::Bias(biases(*std, num_experts, seed, layer)),
+            RouterForcing::Shares(shares) => by_shares(shares.clone()),
+        }
     }
 
-    /// Routes tokens by this router if there is one, else by the layer's own.
-    pub(super) fn or(forced: Option<&Self>, router: &TopKRouter, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
-        forced.map_or_else(|| router.forward(hidden.clone()), |forced| forced.forward(router, hidden.clone()))
-    }
-
-    /// Routes tokens. `[T, D] -> RouterOutput`
+    /// Routes tokens by `forced` if there is one, else by the layer's own router. `[T, D] -> RouterOutput`
     ///
     /// # Errors
     ///
     /// As [`TopKRouter::forward`].
-    pub fn forward(&self, router: &TopKRouter, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
+    pub fn or(forced: Option<&Self>, router: &TopKRouter, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
+        let Some(forced) = forced else { return router.forward(hidden) };
         let (tokens, dtype, topk) = (hidden.dims()[0], hidden.dtype(), router.topk());
         let logits = router.logits(hidden)?;
-        Ok(match &self.choice {
-            Choice::Bias(bias) => {
+        Ok(match forced {
+            Self::Bias(bias) => {
                 let bias = TensorData::new(bias.clone(), [1, bias.len()]);
                 let bias = Tensor::<2>::from_data(bias, &logits.device());
                 RouterOutput::top_k(logits + bias, topk, dtype)
             }
-            Choice::Shares { shares, chosen } => {
-                let device = logits.device().inner();
-                let chosen = choose_once(&mut chosen.lock(), shares, tokens, topk, &device);
+            Self::Shares { shares, chosen } => {
+                let chosen = choose_once(&mut chosen.lock(), shares, tokens, topk, &logits.device().inner());
                 RouterOutput::of_choice(logits, chosen, dtype)
             }
         })
@@ -182,7 +166,7 @@ mod tests {
             RouterForcing::Shares(vec![0.5, 0.5, 0.25, -0.25]),
             RouterForcing::Shares(vec![f64::NAN, 0.5, 0.25, 0.25]),
         ] {
-            let error = ForcedRouter::new(&forcing, 4, 2, 0, 0).unwrap_err().to_string();
+            let error = forcing.check(4, 2).unwrap_err().to_string();
             assert!(error.contains("moe_router_force"), "{forcing:?}: {error}");
         }
     }
