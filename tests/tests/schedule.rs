@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use burn::{
-    module::{Module, Param},
-    tensor::{FloatDType, Tensor, TensorData},
+    module::{Module, Param, ParamId},
+    tensor::{Device, FloatDType, Tensor, TensorData},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
@@ -123,6 +123,31 @@ fn parameters_that_change_after_the_step_began_are_not_computed_with_stale_value
     assert_eq!(values(results), expected);
     let unchanged = values(train(2, ScheduleConfig::off(), &orders, |_, _| {}));
     assert_ne!(unchanged, expected, "the change matters");
+}
+
+/// A stack beside a matrix that nobody has needed yet.
+#[derive(Module, Debug)]
+struct WithLazyMatrix {
+    lazy: Param<Tensor<2>>,
+    stack: Stack,
+}
+
+#[test]
+fn the_begin_of_a_step_touches_no_parameters_but_experts() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let make = |device: &Device, _| Tensor::<2>::zeros([4, 4], device);
+        let lazy = Param::uninitialized(ParamId::new(), make, device(), true, [4, 4].into());
+        let model = WithLazyMatrix { lazy, stack: Stack::new(&runtime)? };
+        for step in 0..3 {
+            runtime.begin_step(&model)?;
+            model.stack.step(&runtime, &[0, 1, 2, 3], step)?;
+        }
+        Ok((model.lazy.is_initialized(), runtime.missed_prefetches()))
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), (false, 0));
+    }
 }
 
 #[test]

@@ -149,8 +149,9 @@ impl FSEPMoEConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] or [`FsepError::Planner`] saying which option is impossible.
+    /// As [`FSEPMoEConfig::try_init`].
     pub fn init_dense(&self, seed: u64, layer: usize, device: &Device) -> Result<DenseMoE, FsepError> {
+        ops::check_device(device)?;
         self.check()?;
         let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
         let router = self.router(seed, layer, device);

@@ -1,5 +1,4 @@
 use std::{
-    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -7,11 +6,11 @@ use std::{
 use burn_fsep_planner::{
     Topology,
     correction::{Correction, CorrectionConfig},
-    dispatch::{Dispatcher, MinMax},
+    dispatch::Dispatcher,
 };
 use derive_new::new;
 
-use super::FsepRuntime;
+use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, all_gather_u64},
@@ -42,29 +41,6 @@ pub struct FsepRuntimeConfig {
     /// Records what runs when; this rank's own.
     #[new(default)]
     pub timeline: Option<Timeline>,
-}
-
-/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-#[derive(Clone, Default)]
-pub(super) struct DispatcherFactory {
-    given: Option<Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>>,
-}
-
-impl DispatcherFactory {
-    pub fn make(&self) -> Box<dyn Dispatcher> {
-        self.given.as_ref().map_or_else(|| Box::new(MinMax::new()) as Box<dyn Dispatcher>, |make| make())
-    }
-
-    /// Whether the user gave it.
-    pub fn is_given(&self) -> bool {
-        self.given.is_some()
-    }
-}
-
-impl fmt::Debug for DispatcherFactory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.make().name())
-    }
 }
 
 impl Default for FsepRuntimeConfig {
@@ -100,7 +76,7 @@ impl FsepRuntimeConfig {
     /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
     /// names are compared, not what the closure captured.
     pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
-        self.dispatcher = DispatcherFactory { given: Some(Arc::new(dispatcher)) };
+        self.dispatcher = DispatcherFactory::new(dispatcher);
         self
     }
 

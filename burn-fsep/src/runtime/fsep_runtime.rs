@@ -4,7 +4,8 @@ use burn_fsep_planner::{Topology, correction::Correction};
 use parking_lot::RwLock;
 
 use super::{
-    FsepRuntimeConfig, config::DispatcherFactory, layer_state::LayerState, passes::Outputs, step::ObservedSteps,
+    FsepRuntimeConfig, dispatcher_factory::DispatcherFactory, layer_state::LayerState, observed_steps::ObservedSteps,
+    outputs::Outputs,
 };
 use crate::{
     FsepError, Timeline,

@@ -8,7 +8,7 @@ use burn_fsep_planner::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use super::{LayerStats, config::DispatcherFactory, routing_message::RoutingMessage};
+use super::{LayerStats, dispatcher_factory::DispatcherFactory, routing_message::RoutingMessage};
 use crate::{
     FsepError,
     comm::Communicator,

@@ -1,10 +1,13 @@
 //! The runtime of a rank: its communicators, its layers' layouts, and what happened in the last step.
 
 mod config;
+mod dispatcher_factory;
 mod failure;
 mod fsep_runtime;
 mod layer_state;
 mod layers;
+mod observed_steps;
+mod outputs;
 mod passes;
 #[cfg(feature = "train")]
 mod planner_host;

@@ -1,7 +1,7 @@
 //! The passes of layers, from routing to the end of backward.
 
 use std::{
-    collections::BTreeMap,
+    fmt,
     sync::{Arc, Weak},
 };
 
@@ -9,9 +9,8 @@ use burn::{
     module::ParamId,
     tensor::{FloatDType, Int, Tensor},
 };
-use parking_lot::Mutex;
 
-use super::{FsepRuntime, fsep_runtime::Inner};
+use super::{FsepRuntime, fsep_runtime::Inner, outputs::Outputs};
 use crate::{
     FsepError,
     comm::Operation,
@@ -126,10 +125,7 @@ impl FsepRuntime {
     /// The forward pass of a layer has run: remembers its output for [`FsepRuntime::connect`].
     pub(crate) fn end_forward(&self, pass: &LayerPass, output: &Tensor<2>) {
         if pass.tracked.any() {
-            let [rows, width] = output.dims();
-            // A row of its own: a view would keep the whole output in memory.
-            let row = output.clone().slice([0..rows.min(1), 0..width]) + 0.0;
-            self.outputs.0.lock().insert(pass.spec.layer, (pass.dispatch.pass, row));
+            self.outputs.remember(pass.spec.layer, pass.dispatch.pass, output);
         }
     }
 
@@ -141,23 +137,7 @@ impl FsepRuntime {
     /// layer do not need it. Of a layer that runs more than once in a step, the last run is connected; one whose backward
     /// pass has run already is left alone.
     pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
-        let outputs = std::mem::take(&mut *self.outputs.0.lock());
-        outputs.into_values().fold(loss, |loss, (_, output)| {
-            // Masked, not multiplied by zero: an output that is not finite must not reach the loss.
-            let everything = Tensor::<2>::ones(output.shape(), &output.device()).equal_elem(1);
-            let dtype = FloatDType::from(loss.dtype());
-            loss + output.mask_fill(everything, 0.0).sum().cast(dtype)
-        })
-    }
-}
-
-/// The first row of each layer's last output, with its pass, to connect it to the loss.
-#[derive(Default)]
-pub(super) struct Outputs(Mutex<BTreeMap<usize, (u64, Tensor<2>)>>);
-
-impl Outputs {
-    pub fn clear(&self) {
-        self.0.lock().clear();
+        self.outputs.connect(loss)
     }
 }
 
@@ -167,8 +147,8 @@ struct RuntimeHost {
     outputs: Weak<Outputs>,
 }
 
-impl std::fmt::Debug for RuntimeHost {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for RuntimeHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("RuntimeHost")
     }
 }
@@ -188,10 +168,8 @@ impl PassHost for RuntimeHost {
 
     /// Forgets the output: it cannot be connected to another loss.
     fn end_backward(&self, pass: &LayerPass) {
-        let Some(outputs) = self.outputs.upgrade() else { return };
-        let mut outputs = outputs.0.lock();
-        if outputs.get(&pass.spec.layer).is_some_and(|(last, _)| *last == pass.dispatch.pass) {
-            outputs.remove(&pass.spec.layer);
+        if let Some(outputs) = self.outputs.upgrade() {
+            outputs.forget(pass.spec.layer, pass.dispatch.pass);
         }
     }
 

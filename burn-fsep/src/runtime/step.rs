@@ -11,21 +11,9 @@ use burn::{
 };
 #[cfg(feature = "train")]
 use burn_fsep_planner::callback::RoutingObserver;
-use parking_lot::RwLock;
 
 use super::FsepRuntime;
 use crate::FsepError;
-
-/// Who learns the routing counts of training passes, and of which.
-#[derive(Default)]
-pub(super) struct ObservedSteps(RwLock<Observed>);
-
-#[derive(Default)]
-struct Observed {
-    is_between_steps: bool,
-    #[cfg(feature = "train")]
-    observer: Option<Arc<dyn RoutingObserver>>,
-}
 
 impl FsepRuntime {
     /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be unsharded
@@ -40,7 +28,7 @@ impl FsepRuntime {
     ///
     /// [`FsepError::Comm`] if the unshard cannot be started.
     pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
-        self.inner.observed.0.write().is_between_steps = false;
+        self.inner.observed.set_between_steps(false);
         let schedule = &self.inner.schedule;
         if !schedule.config().prefetch_forward || self.world_size() == 1 {
             return Ok(());
@@ -62,7 +50,7 @@ impl FsepRuntime {
     /// gradient check) are no part of what the planner learns. On all ranks, after backward; a program that never calls it has
     /// all its training forward passes observed.
     pub fn end_step(&self) {
-        self.inner.observed.0.write().is_between_steps = true;
+        self.inner.observed.set_between_steps(true);
     }
 
     /// Experts that were prefetched for nothing: the step ran other layers, or with other parameters, than was expected.
@@ -72,16 +60,7 @@ impl FsepRuntime {
 
     #[cfg(feature = "train")]
     pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
-        self.inner.observed.0.write().observer = observer;
-    }
-}
-
-#[cfg(feature = "train")]
-impl ObservedSteps {
-    /// Who learns the counts of a training pass that runs now.
-    pub fn observer(&self) -> Option<Arc<dyn RoutingObserver>> {
-        let observed = self.0.read();
-        observed.observer.clone().filter(|_| !observed.is_between_steps)
+        self.inner.observed.set_observer(observer);
     }
 }
 

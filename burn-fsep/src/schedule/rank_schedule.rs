@@ -181,3 +181,37 @@ impl State {
         self.missed += 1;
     }
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::Device;
+    use burn_fsep_planner::Layout;
+
+    use super::*;
+    use crate::comm::Operation;
+
+    /// A backend that cannot tell tensors apart has no prefetch, and works.
+    #[test]
+    fn an_unshard_of_other_shards_or_of_another_layer_is_cancelled() {
+        let schedule = Schedule::new(ScheduleConfig::new());
+        let weights = Tensor::<2>::zeros([2, 3], &Device::flex());
+        let ahead = |layer| {
+            let layout = Arc::new(Layout::static_ep(1, 2, 2).unwrap());
+            let operation = Operation::of_layer("unshard ahead", layer);
+            let unshard =
+                Arc::new(Unshard::new(operation, layout, weights.clone(), Box::new(|_| Ok(Box::new(7usize)))));
+            unshard.start().unwrap();
+            schedule.set_ahead(layer, unshard.clone());
+            unshard
+        };
+        let used = ahead(1);
+        assert!(schedule.begin_forward(1, |_| true).ahead.is_some_and(|unshard| Arc::ptr_eq(&unshard, &used)));
+        assert_eq!((schedule.missed(), used.take::<usize>()), (0, Ok(7)));
+        for (layer, is_current) in [(1, false), (2, true)] {
+            let unused = ahead(1);
+            assert!(schedule.begin_forward(layer, |_| is_current).ahead.is_none());
+            assert!(unused.take::<usize>().is_err(), "what it received is freed");
+        }
+        assert_eq!(schedule.missed(), 2);
+    }
+}
