@@ -26,6 +26,7 @@ use burn_fsep::{
         local::{LaunchConfig, launch},
         nccl::NcclConfig,
     },
+    moe::RouterForcing,
     train::{FusedAdamWConfig, GradientBuckets, PlannerConfig, TrainingCallback},
 };
 use burn_fsep_benches::{
@@ -119,8 +120,8 @@ impl Transformer {
             .with_slots_per_rank(args.slots);
         match args.routing {
             Routing::Natural => {}
-            Routing::Balanced => moe = moe.with_moe_router_force_load_balancing(true),
-            Routing::Skewed => moe = moe.with_moe_router_force_shares(Some(skewed_shares(args))),
+            Routing::Balanced => moe = moe.with_moe_router_force(Some(RouterForcing::LoadBalancing)),
+            Routing::Skewed => moe = moe.with_moe_router_force(Some(RouterForcing::Shares(skewed_shares(args)))),
         }
         if args.static_ep {
             moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);

@@ -10,6 +10,7 @@ use burn_fsep::{
         Operation,
         local::{LaunchConfig, launch},
     },
+    moe::RouterForcing,
     train::{PlannerConfig, TrainingCallback},
 };
 use burn_fsep_benches::{Times, report};
@@ -67,7 +68,7 @@ fn skewed(parallelism: ExpertParallelism) -> FSEPMoEConfig {
     let share = |expert: usize| if expert < half { 0.8 / half as f64 } else { 0.2 / half as f64 };
     FSEPMoEConfig::new(HIDDEN, FFN, EXPERTS)
         .with_expert_parallelism(parallelism)
-        .with_moe_router_force_shares(Some((0..EXPERTS).map(share).collect()))
+        .with_moe_router_force(Some(RouterForcing::Shares((0..EXPERTS).map(share).collect())))
 }
 
 fn two_ranks_against_static() {

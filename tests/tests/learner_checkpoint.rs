@@ -6,7 +6,7 @@ use burn::{
     data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
     lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     optim::AdamWConfig,
-    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, metric::LossMetric},
+    train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy, logger::FileMetricLogger, metric::LossMetric},
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -93,7 +93,10 @@ impl Job<'_> {
             (Some(burn), Some(number)) => burn.folder.join(format!("folder-{number}")),
             _ => folder.join(format!("rank-{}", runtime.rank())),
         };
+        // Each rank's own, also where folders are shared: ranks that write to one file may leave what burn-train cannot read.
+        let logger = FileMetricLogger::new(artifacts.join(format!("metrics-{}", runtime.rank())));
         let mut training = SupervisedTraining::new(artifacts, loader(&items)?, loader(&items[..2 * BATCH])?)
+            .with_metric_logger(logger)
             .metrics((LossMetric::new(),))
             .num_epochs(2)
             .with_interrupter(interrupter)

@@ -10,6 +10,7 @@ use burn::tensor::{Distribution, Tensor};
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::{LaunchConfig, RankError},
+    moe::RouterForcing,
     train::{PlannerConfig, TrainingCallback},
 };
 use burn_fsep_planner::{
@@ -23,7 +24,7 @@ use burn_fsep_tests::{device, launch};
 /// A layer of 4 experts in 2 slots a rank.
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
     let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(if runtime.world_size() == 1 { 4 } else { 2 }));
-    config.with_moe_router_force_load_balancing(true).try_init(runtime, &device())
+    config.with_moe_router_force(Some(RouterForcing::LoadBalancing)).try_init(runtime, &device())
 }
 
 /// Runs it forward and backward once.

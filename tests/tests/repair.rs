@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{Distribution, Tensor};
-use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig, comm::local::LaunchConfig};
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig, comm::local::LaunchConfig, moe::RouterForcing};
 use burn_fsep_planner::{Layout, repair::RepairConfig};
 use burn_fsep_tests::{device, launch};
 
@@ -15,7 +15,7 @@ fn step(repair: Option<RepairConfig>) -> Vec<(f64, usize)> {
         let layer = FSEPMoEConfig::new(4, 6, 4)
             .with_slots_per_rank(Some(2))
             .with_moe_router_topk(1)
-            .with_moe_router_force_shares(Some(vec![0.05, 0.15, 0.15, 0.65]))
+            .with_moe_router_force(Some(RouterForcing::Shares(vec![0.05, 0.15, 0.15, 0.65])))
             .try_init(&runtime, &device())?;
         let layout = Layout::from_rows(4, &[vec![0, 1], vec![0, 2], vec![0, 3], vec![1, 2]])?;
         runtime.set_layout(0, Arc::new(layout.clone()))?;

@@ -1,6 +1,11 @@
 use burn::{module::Module, tensor::Tensor};
 
-use super::{FsepExperts, FsepExpertsOutput, TopKRouter, losses::AuxiliaryLosses, tokens::token_rows};
+use super::{
+    FsepExperts, FsepExpertsOutput, TokenMask, TopKRouter,
+    forced_router::ForcedRouter,
+    losses::AuxiliaryLosses,
+    tokens::{from_token_rows, token_rows},
+};
 use crate::{FsepError, FsepRuntime};
 
 /// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
@@ -27,6 +32,9 @@ pub struct FSEPMoE {
     pub experts: FsepExperts,
     #[module(skip)]
     pub(super) losses: AuxiliaryLosses,
+    /// Routes in place of `router`, with its weight.
+    #[module(skip)]
+    pub(super) forced: Option<ForcedRouter>,
 }
 
 /// Output of an MoE layer.
@@ -55,7 +63,18 @@ impl FSEPMoE {
     ///
     /// As [`FSEPMoE::forward`].
     pub fn forward_with_losses<const R: usize>(&self, hidden: Tensor<R>) -> MoeOutput<R> {
-        self.route_and_compute(hidden).unwrap_or_else(|error| self.runtime().fail(error))
+        self.route_and_compute(hidden, None).unwrap_or_else(|error| self.runtime().fail(error))
+    }
+
+    /// As [`FSEPMoE::forward_with_losses`], for the real tokens of a batch alone: output, losses, gradients, statistics and
+    /// planning are those of the batch without its padding, of which nothing is sent. The rows of padding are zeros. All of a
+    /// rank's tokens may be padding. `[.., D] -> MoeOutput`
+    ///
+    /// # Panics
+    ///
+    /// As [`FSEPMoE::forward`]; with [`FsepError::Shape`] also if the mask is one of another number of tokens.
+    pub fn forward_masked<const R: usize>(&self, hidden: Tensor<R>, mask: &TokenMask) -> MoeOutput<R> {
+        self.route_and_compute(hidden, Some(mask)).unwrap_or_else(|error| self.runtime().fail(error))
     }
 
     /// Applies the layer and returns what went wrong: short for [`FsepRuntime::run`] around
@@ -81,15 +100,20 @@ impl FSEPMoE {
         self.experts.runtime()
     }
 
-    fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
         let dims = hidden.dims();
         self.experts.check_input(hidden.dtype(), dims[R - 1])?;
-        let tokens = token_rows(hidden)?;
-        let mut routed = self.router.forward(tokens.clone())?;
+        let tokens = token_rows(hidden, mask)?;
+        let mut routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
         let (scores, logits) = (routed.scores.take(), routed.logits.take());
         let FsepExpertsOutput { hidden, counts } = self.experts.compute(tokens, routed)?;
-        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals())?;
-        Ok(MoeOutput { hidden: hidden.reshape(dims), aux_loss })
+        let (topk, ranks) = (self.router.topk(), self.runtime().world_size());
+        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals(), topk, ranks)?;
+        Ok(MoeOutput { hidden: from_token_rows(hidden, dims, mask), aux_loss })
     }
 }
 

@@ -1,5 +1,5 @@
 use burn::tensor::FloatDType;
-use burn_fsep::{ExpertParallelism, FSEPMoEConfig};
+use burn_fsep::{ExpertParallelism, FSEPMoEConfig, moe::RouterForcing};
 use clap::Parser;
 
 use super::{ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
@@ -90,13 +90,13 @@ impl Args {
     pub(crate) fn moe_config(&self) -> FSEPMoEConfig {
         let (model, parallel) = (&self.model, &self.parallel);
         let is_static = parallel.planner == Planner::Static;
+        let shares = model.force_shares.clone().map(RouterForcing::Shares);
         FSEPMoEConfig::new(model.hidden, model.ffn, model.experts)
             .with_moe_router_topk(model.top_k)
             .with_slots_per_rank(if is_static { None } else { parallel.slots })
             .with_expert_parallelism(if is_static { ExpertParallelism::Static } else { ExpertParallelism::Fsep })
             .with_moe_aux_loss_coeff(self.training.aux_loss)
-            .with_moe_router_force_biased(model.force_biased)
-            .with_moe_router_force_shares(model.force_shares.clone())
+            .with_moe_router_force(shares.or(model.force_biased.map(RouterForcing::Biased)))
             .with_compute_dtype(self.compute_dtype())
     }
 }
