@@ -7,7 +7,8 @@
 //!
 //! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
-//! - [`comm`]: communicators, and the launcher of local ranks;
+//! - [`comm`]: communicators;
+//! - [`launch`]: being a rank, as a thread or as a process of a launcher, with one call;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
 //! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
 //! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners;
@@ -24,8 +25,7 @@
 pub mod checkpoint;
 pub mod comm;
 mod error;
-#[cfg(all(feature = "cli", unix))]
-pub mod launcher;
+pub mod launch;
 pub mod moe;
 pub mod ops;
 mod runtime;

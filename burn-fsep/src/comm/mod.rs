@@ -3,7 +3,6 @@
 mod check;
 mod communicator;
 mod device;
-mod environment;
 mod error;
 pub mod local;
 #[cfg(feature = "mpi")]
@@ -17,5 +16,4 @@ pub use communicator::{
     Block, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64,
 };
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
-pub use environment::{EnvironmentError, RankEnvironment, TOKEN_VARIABLE};
 pub use error::CommError;
