@@ -7,7 +7,7 @@
 //!
 //! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
-//! - [`comm`]: communicators;
+//! - [`comm`]: communicators, what FSEP needs from a process group;
 //! - [`launch`]: being a rank, as a thread or as a process of a launcher, with one call;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
 //! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
