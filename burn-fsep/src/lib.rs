@@ -9,7 +9,8 @@
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
 //! - [`comm`]: communicators, and the launcher of local ranks;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
-//! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
+//! - [`train`]: whole training steps ([`train::Trainer`]), and the parts that they are made of;
+//! - `learner` (the feature of that name): training through burn-train's Learner;
 //! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners;
 //! - [`ops`]: the backend extension that does the work.
 //!
@@ -32,7 +33,8 @@ mod runtime;
 mod schedule;
 pub mod shard;
 mod timeline;
-#[cfg(feature = "train")]
+#[cfg(feature = "learner")]
+pub mod learner;
 pub mod train;
 pub use burn_fsep_planner as planner;
 pub use error::FsepError;

@@ -28,7 +28,6 @@ use crate::{
     shard::{RestoredGauge, UnshardPlan},
 };
 
-#[cfg(feature = "train")]
 use burn_fsep_planner::callback::RoutingObserver;
 
 /// A rank's runtime, shared by its FSEP layers. Cloning gives another handle on the same runtime.
@@ -61,7 +60,6 @@ struct Inner {
     /// Shards and their gradients.
     weights: Arc<dyn Communicator>,
     /// Gradients of replicated parameters.
-    #[cfg(feature = "train")]
     dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
@@ -72,7 +70,6 @@ struct Inner {
     schedule: Schedule,
     timeline: Option<Timeline>,
     error: Mutex<Option<FsepError>>,
-    #[cfg(feature = "train")]
     observer: RwLock<Option<Arc<dyn RoutingObserver>>>,
 }
 
@@ -107,7 +104,6 @@ impl FsepRuntime {
         let inner = Inner {
             tokens: comm.duplicate("tokens")?,
             weights: comm.duplicate("weights")?,
-            #[cfg(feature = "train")]
             dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
@@ -119,7 +115,6 @@ impl FsepRuntime {
             schedule: Schedule::new(config.schedule),
             timeline: config.timeline.clone(),
             error: Mutex::default(),
-            #[cfg(feature = "train")]
             observer: RwLock::default(),
         };
         Ok(Self { inner: Arc::new(inner), outputs: Arc::default() })
@@ -169,7 +164,6 @@ impl FsepRuntime {
     }
 
     /// For gradients of replicated parameters, which travel while backward runs.
-    #[cfg(feature = "train")]
     pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
         &self.inner.dense
     }
@@ -222,7 +216,7 @@ impl FsepRuntime {
 
     /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be restored
     /// behind the compute of the layer before; the first layer's restore starts now. Collective, once before each training
-    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    /// forward pass; [`Trainer`](crate::train::Trainer) and `FsepStrategy` call it for you.
     ///
     /// Without it, layers restore their experts when they come to them, and the result is the same. The order of layers is
     /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,
@@ -384,7 +378,6 @@ impl FsepRuntime {
     ) -> Result<RoutedStep, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let routed = self.layer(layer).route(layer, &self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
-        #[cfg(feature = "train")]
         if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
             observer.observe(layer, routed.step_number, &routed.counts);
         }
@@ -399,7 +392,6 @@ impl FsepRuntime {
         self.outputs.0.lock().insert(layer, (pass, row));
     }
 
-    #[cfg(feature = "train")]
     pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
         *self.inner.observer.write() = observer;
     }

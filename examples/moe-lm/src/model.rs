@@ -14,7 +14,8 @@ use burn::{
 use burn_fsep::{
     FSEPMoE, FsepError, FsepRuntime,
     moe::DenseMoE,
-    train::{FsepStats, GradientBuckets},
+    learner::FsepStats,
+    train::GradientBuckets,
 };
 
 use crate::{Args, data::LmBatch, record::StepRecorder};

@@ -14,11 +14,9 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, ReduceBuffer, ReduceOp, all_gather_u64},
+    learner::{FsepStrategy, ImbalanceMetric, SilentRenderer, StaticImbalanceMetric},
     planner::{PlannerConfig, Strategy},
-    train::{
-        FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
-        SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
-    },
+    train::{FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, RankDataset, broadcast_parameters},
 };
 
 use crate::{
