@@ -27,14 +27,14 @@ pub mod comm;
 mod error;
 #[cfg(all(feature = "cli", unix))]
 pub mod launcher;
+#[cfg(feature = "learner")]
+pub mod learner;
 pub mod moe;
 pub mod ops;
 mod runtime;
 mod schedule;
 pub mod shard;
 mod timeline;
-#[cfg(feature = "learner")]
-pub mod learner;
 pub mod train;
 pub use burn_fsep_planner as planner;
 pub use error::FsepError;

@@ -17,8 +17,8 @@ use burn_fsep::{
 };
 use burn_fsep_planner::{PlannerConfig, Strategy};
 use burn_fsep_tests::{
-    GradientSync, HandTraining, LayoutSource, SmallMoe, SplitAny, TaskBatcher, Trained, dense_loss_curve, device,
-    fixed_linear, launch, small_slots, task_items, train_by_hand, train_with_trainer,
+    GradientSync, HandTraining, LayoutSource, SmallMoe, SplitAny, TaskBatcher, TaskItem, Trained, dense_loss_curve,
+    device, fixed_linear, launch, small_slots, task_items, train_by_hand, train_with_trainer,
 };
 
 const SEED: u64 = 3;
@@ -112,13 +112,13 @@ fn training_again_gives_the_same_bits() {
 fn a_trainer_makes_the_steps_that_its_parts_make_by_hand() {
     let items = task_items(60 * BATCH, 1);
     for (ranks, layouts, sync) in [
-        (1, LayoutSource::Planner(Strategy::MinMax), GradientSync::AfterBackward),
         (2, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(1)),
         (4, LayoutSource::Random, GradientSync::AfterBackward),
         (4, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(300)),
     ] {
         let training = HandTraining { steps: 60, batch: BATCH, clip: CLIP, layouts, sync };
-        let run = |train: fn(&FsepRuntime, &[Vec<f32>], &HandTraining) -> Result<Trained, FsepError>| {
+        type Train = fn(&FsepRuntime, &[TaskItem], &HandTraining) -> Result<Trained, FsepError>;
+        let run = |train: Train| {
             let config = FsepRuntimeConfig::new().with_seed(SEED);
             let results = launch(&LaunchConfig::new(ranks), |comm| train(&config.init(comm)?, &items, &training));
             results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect::<Vec<_>>()

@@ -189,11 +189,14 @@ impl<M: Module> Trainer<M> {
     pub fn save(&mut self) -> Result<(), FsepError> {
         if self.gradients.is_in_window() {
             return Err(FsepError::Config(
-                "a checkpoint has no place for accumulated gradients: call `end_window` or `discard_window` before".into(),
+                "a checkpoint has no place for accumulated gradients: call `end_window` or `discard_window` before"
+                    .into(),
             ));
         }
         let Some(checkpoints) = &mut self.checkpoints else {
-            return Err(FsepError::Config("there is no folder for checkpoints: use `TrainerConfig::with_checkpoints`".into()));
+            return Err(FsepError::Config(
+                "there is no folder for checkpoints: use `TrainerConfig::with_checkpoints`".into(),
+            ));
         };
         let model = self.model.as_ref().ok_or_else(ended)?;
         if let (0, Some(planner)) = (self.runtime.rank(), &mut self.planner) {

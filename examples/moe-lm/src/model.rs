@@ -11,12 +11,7 @@ use burn::{
         metric::{Adaptor, LossInput},
     },
 };
-use burn_fsep::{
-    FSEPMoE, FsepError, FsepRuntime,
-    moe::DenseMoE,
-    learner::FsepStats,
-    train::GradientBuckets,
-};
+use burn_fsep::{FSEPMoE, FsepError, FsepRuntime, learner::FsepStats, moe::DenseMoE, train::GradientBuckets};
 
 use crate::{Args, data::LmBatch, record::StepRecorder};
 
