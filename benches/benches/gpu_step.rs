@@ -25,13 +25,13 @@ use burn_fsep::{
         local::{LaunchConfig, launch},
         nccl::NcclConfig,
     },
-    train::{FusedAdamWConfig, GradientBuckets, TrainerConfig},
+    train::{FusedAdamWConfig, GradientBuckets, PlannerConfig, TrainerConfig},
 };
 use burn_fsep_benches::{
     Times,
     fused::{BackwardMark, BackwardSpan, attention, rms_norm},
 };
-use burn_fsep_planner::{PlannerConfig, Strategy};
+use burn_fsep_planner::PlannerStrategy;
 use clap::{Parser, ValueEnum};
 
 #[derive(Parser, Clone)]
@@ -220,7 +220,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
     let mut training = TrainerConfig::new().with_connect(false);
     training.buckets = buckets.clone();
     if args.ranks > 1 && !args.static_ep {
-        training = training.with_planner(PlannerConfig::new(Strategy::MinMax));
+        training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
     }
     let model = Transformer::new(args, &runtime, &device)?;
     let mut trainer = training.init(&runtime, model, FusedAdamWConfig::new().init())?;

@@ -76,7 +76,7 @@ pub enum FsepError {
     /// This rank's Learner stopped on an error of its own, for example of its data.
     #[error("the Learner stopped: {0}")]
     Learner(String),
-    /// A training callback failed.
+    /// A training callback failed, for a reason of its own.
     #[error("training callback: {0}")]
     Callback(String),
 }

@@ -5,12 +5,9 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    train::{GradientBucketsConfig, TrainerConfig, clip_grad_norm, sync_gradients},
+    train::{GradientBucketsConfig, PlannerConfig, TrainerConfig, TrainingCallback, clip_grad_norm, sync_gradients},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{CallbackError, StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 
 use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
 
@@ -18,7 +15,7 @@ use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayoutSource {
     /// The planner's callback.
-    Planner(Strategy),
+    Planner(PlannerStrategy),
     /// Every step another one at random.
     Random,
 }
@@ -90,7 +87,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
     let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
     let mut layout = runtime.layout(0);
     if let Some(planner) = &mut planner {
-        planner.on_train_start(runtime).map_err(callback_failed)?;
+        planner.on_train_start(runtime)?;
     }
     for step in 0..steps {
         let start = step * batch % items.len() + runtime.rank() * share;
@@ -112,7 +109,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         let norm = clip_grad_norm(runtime, &model, &mut grads, clip)?;
         model = optimizer.step(1e-2, model, grads);
         match &mut planner {
-            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).map_err(callback_failed)?,
+            Some(planner) => planner.step(runtime)?,
             None => {
                 for layer in 0..runtime.num_layers() {
                     let seed = (step * runtime.num_layers() + layer) as u64;
@@ -130,7 +127,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         layout = runtime.layout(0);
     }
     if let Some(planner) = &mut planner {
-        planner.on_train_end(runtime).map_err(callback_failed)?;
+        planner.on_train_end(runtime)?;
     }
     trained.replicated = model.replicated();
     Ok(trained)
@@ -194,8 +191,4 @@ pub fn train_with_trainer(
 /// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
 pub fn small_slots(world_size: usize) -> usize {
     8 / world_size + 1
-}
-
-fn callback_failed(error: CallbackError) -> FsepError {
-    FsepError::Callback(error.to_string())
 }

@@ -28,9 +28,8 @@ use burn_fsep::{
     checkpoint::{self, CheckpointConfig, list, verify},
     comm::local::LaunchConfig,
     learner::{FsepStrategy, SilentRenderer},
-    train::{Accumulation, TrainerConfig, check_replicas},
+    train::{Accumulation, OptimizerContext, StepContext, TrainerConfig, TrainingCallback, check_replicas},
 };
-use burn_fsep_planner::callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback};
 use burn_fsep_tests::{device, launch, plain_device};
 
 const LR: f64 = 0.1;
@@ -128,12 +127,12 @@ struct Watch {
 }
 
 impl TrainingCallback for Watch {
-    fn on_optimizer_step(&mut self, _: &OptimizerContext<'_>) -> Result<(), CallbackError> {
+    fn on_optimizer_step(&mut self, _: &OptimizerContext<'_>) -> Result<(), FsepError> {
         self.steps.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         if self.stop == Some(context.iteration) {
             self.interrupter.stop(Some("enough"));
         }

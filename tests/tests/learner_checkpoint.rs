@@ -13,12 +13,9 @@ use burn_fsep::{
     checkpoint::{self, CheckpointConfig, CheckpointError, list, verify},
     comm::local::LaunchConfig,
     learner::{FsepStrategy, SilentRenderer},
-    train::RankDataset,
+    train::{PlannerConfig, RankDataset, StepContext, TrainingCallback},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{CallbackError, StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device, small_slots, task_items,
 };
@@ -64,7 +61,7 @@ impl Job<'_> {
         let mut runtime_config = FsepRuntimeConfig::new().with_seed(3);
         if self.burn.is_some() {
             // Their checkpoints know nothing of layouts that were repaired, on which the order of sums depends.
-            runtime_config = runtime_config.with_correction(None);
+            runtime_config = runtime_config.with_repair(None);
         }
         let results = launch(&config, |comm| self.run_rank(&runtime_config.init(comm)?, folder.path()));
         results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
@@ -86,7 +83,7 @@ impl Job<'_> {
             .with_max_grad_norm(0.5)
             .with_callback(StopAfter(self.stop.filter(|_| runtime.rank() == 1), interrupter.clone()));
         if self.plans {
-            let planner = PlannerConfig::new(Strategy::MinMax).with_synchronous(true);
+            let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
             strategy = strategy.with_callback(planner.init());
         }
         if let Some(config) = &self.checkpoints {
@@ -136,7 +133,7 @@ impl Job<'_> {
 struct StopAfter(Option<usize>, Interrupter);
 
 impl TrainingCallback for StopAfter {
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         if self.0 == Some(context.iteration) {
             self.1.stop(Some("enough"));
         }

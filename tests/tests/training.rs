@@ -13,9 +13,9 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     checkpoint::{self, CheckpointConfig, list},
     comm::local::LaunchConfig,
-    train::{Trainer, TrainerConfig},
+    train::{PlannerConfig, Trainer, TrainerConfig},
 };
-use burn_fsep_planner::{PlannerConfig, Strategy};
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, SmallMoe, SplitAny, TaskBatcher, TaskItem, Trained, dense_loss_curve,
     device, fixed_linear, launch, small_slots, task_items, train_by_hand, train_with_trainer,
@@ -57,18 +57,18 @@ fn the_loss_curve_is_that_of_the_dense_model() {
     let after = GradientSync::AfterBackward;
     // The small model has four replicated parameters of 192, 256, 256 and 192 bytes.
     for (ranks, split, layouts, sync) in [
-        (2, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (2, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(1)),
+        (2, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (2, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(1)),
         (2, SplitAny::Random, LayoutSource::Random, after),
-        (4, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), after),
+        (4, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), after),
         (4, SplitAny::Random, LayoutSource::Random, GradientSync::Buckets(300)),
     ] {
         let results = train(ranks, split, layouts, sync);
         // The min-max planner keeps a layout that is good enough.
         let enough = match layouts {
             LayoutSource::Random => 9 * STEPS / 10,
-            LayoutSource::Planner(Strategy::Paper) => 10,
+            LayoutSource::Planner(PlannerStrategy::Paper) => 10,
             LayoutSource::Planner(_) => 2,
         };
         let first = &results[0];
@@ -101,7 +101,7 @@ fn without_gradient_sync_the_loss_curve_is_another_one() {
 
 #[test]
 fn training_again_gives_the_same_bits() {
-    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(200));
+    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(200));
     for (first, second) in run().iter().zip(run()) {
         assert_eq!(first.losses, second.losses);
         assert_eq!(first.replicated, second.replicated);
@@ -112,9 +112,9 @@ fn training_again_gives_the_same_bits() {
 fn a_trainer_makes_the_steps_that_its_parts_make_by_hand() {
     let items = task_items(60 * BATCH, 1);
     for (ranks, layouts, sync) in [
-        (2, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(1)),
+        (2, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(1)),
         (4, LayoutSource::Random, GradientSync::AfterBackward),
-        (4, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(300)),
+        (4, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(300)),
     ] {
         let training = HandTraining { steps: 60, batch: BATCH, clip: CLIP, layouts, sync };
         type Train = fn(&FsepRuntime, &[TaskItem], &HandTraining) -> Result<Trained, FsepError>;
@@ -138,7 +138,7 @@ fn a_trainer_goes_on_from_its_checkpoints() {
     let program = |runtime: &FsepRuntime, steps: u64, checkpoints: bool| -> Result<Vec<f32>, FsepError> {
         let mut model = SmallMoe::fsep(runtime, small_slots(runtime.world_size()), &device())?;
         let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
-        let planner = PlannerConfig::new(Strategy::MinMax).with_synchronous(true);
+        let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
         let mut config = TrainerConfig::new().with_max_grad_norm(CLIP).with_accumulation_steps(2).with_planner(planner);
         if checkpoints {
             let checkpoints = CheckpointConfig::new(folder.path()).with_every(2).with_background(true);

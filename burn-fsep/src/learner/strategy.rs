@@ -7,7 +7,6 @@ use burn::{
         TrainingItem, ValidLoader, train::WorkerFailure,
     },
 };
-use burn_fsep_planner::callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback};
 use parking_lot::Mutex;
 
 use super::checkpoints::LearnerCheckpoints;
@@ -15,7 +14,9 @@ use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},
     comm::{Operation, all_gather_u64},
-    train::{Accumulation, GradientBuckets, GradientStep, TrainerConfig, callback_error},
+    train::{
+        Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
+    },
 };
 
 const BEGIN: Operation = Operation::new("checkpointers of burn-train");
@@ -158,10 +159,10 @@ impl FsepStrategy {
 
     fn each_callback(
         &self,
-        mut call: impl FnMut(&mut dyn TrainingCallback) -> Result<(), CallbackError>,
+        mut call: impl FnMut(&mut dyn TrainingCallback) -> Result<(), FsepError>,
     ) -> Result<(), FsepError> {
         for callback in self.callbacks.lock().iter_mut() {
-            call(callback.as_mut()).map_err(callback_error)?;
+            call(callback.as_mut())?;
         }
         Ok(())
     }

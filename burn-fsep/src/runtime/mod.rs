@@ -3,7 +3,6 @@
 mod config;
 mod handle;
 mod layer;
-mod planner_host;
 mod stats;
 
 pub use config::FsepRuntimeConfig;

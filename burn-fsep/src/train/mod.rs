@@ -4,12 +4,16 @@ mod accumulation;
 mod adamw;
 mod broadcast;
 mod buckets;
+mod callback;
 mod clip;
 mod collector;
 #[cfg(feature = "dataset")]
 mod data;
 mod gradients;
 mod params;
+mod planner_callback;
+mod planner_config;
+mod planner_report;
 mod reduction;
 mod replicas;
 mod sync;
@@ -21,15 +25,17 @@ pub use accumulation::Accumulation;
 pub use adamw::{FusedAdamW, FusedAdamWConfig, FusedAdamWState};
 pub use broadcast::broadcast_parameters;
 pub use buckets::{GradientBuckets, GradientBucketsConfig};
+pub use callback::{OptimizerContext, StepContext, TrainingCallback};
 pub use clip::clip_grad_norm;
 #[cfg(feature = "dataset")]
 pub use data::RankDataset;
 #[cfg(feature = "learner")]
 pub(crate) use gradients::GradientStep;
+pub use planner_callback::PlannerCallback;
+pub use planner_config::PlannerConfig;
+pub use planner_report::PlannerReport;
 pub use replicas::check_replicas;
 pub use sync::sync_gradients;
 pub use tokens::{token_mean, try_token_mean};
-#[cfg(feature = "learner")]
-pub(crate) use trainer::callback_error;
 pub use trainer::{Trainer, TrainerStep};
 pub use trainer_config::TrainerConfig;

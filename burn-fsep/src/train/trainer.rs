@@ -4,12 +4,10 @@ use burn::{
     optim::{GradientsParams, ModuleOptimizer},
     tensor::Tensor,
 };
-use burn_fsep_planner::{
-    PlannerCallback, PlannerReport,
-    callback::{CallbackError, StepContext, TrainingCallback},
-};
 
-use super::{TrainerConfig, broadcast_parameters, gradients::GradientStep};
+use super::{
+    PlannerCallback, PlannerReport, TrainerConfig, TrainingCallback, broadcast_parameters, gradients::GradientStep,
+};
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{Checkpoints, TrainingProgress},
@@ -127,9 +125,7 @@ impl<M: Module> Trainer<M> {
             step.optimizer_step = Some(self.progress.step);
         }
         if let Some(planner) = &mut self.planner {
-            let iteration = self.progress.iteration + self.batches;
-            let context = StepContext::new(self.progress.epoch as usize, iteration as usize, &self.runtime);
-            told(&self.runtime, planner.on_step_end(&context))?;
+            told(&self.runtime, planner.step(&self.runtime))?;
         }
         self.save_if_due(step.optimizer_step.is_some())?;
         Ok(step)
@@ -267,18 +263,7 @@ fn ended() -> FsepError {
     FsepError::Config("an optimizer step has failed while it changed the model: go on from a checkpoint".into())
 }
 
-/// A callback's result; peers learn of its error.
-fn told(runtime: &FsepRuntime, result: Result<(), CallbackError>) -> Result<(), FsepError> {
-    result.map_err(callback_error).inspect_err(|error| runtime.comm().abort(&error.to_string()))
-}
-
-pub(crate) fn callback_error(error: CallbackError) -> FsepError {
-    match error {
-        CallbackError::Planner(error) => error.into(),
-        CallbackError::Host(error) => match error.downcast::<FsepError>() {
-            Ok(error) => *error,
-            Err(error) => FsepError::Callback(error.to_string()),
-        },
-        other => FsepError::Callback(other.to_string()),
-    }
+/// A result of the planner's; peers learn of its error.
+fn told(runtime: &FsepRuntime, result: Result<(), FsepError>) -> Result<(), FsepError> {
+    result.inspect_err(|error| runtime.comm().abort(&error.to_string()))
 }

@@ -1,8 +1,7 @@
 use burn::{module::Module, optim::ModuleOptimizer};
-use burn_fsep_planner::PlannerConfig;
 use derive_new::new;
 
-use super::{Accumulation, GradientBuckets, Trainer};
+use super::{Accumulation, GradientBuckets, PlannerConfig, Trainer};
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},

@@ -1,6 +1,6 @@
 use std::{str::FromStr, time::Duration};
 
-use burn_fsep::planner::Strategy;
+use burn_fsep::planner::PlannerStrategy;
 use clap::{Args, ValueEnum};
 
 use super::command::{check_positive, refuse};
@@ -107,12 +107,12 @@ pub enum Planner {
 }
 
 impl Planner {
-    pub(crate) fn strategy(self) -> Strategy {
+    pub(crate) fn strategy(self) -> PlannerStrategy {
         match self {
-            Planner::Paper => Strategy::Paper,
-            Planner::MinMax => Strategy::MinMax,
-            Planner::Random => Strategy::Random,
-            Planner::Static => Strategy::Static,
+            Planner::Paper => PlannerStrategy::Paper,
+            Planner::MinMax => PlannerStrategy::MinMax,
+            Planner::Random => PlannerStrategy::Random,
+            Planner::Static => PlannerStrategy::Static,
         }
     }
 }
