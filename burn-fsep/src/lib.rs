@@ -10,7 +10,8 @@
 //! - [`comm`]: communicators, what FSEP needs from a process group;
 //! - [`launch`]: being a rank, as a thread or as a process of a launcher, with one call;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
-//! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
+//! - [`train`]: whole training steps ([`train::Trainer`]), and the parts that they are made of;
+//! - `learner` (the feature of that name): training through burn-train's Learner;
 //! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners;
 //! - [`ops`]: the backend extension that does the work.
 //!
@@ -26,13 +27,14 @@ pub mod checkpoint;
 pub mod comm;
 mod error;
 pub mod launch;
+#[cfg(feature = "learner")]
+pub mod learner;
 pub mod moe;
 pub mod ops;
 mod runtime;
 mod schedule;
 pub mod shard;
 mod timeline;
-#[cfg(feature = "train")]
 pub mod train;
 pub use burn_fsep_planner as planner;
 pub use error::FsepError;

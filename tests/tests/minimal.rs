@@ -1,6 +1,6 @@
 //! The README's program runs as it stands, however it is started.
 
-use std::{collections::BTreeSet, process::Command};
+use std::{collections::BTreeMap, process::Command};
 
 #[cfg(unix)]
 use burn_fsep::launch::LauncherConfig;
@@ -15,14 +15,15 @@ fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_minimal"))
 }
 
-/// Checks that so many ranks have trained, each once.
+/// Checks that so many ranks have trained together: three steps each, with the same mean losses.
 fn assert_trained(said: &str, ranks: usize) {
-    let mut trained = BTreeSet::new();
+    let mut losses: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
     for line in said.lines().filter_map(|line| line.strip_prefix("rank ")) {
-        let (rank, rest) = line.split_once(' ').unwrap();
-        assert!(rest.starts_with(&format!("of {ranks}")) && trained.insert(rank.parse::<usize>().unwrap()), "{said}");
+        let (rank, loss) = line.split_once(&format!(" of {ranks}: loss ")).unwrap_or_else(|| panic!("{said}"));
+        losses.entry(rank.parse().unwrap()).or_default().push(loss);
     }
-    assert!(trained.into_iter().eq(0..ranks), "{said}");
+    assert!(losses.keys().copied().eq(0..ranks), "{said}");
+    assert!(losses.values().all(|of_rank| of_rank.len() == 3 && *of_rank == losses[&0]), "{said}");
 }
 
 #[test]

@@ -1,18 +1,19 @@
 //! What users plug in is what runs.
 
 use std::sync::{
-    Arc,
+    Arc, Mutex,
     atomic::{AtomicUsize, Ordering},
+    mpsc,
 };
 
 use burn::tensor::{Distribution, Tensor};
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::{LaunchConfig, RankError},
+    train::{PlannerConfig, TrainingCallback},
 };
 use burn_fsep_planner::{
-    Layout, PlannerConfig, PlannerError, RoutingCounts, Strategy, Topology,
-    callback::{StepContext, TrainingCallback},
+    Layout, PlannerError, PlannerStrategy, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
     placement::{LayoutRequest, LayoutSolver},
 };
@@ -119,18 +120,18 @@ impl LayoutSolver for Fixed {
 #[test]
 fn layouts_come_from_the_solver_that_is_given() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
-        let runtime = FsepRuntimeConfig::new().with_correction(None).init(comm)?;
+        let runtime = FsepRuntimeConfig::new().with_repair(None).init(comm)?;
         let layers = [layer(&runtime)?, layer(&runtime)?];
         // Static expert parallelism starts with experts 0 and 1 on rank 0.
         let wanted = [vec![vec![2, 3], vec![0, 1]], vec![vec![0, 2], vec![1, 3]]];
         let wanted = wanted.map(|rows| Layout::from_rows(4, &rows).unwrap());
         let given = wanted.clone();
-        let config = PlannerConfig::new(Strategy::MinMax).with_synchronous(true);
+        let config = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
         let mut planner = config.with_solver(move |layer| Box::new(Fixed(given[layer].clone()))).init();
         planner.on_train_start(&runtime).unwrap();
         layers.iter().try_for_each(|layer| step(&runtime, layer))?;
         assert!((0..2).all(|layer| *runtime.layout(layer) != wanted[layer]));
-        planner.on_step_end(&StepContext::new(1, 1, &runtime)).unwrap();
+        planner.step(&runtime).unwrap();
         assert!((0..2).all(|layer| *runtime.layout(layer) == wanted[layer]));
         layers.iter().try_for_each(|layer| step(&runtime, layer))?;
         Ok(runtime.stats().moved_slots())
@@ -138,11 +139,62 @@ fn layouts_come_from_the_solver_that_is_given() {
     results.into_iter().for_each(|moved| assert_eq!(moved.unwrap(), 4 + 2));
 }
 
+/// A solver that waits, where it was told to, until the sender is gone.
+#[derive(Debug)]
+struct Slow(Fixed, Option<Arc<Mutex<mpsc::Receiver<()>>>>);
+
+impl LayoutSolver for Slow {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn solve(&mut self, request: &LayoutRequest<'_>) -> Result<Layout, PlannerError> {
+        if let Some(wait) = &self.1 {
+            let _ = wait.lock().unwrap().recv();
+        }
+        self.0.solve(request)
+    }
+}
+
+#[test]
+fn ranks_skip_the_same_counts_if_one_of_them_plans_slowly() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntimeConfig::new().with_repair(None).init(comm)?;
+        let layer = layer(&runtime)?;
+        let (before, wanted) = (runtime.layout(0), Layout::from_rows(4, &[vec![2, 3], vec![0, 1]])?);
+        let (sender, receiver) = mpsc::channel();
+        let wait = (runtime.rank() == 1).then(|| Arc::new(Mutex::new(receiver)));
+        let solver = wanted.clone();
+        let config = PlannerConfig::new(PlannerStrategy::MinMax)
+            .with_solver(move |_| Box::new(Slow(Fixed(solver.clone()), wait.clone())));
+        let mut planner = config.init();
+        planner.on_train_start(&runtime)?;
+        // Dropped before the planner, which waits for its thread, also where an assertion fails.
+        let sender: mpsc::Sender<()> = sender;
+        for _ in 0..10 {
+            step(&runtime, &layer)?;
+            planner.step(&runtime)?;
+        }
+        let report = planner.report();
+        assert_eq!((report.adopted(), report.late(), report.skipped()), (0, 10, 8), "two steps' counts are taken");
+        assert_eq!(runtime.layout(0), before);
+        drop(sender);
+        while runtime.layout(0) == before {
+            step(&runtime, &layer)?;
+            planner.step(&runtime)?;
+        }
+        assert_eq!(*runtime.layout(0), wanted);
+        Ok((report.adopted(), report.late(), report.skipped()))
+    });
+    let reports: Vec<_> = results.into_iter().map(Result::unwrap).collect();
+    assert_eq!(reports[0], reports[1]);
+}
+
 #[test]
 fn nodes_may_have_different_numbers_of_ranks() {
     let results = launch(&LaunchConfig::new(3), |comm| -> Result<_, FsepError> {
         let uneven = Topology::new(&[1, 2])?;
-        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_correction(None);
+        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_repair(None);
         let runtime = config.with_dispatcher(|| Box::new(EvenSplit::new())).init(comm)?;
         assert_eq!(runtime.topology(), &uneven);
         let layer = layer(&runtime)?;

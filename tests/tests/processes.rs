@@ -16,7 +16,7 @@ use burn_fsep::{
     comm::local::LaunchConfig,
     launch::{LauncherConfig, TOKEN_VARIABLE},
 };
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, Launcher, LayoutSource, RankProcesses, launch, task_items, train_by_hand,
 };
@@ -250,7 +250,7 @@ fn processes_train_as_threads_do() {
         steps: 8,
         batch: 8 * 3,
         clip: 1.0,
-        layouts: LayoutSource::Planner(Strategy::MinMax),
+        layouts: LayoutSource::Planner(PlannerStrategy::MinMax),
         sync: GradientSync::AfterBackward,
     };
     let threads = launch(&LaunchConfig::new(3), |comm| -> Result<String, FsepError> {

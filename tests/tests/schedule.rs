@@ -10,7 +10,7 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
     comm::local::LaunchConfig,
 };
-use burn_fsep_planner::correction::CorrectionConfig;
+use burn_fsep_planner::repair::RepairConfig;
 use burn_fsep_tests::{device, launch, random_layout};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -56,8 +56,8 @@ fn train(
 ) -> Vec<(Vec<Vec<f32>>, u64)> {
     let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
         // Repairs wherever there is an imbalance at all: layouts change under prefetched experts.
-        let eager = CorrectionConfig { tolerance: 1.0, ..CorrectionConfig::free() };
-        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_correction(Some(eager));
+        let eager = RepairConfig { tolerance: 1.0, ..RepairConfig::free() };
+        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_repair(Some(eager));
         let runtime = config.init(comm)?;
         let mut stack = Stack::new(&runtime)?;
         let mut left = Vec::new();

@@ -22,7 +22,7 @@ pub(crate) use extension::start_restore;
 pub use extension::{FsepOps, moe};
 pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
 pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
-#[cfg(all(feature = "libtorch", feature = "train"))]
+#[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use reduce::ReduceOps;
 pub(crate) use reduce::is_same;

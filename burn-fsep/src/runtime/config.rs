@@ -5,9 +5,9 @@ use std::{
 };
 
 use burn_fsep_planner::{
-    Topology,
-    correction::{Correction, CorrectionConfig},
+    PlannerStrategy, Topology,
     dispatch::{Dispatcher, MinMax},
+    repair::{LayoutRepair, RepairConfig},
 };
 use derive_new::new;
 
@@ -34,8 +34,8 @@ pub struct FsepRuntimeConfig {
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
     /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
     /// only the changed slots are restored once more.
-    #[new(value = "Some(CorrectionConfig::free())")]
-    pub correction: Option<CorrectionConfig>,
+    #[new(value = "Some(RepairConfig::free())")]
+    pub repair: Option<RepairConfig>,
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
@@ -105,9 +105,16 @@ impl FsepRuntimeConfig {
     }
 
     /// Sets when a layout is repaired in the step itself; `None` for never.
-    pub fn with_correction(mut self, correction: Option<CorrectionConfig>) -> Self {
-        self.correction = correction;
+    pub fn with_repair(mut self, repair: Option<RepairConfig>) -> Self {
+        self.repair = repair;
         self
+    }
+
+    /// Sets dispatcher and repair to those of a strategy: only [`PlannerStrategy::MinMax`] repairs layouts in the step. With
+    /// the same strategy in [`PlannerConfig`](crate::train::PlannerConfig) it is a whole baseline; with another one, a hybrid.
+    pub fn with_strategy(self, strategy: PlannerStrategy) -> Self {
+        let repair = (strategy == PlannerStrategy::MinMax).then(RepairConfig::free);
+        self.with_dispatcher(move || strategy.dispatcher()).with_repair(repair)
     }
 
     /// Sets which communication is moved behind compute (all that can be, by default).
@@ -131,9 +138,9 @@ impl FsepRuntimeConfig {
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = self.topology_of(comm.size())?;
-        let correction = self.correction.map(Correction::new).transpose()?;
+        let repair = self.repair.map(LayoutRepair::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
-        FsepRuntime::from_parts(comm, topology, correction, self)
+        FsepRuntime::from_parts(comm, topology, repair, self)
     }
 
     fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
@@ -161,7 +168,7 @@ impl FsepRuntimeConfig {
             ("seed", self.seed),
             ("topology", hash(&format!("{topology:?}"))),
             ("dispatcher", hash(self.dispatcher.make().name())),
-            ("correction", hash(&format!("{:?}", self.correction))),
+            ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
         let mine = fields.map(|(_, value)| value);

@@ -9,7 +9,7 @@ use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{FloatDType, Int, Tensor},
 };
-use burn_fsep_planner::{Layout, Topology, correction::Correction};
+use burn_fsep_planner::{Layout, Topology, repair::LayoutRepair};
 use parking_lot::{Mutex, RwLock};
 
 use super::{
@@ -28,8 +28,7 @@ use crate::{
     shard::{RestoredGauge, UnshardPlan},
 };
 
-#[cfg(feature = "train")]
-use burn_fsep_planner::callback::RoutingObserver;
+use burn_fsep_planner::BackgroundPlanner;
 
 /// A rank's runtime, shared by its FSEP layers. Cloning gives another handle on the same runtime.
 #[derive(Clone)]
@@ -61,19 +60,17 @@ struct Inner {
     /// Shards and their gradients.
     weights: Arc<dyn Communicator>,
     /// Gradients of replicated parameters.
-    #[cfg(feature = "train")]
     dense: Arc<dyn Communicator>,
     topology: Topology,
     seed: u64,
     dispatcher: DispatcherFactory,
-    correction: Option<Correction>,
+    repair: Option<LayoutRepair>,
     layers: RwLock<Vec<Arc<LayerState>>>,
     restored: RestoredGauge,
     schedule: Schedule,
     timeline: Option<Timeline>,
     error: Mutex<Option<FsepError>>,
-    #[cfg(feature = "train")]
-    observer: RwLock<Option<Arc<dyn RoutingObserver>>>,
+    planner: RwLock<Weak<BackgroundPlanner>>,
 }
 
 impl fmt::Debug for FsepRuntime {
@@ -101,26 +98,24 @@ impl FsepRuntime {
     pub(super) fn from_parts(
         comm: Arc<dyn Communicator>,
         topology: Topology,
-        correction: Option<Correction>,
+        repair: Option<LayoutRepair>,
         config: &FsepRuntimeConfig,
     ) -> Result<Self, FsepError> {
         let inner = Inner {
             tokens: comm.duplicate("tokens")?,
             weights: comm.duplicate("weights")?,
-            #[cfg(feature = "train")]
             dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
             seed: config.seed,
             dispatcher: config.dispatcher.clone(),
-            correction,
+            repair,
             layers: RwLock::default(),
             restored: RestoredGauge::default(),
             schedule: Schedule::new(config.schedule),
             timeline: config.timeline.clone(),
             error: Mutex::default(),
-            #[cfg(feature = "train")]
-            observer: RwLock::default(),
+            planner: RwLock::default(),
         };
         Ok(Self { inner: Arc::new(inner), outputs: Arc::default() })
     }
@@ -169,7 +164,6 @@ impl FsepRuntime {
     }
 
     /// For gradients of replicated parameters, which travel while backward runs.
-    #[cfg(feature = "train")]
     pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
         &self.inner.dense
     }
@@ -222,7 +216,7 @@ impl FsepRuntime {
 
     /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be restored
     /// behind the compute of the layer before; the first layer's restore starts now. Collective, once before each training
-    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    /// forward pass; [`Trainer`](crate::train::Trainer) and `FsepStrategy` call it for you.
     ///
     /// Without it, layers restore their experts when they come to them, and the result is the same. The order of layers is
     /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,
@@ -351,8 +345,8 @@ impl FsepRuntime {
     }
 
     pub(crate) fn register_layer(&self, config: LayerConfig) -> Result<usize, FsepError> {
-        let Inner { topology, dispatcher, correction, .. } = self.inner.as_ref();
-        let layer = LayerState::new(config, topology, dispatcher, correction.clone())?;
+        let Inner { topology, dispatcher, repair, .. } = self.inner.as_ref();
+        let layer = LayerState::new(config, topology, dispatcher, repair.clone())?;
         let mut layers = self.inner.layers.write();
         layers.push(Arc::new(layer));
         Ok(layers.len() - 1)
@@ -384,9 +378,8 @@ impl FsepRuntime {
     ) -> Result<RoutedStep, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let routed = self.layer(layer).route(layer, &self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
-        #[cfg(feature = "train")]
-        if let (true, Some(observer)) = (tracked.any(), self.inner.observer.read().as_ref()) {
-            observer.observe(layer, routed.step_number, &routed.counts);
+        if let (true, Some(planner)) = (tracked.any(), self.inner.planner.read().upgrade()) {
+            planner.submit(layer, routed.step_number, routed.counts.clone());
         }
         Ok(routed)
     }
@@ -399,9 +392,9 @@ impl FsepRuntime {
         self.outputs.0.lock().insert(layer, (pass, row));
     }
 
-    #[cfg(feature = "train")]
-    pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
-        *self.inner.observer.write() = observer;
+    /// Sets the planner that is given the counts of each training forward pass, for as long as it lives.
+    pub(crate) fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
+        *self.inner.planner.write() = planner;
     }
 }
 

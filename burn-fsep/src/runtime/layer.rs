@@ -6,8 +6,8 @@ use burn::{
 };
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
-    correction::Correction,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+    repair::LayoutRepair,
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -77,7 +77,7 @@ struct Dispatching {
     /// Whether its plans are checked: kernels rely on what they promise.
     is_checked: bool,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
-    correction: Option<Correction>,
+    repair: Option<LayoutRepair>,
     plan: DispatchPlan,
     static_plan: DispatchPlan,
 }
@@ -97,7 +97,7 @@ impl LayerState {
         config: LayerConfig,
         topology: &Topology,
         dispatcher: &DispatcherFactory,
-        correction: Option<Correction>,
+        repair: Option<LayoutRepair>,
     ) -> Result<Self, FsepError> {
         let ranks = topology.world_size();
         let layout = Layout::static_ep(ranks, config.slots_per_rank, config.num_experts)?;
@@ -108,7 +108,7 @@ impl LayerState {
             dispatch: Mutex::new(Dispatching {
                 dispatcher: dispatcher.make(),
                 is_checked: cfg!(debug_assertions) || dispatcher.is_given(),
-                correction: correction.filter(|_| !config.fixed_layout),
+                repair: repair.filter(|_| !config.fixed_layout),
                 plan: DispatchPlan::new(),
                 static_plan: DispatchPlan::new(),
             }),
@@ -180,10 +180,10 @@ impl LayerState {
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatching { dispatcher, is_checked, correction, plan, static_plan } = &mut *dispatch;
+        let Dispatching { dispatcher, is_checked, repair, plan, static_plan } = &mut *dispatch;
         // Every rank repairs for itself, from the same counts and layout.
-        if let (true, Some(correction)) = (tracked.any(), correction)
-            && let Some(repaired) = correction.repair(topology, &layout, &counts)?
+        if let (true, Some(repair)) = (tracked.any(), repair)
+            && let Some(repaired) = repair.repair(topology, &layout, &counts)?
         {
             self.active.write().replace(Arc::new(repaired), self.config.shape);
         }

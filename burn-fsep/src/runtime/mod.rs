@@ -3,8 +3,6 @@
 mod config;
 mod handle;
 mod layer;
-#[cfg(feature = "train")]
-mod planner_host;
 mod stats;
 
 pub use config::FsepRuntimeConfig;

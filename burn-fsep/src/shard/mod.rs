@@ -9,7 +9,5 @@ mod plan;
 pub(crate) use expert::mix;
 pub use expert::{ExpertShape, expert_parameters};
 pub use gauge::{RestoredGauge, RestoredGuard};
-#[cfg(feature = "train")]
-pub(crate) use owner::is_shard_of;
 pub(crate) use owner::{foreign_owner, shard_id};
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

@@ -3,9 +3,8 @@ use burn::{
     nn::{
         Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig,
         attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask},
-        loss::CrossEntropyLossConfig,
     },
-    tensor::{Device, FloatDType, Int, Tensor, ops::PadMode},
+    tensor::{Device, FloatDType, Int, Tensor, activation::log_softmax, ops::PadMode},
     train::{
         InferenceStep, ItemLazy, TrainOutput, TrainStep,
         metric::{Adaptor, LossInput},
@@ -13,8 +12,9 @@ use burn::{
 };
 use burn_fsep::{
     FSEPMoE, FsepError, FsepRuntime,
+    learner::FsepStats,
     moe::DenseMoE,
-    train::{FsepStats, GradientBuckets},
+    train::{GradientBuckets, token_mean},
 };
 
 use crate::{Args, data::LmBatch, record::StepRecorder};
@@ -141,14 +141,13 @@ impl MoeLm {
         (self.head.forward(self.norm.forward(hidden.cast(FloatDType::F32))), aux_loss)
     }
 
-    /// Mean loss of a batch in nat a byte, and the auxiliary loss.
+    /// The rank's loss in nat a byte, whose mean over ranks is the mean over all bytes, and the auxiliary loss.
     fn loss(&self, batch: LmBatch) -> (Tensor<1>, Option<Tensor<1>>) {
         let (logits, aux_loss) = self.forward(batch.inputs);
         let [b, l, v] = logits.dims();
-        let loss = CrossEntropyLossConfig::new()
-            .init(&logits.device())
-            .forward(logits.reshape([b * l, v]), batch.targets.reshape([b * l]));
-        (loss, aux_loss)
+        let log_probs = log_softmax(logits.reshape([b * l, v]), 1);
+        let loss = -log_probs.gather(1, batch.targets.reshape([b * l, 1])).sum();
+        (token_mean(&self.runtime, loss, b * l), aux_loss)
     }
 }
 

@@ -11,7 +11,7 @@ use burn::{optim::ModuleOptimizer, train::Interrupter};
 use burn_fsep::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, Loaded, TrainingProgress, load},
-    planner::callback::{CallbackError, StepContext, TrainingCallback},
+    train::{StepContext, TrainingCallback},
 };
 
 use crate::{Args, ModelArgs, MoeLmError, TrainingArgs, model::MoeLm, record::StepRow, train::TrainingData};
@@ -147,7 +147,7 @@ impl StopOnSignal {
 }
 
 impl TrainingCallback for StopOnSignal {
-    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), FsepError> {
         if self.told.load(Ordering::Relaxed) {
             self.interrupter.stop(Some("SIGTERM"));
         }

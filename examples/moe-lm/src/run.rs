@@ -1,6 +1,6 @@
 use std::{fmt::Write as _, sync::Arc};
 
-use burn_fsep::planner::trace::Trace;
+use burn_fsep_planner::tools::trace::Trace;
 use serde::Serialize;
 
 use crate::{

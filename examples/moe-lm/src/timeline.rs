@@ -1,8 +1,8 @@
 use std::path::{Path, PathBuf};
 
 use burn_fsep::{
-    Timeline,
-    planner::callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+    FsepError, FsepRuntime, Timeline,
+    train::{StepContext, TrainingCallback},
 };
 
 use crate::{MoeLmError, files::write_whole};
@@ -31,19 +31,19 @@ impl TimelineWriter {
 }
 
 impl TrainingCallback for TimelineWriter {
-    fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+    fn on_train_start(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
         self.timeline.set_recording(self.done + STEPS >= self.steps);
         Ok(())
     }
 
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         // Validation is not of interest.
         self.timeline.set_recording((self.steps.saturating_sub(STEPS)..self.steps).contains(&context.iteration));
         Ok(())
     }
 
-    fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
-        self.write().map_err(|error| CallbackError::Host(Box::new(error)))
+    fn on_train_end(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
+        self.write().map_err(|error| FsepError::Callback(error.to_string()))
     }
 }
 

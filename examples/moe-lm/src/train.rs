@@ -14,10 +14,10 @@ use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, ReduceBuffer, ReduceOp},
     launch::Rank,
-    planner::{PlannerConfig, Strategy},
+    learner::{FsepStrategy, ImbalanceMetric, SilentRenderer, StaticImbalanceMetric},
+    planner::PlannerStrategy,
     train::{
-        FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
-        SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
+        FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, PlannerConfig, RankDataset, broadcast_parameters,
     },
 };
 use sha2::{Digest, Sha256};
@@ -95,15 +95,8 @@ fn train(
     let metrics = output.out.join("metrics.jsonl");
     let tokens_per_step = training.tokens_per_step();
     let rows = if runtime.rank() == 0 { resume::rows_before(&metrics, progress.step)? } else { Vec::new() };
-    let mut recorder = Recorder::new(
-        runtime.clone(),
-        losses.clone(),
-        planner.report(),
-        tokens_per_step,
-        training.steps,
-        &metrics,
-        rows,
-    )?;
+    let mut recorder =
+        Recorder::new(&runtime, losses.clone(), planner.report(), tokens_per_step, training.steps, &metrics, rows)?;
     let rows = recorder.rows();
     let trace = (output.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
     let done = progress.step;
@@ -166,17 +159,13 @@ fn train(
 
 fn runtime_config(args: &Args) -> FsepRuntimeConfig {
     let parallel = &args.parallel;
-    let dispatch = match parallel.planner {
-        Planner::MinMax | Planner::Random => Strategy::MinMax,
-        Planner::Paper | Planner::Static => Strategy::Paper,
+    // The paper dispatches as static expert parallelism does, and nothing is repaired in the step.
+    let strategy = match parallel.planner {
+        Planner::MinMax | Planner::Random => PlannerStrategy::MinMax,
+        Planner::Paper | Planner::Static => PlannerStrategy::Paper,
     };
-    let mut config =
-        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(move || dispatch.dispatcher());
+    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_strategy(strategy);
     config.ranks_per_node = parallel.ranks_per_node;
-    if matches!(parallel.planner, Planner::Paper | Planner::Static) {
-        // As the paper has it: nothing is repaired in the step.
-        config.correction = None;
-    }
     if parallel.no_prefetch {
         config.schedule = ScheduleConfig::off();
     }

@@ -3,7 +3,7 @@ use std::{str::FromStr, time::Duration};
 use burn::tensor::Device;
 use burn_fsep::{
     launch::{Engine, RankConfig, RankDevice},
-    planner::Strategy,
+    planner::PlannerStrategy,
 };
 use clap::{Args, ValueEnum};
 
@@ -113,12 +113,12 @@ pub enum Planner {
 }
 
 impl Planner {
-    pub(crate) fn strategy(self) -> Strategy {
+    pub(crate) fn strategy(self) -> PlannerStrategy {
         match self {
-            Planner::Paper => Strategy::Paper,
-            Planner::MinMax => Strategy::MinMax,
-            Planner::Random => Strategy::Random,
-            Planner::Static => Strategy::Static,
+            Planner::Paper => PlannerStrategy::Paper,
+            Planner::MinMax => PlannerStrategy::MinMax,
+            Planner::Random => PlannerStrategy::Random,
+            Planner::Static => PlannerStrategy::Static,
         }
     }
 }
