@@ -9,7 +9,8 @@ use std::{
 use burn_fsep::comm::mpi::MpiConfig;
 use burn_fsep::{
     FsepError,
-    comm::{Communicator, RankEnvironment},
+    comm::Communicator,
+    launch::RankEnvironment,
 };
 
 use crate::{Launcher, RankProcesses, rank_processes::FOLDER_VARIABLE};

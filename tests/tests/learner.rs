@@ -23,10 +23,10 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
-    train::{
-        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, OptimizerContext,
-        PlannerConfig, RankDataset, SilentRenderer, StaticImbalanceMetric, StepContext, TrainingCallback,
+    learner::{
+        FsepStrategy, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, SilentRenderer, StaticImbalanceMetric,
     },
+    train::{GradientBucketsConfig, OptimizerContext, PlannerConfig, RankDataset, StepContext, TrainingCallback},
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
@@ -89,7 +89,6 @@ fn the_learner_trains_on_four_ranks() {
             ))
             .num_epochs(2)
             .with_application_logger(None)
-            .with_default_checkpointers()
             .renderer(Box::new(SilentRenderer))
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
             .launch(Learner::new(model, AdamWConfig::new().with_epsilon(1e-6).init(), 1e-2));

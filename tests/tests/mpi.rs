@@ -9,9 +9,10 @@ use burn::tensor::Bytes;
 use burn_fsep::{
     FsepError,
     comm::{
-        Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, RankEnvironment, ReduceBuffer,
-        ReduceOp, mpi::MpiConfig,
+        Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp,
+        mpi::MpiConfig,
     },
+    launch::RankEnvironment,
 };
 use burn_fsep_tests::{
     Launcher, RankProcesses, check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions,

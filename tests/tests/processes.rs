@@ -11,8 +11,8 @@ use std::{
 
 use burn_fsep::{
     FsepError, FsepRuntime,
-    comm::{TOKEN_VARIABLE, local::LaunchConfig},
-    launcher::LauncherConfig,
+    comm::local::LaunchConfig,
+    launch::{LauncherConfig, TOKEN_VARIABLE},
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{

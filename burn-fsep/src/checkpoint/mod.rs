@@ -30,7 +30,7 @@ mod records;
 mod recut;
 mod save;
 mod tensors;
-#[cfg(all(test, feature = "flex", feature = "train"))]
+#[cfg(all(test, feature = "flex"))]
 mod tests;
 mod unsharded;
 

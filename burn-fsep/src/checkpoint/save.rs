@@ -320,8 +320,9 @@ fn check_equal(
     compare(
         &names,
         &values,
-        "were their gradients averaged (`sync_gradients`)? Running statistics (`BatchNorm`) are each rank's own: \
-         `broadcast_parameters` before saving gives all ranks those of rank 0",
+        "parameters have to be equal from the first step (`broadcast_parameters` after initialisation) and to stay so \
+         (`sync_gradients` in each step): making them equal now would hide what went wrong. Running statistics alone \
+         (`BatchNorm`) are each rank's own; `broadcast_parameters` before saving gives all ranks those of rank 0",
     )
 }
 

@@ -6,7 +6,6 @@ mod communicator;
 #[cfg(any(feature = "mpi", feature = "nccl"))]
 mod control_group;
 mod device;
-mod environment;
 mod error;
 mod exchange_plan;
 #[cfg(any(feature = "mpi", feature = "nccl"))]
@@ -23,7 +22,6 @@ mod rounds;
 pub use agree::{Difference, agree};
 pub use communicator::{Communicator, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64};
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
-pub use environment::{EnvironmentError, RankEnvironment, TOKEN_VARIABLE};
 pub use error::CommError;
 pub use exchange_plan::{Block, ExchangePlan};
 pub use operation::Operation;

@@ -18,7 +18,7 @@ use crate::{FsepError, FsepRuntime};
 /// Collective: all ranks run the same layers in the same order, also with no token. Expert gradients come out of
 /// backward complete and divided by `N` (the gradient of the mean over ranks of their losses); all other parameters
 /// are replicated and need [`sync_gradients`](crate::train::sync_gradients), which
-/// [`FsepStrategy`](crate::train::FsepStrategy) calls for you.
+/// [`Trainer`](crate::train::Trainer) and `FsepStrategy` call for you.
 ///
 /// Made by [`FSEPMoEConfig`](super::FSEPMoEConfig), on each rank with the rank's own runtime: a clone or `fork` of another
 /// rank's layer has that rank's shards and speaks in its name.

@@ -27,7 +27,6 @@ pub(super) struct Inner {
     /// Counts, flags.
     pub control: Arc<dyn Communicator>,
     /// Gradients of replicated parameters.
-    #[cfg(feature = "train")]
     dense: Arc<dyn Communicator>,
     /// What the passes of all layers work with.
     pub context: Arc<RankContext>,
@@ -76,7 +75,6 @@ impl FsepRuntime {
         };
         let inner = Inner {
             context: Arc::new(context),
-            #[cfg(feature = "train")]
             dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
@@ -117,7 +115,6 @@ impl FsepRuntime {
     }
 
     /// For gradients of replicated parameters, which travel while backward runs.
-    #[cfg(feature = "train")]
     pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
         &self.inner.dense
     }
@@ -133,7 +130,6 @@ impl FsepRuntime {
     }
 
     /// A handle for what an autodiff graph holds: it has no outputs, which would hold the graph.
-    #[cfg(feature = "train")]
     pub(crate) fn for_graph(&self) -> Self {
         Self { inner: self.inner.clone(), outputs: Arc::default() }
     }

@@ -14,7 +14,7 @@ use crate::FsepError;
 impl FsepRuntime {
     /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be unsharded
     /// behind the compute of the layer before; the first layer's unshard starts now. Collective, once before each training
-    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    /// forward pass; [`Trainer`](crate::train::Trainer) and `FsepStrategy` call it for you.
     ///
     /// Without it, layers unshard their experts when they come to them, and the result is the same. The order of layers is
     /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,

@@ -9,7 +9,5 @@ mod plan;
 pub use expert::{ExpertShape, expert_parameters};
 pub(crate) use expert::{mix, uniform};
 pub use gauge::{UnshardedGauge, UnshardedGuard};
-#[cfg(feature = "train")]
-pub(crate) use owner::is_shard_of;
 pub(crate) use owner::{foreign_owner, shard_id};
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

@@ -14,7 +14,7 @@ pub(crate) fn shard_id(rank: usize, world_size: usize) -> ParamId {
 }
 
 /// Whether an id is of `rank`'s part of `world_size`.
-pub(crate) fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
+fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
     id.val() & OWNER_BITS == owner(rank, world_size)
 }
 

@@ -70,7 +70,8 @@ pub trait TrainingCallback: Send {
     fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError>;
 
     /// Called when a checkpoint is made after a step, on rank 0, whose records are saved: adds what the callback has to know
-    /// again to go on as if training had not stopped.
+    /// again to go on as if training had not stopped. With gradient accumulation also before the first batch of a step: if training
+    /// is stopped before that step's last batch, its checkpoint has the records of then.
     ///
     /// # Errors
     ///

@@ -86,7 +86,7 @@ pub(crate) struct StepRow {
 
 /// Results of a run.
 #[derive(Debug, Clone, Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Mean training loss of the last tenth of the steps, nat a byte.
     pub train_loss: f64,
     /// Loss on held-out text, nat a byte.

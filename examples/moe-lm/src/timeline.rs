@@ -5,28 +5,10 @@ use burn_fsep::{
     train::{StepContext, TrainingCallback},
 };
 
-use crate::{Args, MoeLmError, files::write_whole};
+use crate::{MoeLmError, files::write_whole};
 
 /// How many steps are recorded, the last ones.
 const STEPS: usize = 3;
-
-/// The timeline of a rank, which records nothing yet.
-///
-/// # Errors
-///
-/// [`FsepError::Device`] if the GPU cannot be timed.
-pub(crate) fn timeline(args: &Args, gpu: Option<usize>) -> Result<Option<Timeline>, FsepError> {
-    if args.output.timeline.is_none() {
-        return Ok(None);
-    }
-    let timeline = match gpu {
-        #[cfg(feature = "libtorch")]
-        Some(gpu) => Timeline::of_gpu(gpu)?,
-        _ => Timeline::new(),
-    };
-    timeline.set_recording(false);
-    Ok(Some(timeline))
-}
 
 /// Records the last steps and writes them to the rank's file.
 pub(crate) struct TimelineWriter {

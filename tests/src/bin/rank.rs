@@ -7,7 +7,8 @@ use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
 use burn::tensor::Bytes;
 use burn_fsep::{
     FsepError, FsepRuntime,
-    comm::{Block, CommError, Communicator, ExchangePlan, Operation, RankEnvironment, ReduceBuffer, ReduceOp},
+    comm::{Block, CommError, Communicator, ExchangePlan, Operation, ReduceBuffer, ReduceOp},
+    launch::RankEnvironment,
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{GradientSync, HandTraining, LayoutSource, task_items, train_by_hand};

@@ -8,7 +8,7 @@ use crate::comm::{CommError, Communicator, Operation, control_group::engine_erro
 /// Configuration of a rank's [`MpiCommunicator`].
 ///
 /// ```no_run
-/// use burn_fsep::{FsepError, FsepRuntime, comm::{RankEnvironment, mpi::MpiConfig}};
+/// use burn_fsep::{FsepError, FsepRuntime, comm::mpi::MpiConfig, launch::RankEnvironment};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// RankEnvironment::from_env()?.process_config()?.run(|control| {

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use burn::{
     lr_scheduler::LrSchedulerRecord,
@@ -12,6 +12,7 @@ use burn::{
         metric::store::EventStoreClient,
     },
 };
+use burn_fsep_planner::Layout;
 use parking_lot::Mutex;
 
 use crate::{
@@ -27,6 +28,15 @@ pub(super) struct LearnerCheckpoints {
     pub progress: TrainingProgress,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
+    window: Option<WindowStart>,
+    /// The records are those of a window's start.
+    pub is_rewound: bool,
+}
+
+/// What a checkpoint has to have of the time before the first batch of an accumulation window, if training is stopped in it.
+struct WindowStart {
+    layouts: Vec<Arc<Layout>>,
+    records: BTreeMap<String, Vec<u8>>,
 }
 
 impl LearnerCheckpoints {
@@ -38,7 +48,8 @@ impl LearnerCheckpoints {
     ) -> Result<Self, FsepError> {
         let checkpoints = config.map(|config| config.init(runtime)).transpose()?;
         let saved = (progress.step > 0).then_some(progress.step);
-        Ok(Self { checkpoints, every: config.and_then(|config| config.every), event_store, progress, saved })
+        let every = config.and_then(|config| config.every);
+        Ok(Self { checkpoints, every, event_store, progress, saved, window: None, is_rewound: false })
     }
 
     /// Whether a checkpoint is due after a step.
@@ -65,7 +76,26 @@ impl LearnerCheckpoints {
         let (model, optimizer, scheduler) = records(learner, &self.event_store)?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
         checkpoints.save_records(&learner.model(), model, optimizer, &progress)?;
-        self.saved = Some(self.progress.step);
+        (self.saved, self.window) = (Some(self.progress.step), None);
+        Ok(())
+    }
+
+    /// Remembers what a checkpoint of now would have, with the callbacks' records.
+    pub fn begin_window(&mut self, runtime: &FsepRuntime) {
+        let layouts = (0..runtime.num_layers()).map(|layer| runtime.layout(layer)).collect();
+        self.window = Some(WindowStart { layouts, records: self.progress.records.clone() });
+    }
+
+    /// Goes back to where the window began, as far as a checkpoint knows of it: the next one is of there.
+    pub fn rewind(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
+        let Some(WindowStart { layouts, records }) = self.window.take() else { return Ok(()) };
+        for (layer, layout) in layouts.into_iter().enumerate() {
+            if !runtime.has_fixed_layout(layer) {
+                runtime.resume_layout(layer, layout)?;
+            }
+        }
+        self.progress.records = records;
+        self.is_rewound = true;
         Ok(())
     }
 

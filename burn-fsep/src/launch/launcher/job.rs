@@ -77,7 +77,7 @@ impl Job {
         let mut code = None;
         // When the remaining ranks are killed.
         let mut deadline: Option<Instant> = None;
-        let mut signalled = false;
+        let mut signalled = None;
         while self.running.iter().any(Option::is_some) {
             let event = match deadline {
                 Some(deadline) => self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())),
@@ -89,6 +89,10 @@ impl Job {
                     if code.is_none() {
                         code = Some(failure.code);
                         deadline = deadline.or_else(|| Instant::now().checked_add(self.grace));
+                        // Of a rank that ended as it was told there is nothing to say.
+                        if signalled.is_some_and(|signal: i32| failure.code == 128 + signal as u8) {
+                            continue;
+                        }
                         report(&format!("rank {rank} {}", failure.reason));
                         if self.running.iter().any(Option::is_some) {
                             report(&format!("the other ranks have {:?} to end by themselves", self.grace));
@@ -96,9 +100,9 @@ impl Job {
                     }
                 }
                 // Whoever asks twice does not want to wait.
-                Ok(Event::Signal(_)) if signalled => self.kill(Signal::SIGKILL),
+                Ok(Event::Signal(_)) if signalled.is_some() => self.kill(Signal::SIGKILL),
                 Ok(Event::Signal(signal)) => {
-                    signalled = true;
+                    signalled = Some(signal);
                     deadline = deadline.or_else(|| Instant::now().checked_add(self.grace));
                     if let Ok(signal) = Signal::try_from(signal) {
                         report(&format!("{signal}: passed on to the ranks, which have {:?} to end", self.grace));

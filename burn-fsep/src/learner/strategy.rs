@@ -1,5 +1,5 @@
 use burn::{
-    optim::{GradientsAccumulator, GradientsParams},
+    optim::GradientsParams,
     tensor::Device,
     train::{
         EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, LearnerModel,
@@ -9,15 +9,18 @@ use burn::{
 };
 use parking_lot::Mutex;
 
-use super::{
-    GradientBuckets, OptimizerContext, StepContext, TrainingCallback, burn_checkpoints::BurnCheckpoints,
-    clip_grad_norm, learner_checkpoints::LearnerCheckpoints, sync_gradients,
-};
+use super::checkpoints::LearnerCheckpoints;
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},
-    comm::{Operation, ReduceBuffer, ReduceOp},
+    comm::{Operation, all_gather_u64},
+    train::{
+        Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
+    },
 };
+
+const BEGIN: Operation = Operation::new("checkpointers of burn-train");
+const GO_ON: Operation = Operation::new("agreement to go on");
 
 /// The training strategy of one rank for burn-train's Learner.
 ///
@@ -29,19 +32,19 @@ use crate::{
 /// nowhere. Early stopping looks at them, so ranks may come to different decisions; the first rank that wants to stop stops
 /// all, at the end of the same epoch. To leave it to one rank's metrics, give early stopping to that rank alone.
 ///
-/// burn-train's own checkpointers work if every rank has them, with a folder of its own; ranks that share one are found
-/// out when they first save. They go on only with as many ranks, while checkpoints of
-/// [`with_checkpoints`](Self::with_checkpoints) are for any number.
+/// Batches that burn-train's `grads_accumulation` puts together make an optimizer step by their gradients' mean
+/// ([`with_accumulation`](Self::with_accumulation)). An epoch that ends with fewer makes a step of those. Training that is stopped among
+/// them makes none: what is saved and resumed begins before the first of them. The learning rate moves once an optimizer step.
+///
+/// burn-train's own checkpointers are for one rank: they would save one rank's part of the experts, or several into one
+/// file. Checkpoints of [`with_checkpoints`](Self::with_checkpoints) are of all ranks, for any number of ranks.
 ///
 /// Use it with `TrainingStrategy::Custom(Arc::new(strategy))`. If training fails, `LearningResult::error` says why and
 /// [`FsepStrategy::error`] gives the typed error.
 pub struct FsepStrategy {
     runtime: FsepRuntime,
     device: Device,
-    max_grad_norm: Option<f64>,
-    buckets: Option<GradientBuckets>,
-    checkpoints: Option<CheckpointConfig>,
-    start: TrainingProgress,
+    config: TrainerConfig,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
     error: Mutex<Option<FsepError>>,
 }
@@ -52,42 +55,48 @@ impl FsepStrategy {
         Self {
             runtime,
             device: device.autodiff(),
-            max_grad_norm: None,
-            buckets: None,
-            checkpoints: None,
-            start: TrainingProgress::default(),
+            config: TrainerConfig::new(),
             callbacks: Mutex::default(),
             error: Mutex::default(),
         }
     }
 
-    /// Clips gradients by their global norm; see [`clip_grad_norm`]. A norm that is not finite ends training on all ranks with
-    /// [`FsepError::GradientNorm`], before the optimizer sees the gradients; `f64::INFINITY` clips nothing and only checks.
+    /// As [`TrainerConfig::with_max_grad_norm`]. A norm that is not finite ends training on all ranks.
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
-        self.max_grad_norm = Some(max_norm);
+        self.config = self.config.with_max_grad_norm(max_norm);
         self
     }
 
-    /// Averages dense gradients in these buckets, for which the model prepares its blocks; see [`GradientBuckets`].
+    /// As [`TrainerConfig::with_gradient_buckets`].
     pub fn with_gradient_buckets(mut self, buckets: GradientBuckets) -> Self {
-        self.buckets = Some(buckets);
+        self.config = self.config.with_gradient_buckets(buckets);
+        self
+    }
+
+    /// As [`TrainerConfig::with_accumulation`]: how the batches of burn-train's `grads_accumulation` make an optimizer step.
+    pub fn with_accumulation(mut self, accumulation: Accumulation) -> Self {
+        self.config = self.config.with_accumulation(accumulation);
+        self
+    }
+
+    /// As [`TrainerConfig::with_check_replicas_every`]. Replicas that differ end training on all ranks.
+    pub fn with_check_replicas_every(mut self, steps: Option<u64>) -> Self {
+        self.config = self.config.with_check_replicas_every(steps);
         self
     }
 
     /// Saves checkpoints of model, optimizer, scheduler and progress: after every so many optimizer steps if the
     /// configuration says so, at the end of each epoch, and when training is stopped. Training ends with an error if one
     /// cannot be saved.
-    ///
-    /// They are apart from burn-train's own checkpointers, of which each rank has its own.
     pub fn with_checkpoints(mut self, config: CheckpointConfig) -> Self {
-        self.checkpoints = Some(config);
+        self.config = self.config.with_checkpoints(config);
         self
     }
 
     /// Goes on from the progress of a checkpoint: batches of its epoch that are done are taken from the loader and left
     /// out. Model, optimizer and scheduler of the Learner have to be the checkpoint's, too.
     pub fn with_start(mut self, progress: TrainingProgress) -> Self {
-        self.start = progress;
+        self.config = self.config.with_start(progress);
         self
     }
 
@@ -110,23 +119,42 @@ impl FsepStrategy {
         interrupter.fail(TrainingError::Workers(vec![failure]));
     }
 
-    /// Whether all ranks have a next batch and none was stopped.
+    /// What all ranks do next: the next batch, if all have one and none was stopped.
     ///
     /// # Errors
     ///
     /// The error that stopped this rank's Learner, if one did (data that cannot be read, metrics that cannot be written):
     /// without it the other ranks would take it for a stop and call their training a success.
-    fn agree_to_go_on(&self, interrupter: &Interrupter, has_batch: bool) -> Result<bool, FsepError> {
+    fn agree(&self, interrupter: &Interrupter, has_batch: bool) -> Result<Next, FsepError> {
         if let Some(error) = interrupter.error() {
             return Err(FsepError::Learner(error.to_string()));
         }
-        let mut stops = [f32::from(u8::from(interrupter.should_stop())), f32::from(u8::from(!has_batch))];
-        let operation = Operation::new("agreement to go on");
-        self.runtime.comm().all_reduce(operation, ReduceBuffer::F32(&mut stops), ReduceOp::Max)?;
-        if stops[0] > 0.0 && !interrupter.should_stop() {
-            interrupter.stop(Some("another rank was stopped"));
+        let ours = [u64::from(interrupter.should_stop()), u64::from(!has_batch)];
+        let all = all_gather_u64(self.runtime.comm(), GO_ON, &ours)?;
+        let any = |what: usize| all.iter().skip(what).step_by(ours.len()).any(|&flag| flag == 1);
+        Ok(if any(0) {
+            if !interrupter.should_stop() {
+                interrupter.stop(Some("another rank was stopped"));
+            }
+            Next::Stopped
+        } else if any(1) {
+            Next::EndOfData
+        } else {
+            Next::Batch
+        })
+    }
+
+    /// Refuses burn-train's checkpointers where ranks would overwrite or miss each other's shards. Collective.
+    fn check_burn_checkpointers(&self, has_checkpointers: bool) -> Result<(), FsepError> {
+        let all = all_gather_u64(self.runtime.comm(), BEGIN, &[u64::from(has_checkpointers)])?;
+        match all.iter().position(|&flag| flag == 1) {
+            Some(rank) if all.len() > 1 => Err(FsepError::Config(format!(
+                "rank {rank} has burn-train's own checkpointers, which know of one rank alone, but each of the {} ranks has its \
+                 own part of the experts to save: use FsepStrategy::with_checkpoints",
+                all.len()
+            ))),
+            _ => Ok(()),
         }
-        Ok(stops == [0.0, 0.0])
     }
 
     fn each_callback(
@@ -148,37 +176,33 @@ impl FsepStrategy {
         if checkpoints.is_saved() {
             return Ok(());
         }
-        if self.runtime.rank() == 0 {
-            self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
+        if !checkpoints.is_rewound {
+            self.take_records(checkpoints)?;
         }
         checkpoints.save(learner)
     }
 
-    /// An optimizer step.
+    fn take_records(&self, checkpoints: &mut LearnerCheckpoints) -> Result<(), FsepError> {
+        if self.runtime.rank() == 0 {
+            self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
+        }
+        Ok(())
+    }
+
+    /// An optimizer step of the batches up to the epoch's `iteration`.
     fn optimize<M: LearnerModel>(
         &self,
         checkpoints: &mut LearnerCheckpoints,
         learner: &mut Learner<M>,
+        gradients: &mut GradientStep<M>,
         mut grads: GradientsParams,
+        iteration: usize,
     ) -> Result<(), FsepError> {
         let step = checkpoints.progress.step + 1;
-        let model = learner.model();
-        match &self.buckets {
-            Some(buckets) => buckets.sync(&model, &mut grads)?,
-            None => sync_gradients(&self.runtime, &model, &mut grads)?,
-        }
-        let mut gradient_norm = None;
-        if let Some(max_norm) = self.max_grad_norm {
-            let norm = clip_grad_norm(&self.runtime, &model, &mut grads, max_norm)?;
-            if !norm.is_finite() {
-                return Err(FsepError::GradientNorm { step, norm });
-            }
-            gradient_norm = Some(norm);
-        }
-        drop(model);
+        let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
         self.runtime.run(|| learner.optimizer_step(grads))?;
-        checkpoints.progress.step = step;
+        (checkpoints.progress.step, checkpoints.progress.iteration) = (step, iteration as u64);
         let context = OptimizerContext::new(step, gradient_norm, &self.runtime);
         self.each_callback(|callback| callback.on_optimizer_step(&context))
     }
@@ -187,16 +211,14 @@ impl FsepStrategy {
         &self,
         checkpoints: &mut LearnerCheckpoints,
         learner: &mut Learner<M>,
+        gradients: &mut GradientStep<M>,
         loader: &TrainLoader<M>,
-        accumulation: Option<usize>,
         events: &mut SupervisedTrainingEventProcessor<M>,
         interrupter: &Interrupter,
     ) -> Result<(), FsepError> {
         let mut batches = loader.iter();
-        let mut accumulator = GradientsAccumulator::new();
-        let accumulation = accumulation.unwrap_or(1).max(1);
         let epoch = checkpoints.progress.epoch as usize;
-        let (mut iteration, mut accumulated) = (checkpoints.progress.iteration as usize, 0);
+        let mut iteration = checkpoints.progress.iteration as usize;
         for _ in 0..iteration {
             // Done before the checkpoint that training goes on from.
             if self.next_batch(batches.next(), interrupter).is_none() {
@@ -205,42 +227,43 @@ impl FsepStrategy {
         }
         loop {
             let batch = self.next_batch(batches.next(), interrupter);
-            if !self.agree_to_go_on(interrupter, batch.is_some())? {
+            let next = self.agree(interrupter, batch.is_some())?;
+            let (Next::Batch, Some(batch)) = (next, batch) else {
+                // Only here is it known which batch is the last that all ranks have.
+                match (next, gradients.is_in_window()) {
+                    (Next::EndOfData, _) => {
+                        if let Some(grads) = gradients.end_window(&learner.model()) {
+                            self.optimize(checkpoints, learner, gradients, grads, iteration)?;
+                        }
+                    }
+                    (_, true) => {
+                        gradients.discard_window();
+                        checkpoints.rewind(&self.runtime)?;
+                    }
+                    _ => {}
+                }
                 break;
+            };
+            if gradients.accumulates() && !gradients.is_in_window() && !checkpoints.is_saved() {
+                self.take_records(checkpoints)?;
+                checkpoints.begin_window(&self.runtime);
             }
-            let Some(batch) = batch else { break };
             iteration += 1;
-            self.runtime.begin_step(&learner.model())?;
-            if let (true, Some(buckets)) = (accumulation > 1, &self.buckets) {
-                buckets.pause();
-            }
+            gradients.begin(&learner.model())?;
             let output = self.runtime.run(|| learner.train_step(batch))?;
             self.runtime.end_step();
             let progress = batches.progress();
-            if accumulation == 1 {
-                self.optimize(checkpoints, learner, output.grads)?;
-            } else {
-                accumulator.accumulate(&learner.model(), output.grads);
-                accumulated += 1;
-                if accumulated == accumulation {
-                    self.optimize(checkpoints, learner, accumulator.grads())?;
-                    accumulated = 0;
-                }
+            if let Some(grads) = gradients.add(&learner.model(), output.grads) {
+                self.optimize(checkpoints, learner, gradients, grads, iteration)?;
             }
-            checkpoints.progress.iteration = iteration as u64;
             self.each_callback(|callback| callback.on_step_end(&StepContext::new(epoch, iteration, &self.runtime)))?;
-            if accumulated == 0 && checkpoints.is_due() {
+            if !gradients.is_in_window() && checkpoints.is_due() {
                 self.save(checkpoints, learner)?;
             } else {
                 checkpoints.poll()?;
             }
             let item = TrainingItem::new(output.item, progress, Some(iteration), Some(learner.lr_current()));
             interrupter.fail_on_error(events.process_train(LearnerEvent::ProcessedItem(item)));
-        }
-        // The last batches, fewer than accumulate. Not inside the loop: a rank's own loader does not know which batch is
-        // the last that all ranks have.
-        if accumulated > 0 {
-            self.optimize(checkpoints, learner, accumulator.grads())?;
         }
         Ok(())
     }
@@ -257,10 +280,7 @@ impl FsepStrategy {
         let mut iteration = 0;
         loop {
             let batch = self.next_batch(batches.next(), interrupter);
-            if !self.agree_to_go_on(interrupter, batch.is_some())? {
-                break;
-            }
-            let Some(batch) = batch else { break };
+            let (Next::Batch, Some(batch)) = (self.agree(interrupter, batch.is_some())?, batch) else { break };
             iteration += 1;
             let output = self.runtime.run(|| InferenceStep::step(&model, batch))?;
             let item = TrainingItem::new(output, batches.progress(), Some(iteration), None);
@@ -269,7 +289,7 @@ impl FsepStrategy {
         Ok(())
     }
 
-    /// A batch; an error of the data loader stops the Learner, which [`Self::agree_to_go_on`] tells the other ranks.
+    /// A batch; an error of the data loader stops the Learner, which [`Self::agree`] tells the other ranks.
     fn next_batch<I, E: Into<TrainingError>>(
         &self,
         batch: Option<Result<I, E>>,
@@ -277,6 +297,16 @@ impl FsepStrategy {
     ) -> Option<I> {
         batch.and_then(|batch| batch.map_err(|error| interrupter.fail(error)).ok())
     }
+}
+
+/// What all ranks do next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Batch,
+    /// Some rank has no more data.
+    EndOfData,
+    /// Some rank was stopped.
+    Stopped,
 }
 
 impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
@@ -298,27 +328,30 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
 
         *self.error.lock() = None;
         let run = || -> Result<(), FsepError> {
-            let mut progress = self.start.clone();
+            let start = &self.config.start;
+            let mut progress = start.clone();
             if progress.epoch < starting_epoch as u64 {
                 progress = progress.with_epoch(starting_epoch as u64, 0);
             }
-            let (config, event_store) = (self.checkpoints.as_ref(), components.event_store.clone());
-            let loaded = components.checkpoint;
-            let mut burn_checkpoints =
-                BurnCheckpoints::new(&self.runtime, components.checkpointer, loaded, &learner.model())?;
-            let mut checkpoints = LearnerCheckpoints::new(config, &self.runtime, progress, event_store)?;
-            if self.start.step > 0 {
-                self.each_callback(|callback| callback.on_resume(&self.start.records))?;
+            let mut burn_checkpoints = components.checkpointer;
+            self.check_burn_checkpointers(burn_checkpoints.is_some())?;
+            let accumulation_steps = components.grad_accumulation.unwrap_or(1).max(1);
+            let config = self.config.clone().with_accumulation_steps(accumulation_steps);
+            let mut gradients = GradientStep::new(&self.runtime, &config)?;
+            let event_store = components.event_store.clone();
+            let mut checkpoints =
+                LearnerCheckpoints::new(config.checkpoints.as_ref(), &self.runtime, progress, event_store)?;
+            if start.step > 0 {
+                self.each_callback(|callback| callback.on_resume(&start.records))?;
             }
             self.each_callback(|callback| callback.on_train_start(&self.runtime))?;
             for epoch in checkpoints.progress.epoch as usize..=components.num_epochs {
                 let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
                 interrupter.fail_on_error(events.process_train(split(train.num_items())));
-                let accumulation = components.grad_accumulation;
-                self.train_epoch(&mut checkpoints, &mut learner, &train, accumulation, &mut events, &interrupter)?;
+                self.train_epoch(&mut checkpoints, &mut learner, &mut gradients, &train, &mut events, &interrupter)?;
                 interrupter.fail_on_error(events.process_train(LearnerEvent::EndSplit(epoch)));
                 // Agreed on: a rank that is interrupted only now must not leave the others alone in validation.
-                if !self.agree_to_go_on(&interrupter, true)? {
+                if self.agree(&interrupter, true)? != Next::Batch {
                     break;
                 }
                 let split = |total_items| LearnerEvent::StartSplit { epoch_number: epoch, total_items };
@@ -327,13 +360,15 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
                 interrupter.fail_on_error(events.process_valid(LearnerEvent::EndSplit(epoch)));
                 interrupter.fail_on_error(events.process_train(LearnerEvent::EndEpoch(epoch)));
                 interrupter.fail_on_error(events.flush());
-                burn_checkpoints.save(&self.runtime, &learner, epoch, &components.event_store)?;
+                if let Some(checkpointer) = &mut burn_checkpoints {
+                    checkpointer.checkpoint(&learner, epoch, &components.event_store);
+                }
                 let stops_early = early_stopping
                     .as_mut()
                     .is_some_and(|strategy| strategy.should_stop(epoch, &components.event_store));
                 checkpoints.progress = checkpoints.progress.clone().with_epoch(epoch as u64 + 1, 0);
                 self.save(&mut checkpoints, &learner)?;
-                if !self.agree_to_go_on(&interrupter, !stops_early)? {
+                if self.agree(&interrupter, !stops_early)? != Next::Batch {
                     break;
                 }
             }

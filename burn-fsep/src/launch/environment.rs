@@ -5,7 +5,7 @@ use std::str::FromStr;
 use burn_fsep_planner::Topology;
 use thiserror::Error;
 
-use super::{
+use crate::comm::{
     CommError, Communicator, Operation, all_gather_u64,
     process::{JobToken, ProcessConfig, TokenError},
 };
@@ -36,7 +36,7 @@ const SLURM: Names = Names {
     local_world_size: "SLURM_NTASKS_PER_NODE",
 };
 
-/// A rank's place in its job, as its launcher tells.
+/// A rank's place in its job, as its launcher tells; [`RankConfig`](super::RankConfig) makes a rank of it.
 ///
 /// Read from torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), which `fsep-launch` sets, too; else
 /// from those of Open MPI (`OMPI_COMM_WORLD_RANK` ..), else from those of Slurm (`SLURM_PROCID`, `SLURM_NTASKS`,
@@ -45,7 +45,7 @@ const SLURM: Names = Names {
 /// `True`), rank 0 takes the next port.
 ///
 /// ```no_run
-/// use burn_fsep::{FsepError, FsepRuntime, comm::RankEnvironment};
+/// use burn_fsep::{FsepError, FsepRuntime, launch::RankEnvironment};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let environment = RankEnvironment::from_env()?;

@@ -11,7 +11,7 @@ use super::{
     error::system,
     job::{self, Job},
 };
-use crate::comm::{TOKEN_VARIABLE, process::JobToken};
+use crate::{comm::process::JobToken, launch::TOKEN_VARIABLE};
 
 /// Variables of other launchers, which would contradict this one's.
 const FOREIGN: [&str; 6] = [
@@ -25,7 +25,7 @@ const FOREIGN: [&str; 6] = [
 
 /// A program to be started as ranks on this machine.
 ///
-/// Each rank gets the variables that [`RankEnvironment`](crate::comm::RankEnvironment) reads, nothing on its standard input,
+/// Each rank gets the variables that [`RankEnvironment`](crate::launch::RankEnvironment) reads, nothing on its standard input,
 /// and a process group of its own; what it prints comes out with `[rank r]` before each line.
 #[derive(Debug, Clone)]
 pub struct LauncherConfig {
