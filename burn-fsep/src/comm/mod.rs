@@ -17,12 +17,14 @@ pub mod mpi;
 pub mod nccl;
 mod operation;
 pub mod process;
+mod reduce;
 mod rounds;
 
 pub use agree::{Difference, agree};
-pub use communicator::{Communicator, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64};
+pub use communicator::{Communicator, PendingExchange, all_gather_u64};
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
 pub use error::CommError;
 pub use exchange_plan::{Block, ExchangePlan};
 pub use operation::Operation;
+pub use reduce::{ReduceBuffer, ReduceOp};
 pub use rounds::RoundsCommunicator;

@@ -1,8 +1,8 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use burn::tensor::Device;
 
-use super::{EnvironmentError, LaunchError, RankConfig, RankDevice, RankEnvironment, RunError, device::gpu_of};
+use super::{EnvironmentError, LaunchError, RankDevice, RankEnvironment, RunError, device::gpu_of};
 use crate::{Timeline, comm::Communicator};
 
 /// What carries data between ranks, and with it whether they are threads or processes.
@@ -89,7 +89,7 @@ impl Transport {
     /// Runs the program of a rank over the communicator that it trains with; `control` is the group in which the ranks met.
     pub fn run<T, E>(
         self,
-        config: &RankConfig,
+        timeout: Duration,
         control: Arc<dyn Communicator>,
         gpu: Option<usize>,
         timeline: Option<&Timeline>,
@@ -97,30 +97,30 @@ impl Transport {
     ) -> Result<T, RunError<E>> {
         match self {
             Transport::Control => program(control),
-            Transport::Mpi => over_mpi(config, control, program),
-            Transport::Nccl => program(nccl(config, control, gpu, timeline)?),
+            Transport::Mpi => over_mpi(timeout, control, program),
+            Transport::Nccl => program(nccl(timeout, control, gpu, timeline)?),
         }
     }
 }
 
 #[cfg(feature = "mpi")]
 fn over_mpi<T, E>(
-    config: &RankConfig,
+    timeout: Duration,
     control: Arc<dyn Communicator>,
     program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, RunError<E>>,
 ) -> Result<T, RunError<E>> {
-    crate::comm::mpi::MpiConfig::new().with_timeout(config.timeout).run(control, program)
+    crate::comm::mpi::MpiConfig::new().with_timeout(timeout).run(control, program)
 }
 
 #[cfg(feature = "nccl")]
 fn nccl(
-    config: &RankConfig,
+    timeout: Duration,
     control: Arc<dyn Communicator>,
     gpu: Option<usize>,
     timeline: Option<&Timeline>,
 ) -> Result<Arc<dyn Communicator>, crate::comm::CommError> {
     // That there is one was checked before.
-    let mut nccl = crate::comm::nccl::NcclConfig::new(gpu.unwrap_or(0)).with_timeout(config.timeout);
+    let mut nccl = crate::comm::nccl::NcclConfig::new(gpu.unwrap_or(0)).with_timeout(timeout);
     nccl.timeline = timeline.cloned();
     Ok(Arc::new(nccl.init(control)?))
 }
@@ -128,7 +128,7 @@ fn nccl(
 /// Not built, and refused before.
 #[cfg(not(feature = "mpi"))]
 fn over_mpi<T, E>(
-    _: &RankConfig,
+    _: Duration,
     control: Arc<dyn Communicator>,
     program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, RunError<E>>,
 ) -> Result<T, RunError<E>> {
@@ -138,7 +138,7 @@ fn over_mpi<T, E>(
 /// Not built, and refused before.
 #[cfg(not(feature = "nccl"))]
 fn nccl(
-    _: &RankConfig,
+    _: Duration,
     control: Arc<dyn Communicator>,
     _: Option<usize>,
     _: Option<&Timeline>,

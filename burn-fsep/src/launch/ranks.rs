@@ -12,8 +12,9 @@ use crate::{
     Timeline,
     comm::{
         CommError, Communicator, Operation, all_gather_u64,
-        local::{LaunchConfig, RankError, launch, panic_message},
+        local::{LaunchConfig, RankError, launch},
     },
+    error::panic_message,
 };
 
 /// The ranks of a job that are in this process: all of them as threads, or one of a launcher's.
@@ -143,7 +144,7 @@ impl Ranks {
         }
         let gpu = gpu_of(&device);
         let timeline = self.config.timeline.then(|| timeline(gpu)).transpose()?;
-        self.transport.run(&self.config, control, gpu, timeline.clone().as_ref(), |comm| {
+        self.transport.run(self.config.timeout, control, gpu, timeline.clone().as_ref(), |comm| {
             program(Rank { comm, device, gpu, topology, timeline }).map_err(RunError::Program)
         })
     }

@@ -1,6 +1,9 @@
 //! How errors leave what cannot return them: Burn's modules and its backward pass.
 
-use crate::{FsepError, comm::local::panic_message, error};
+use crate::{
+    FsepError,
+    error::{self, panic_message},
+};
 
 use super::{FsepRuntime, fsep_runtime::Inner};
 

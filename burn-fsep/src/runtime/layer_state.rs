@@ -3,8 +3,8 @@ use std::{sync::Arc, time::Instant};
 use burn::tensor::{Int, Tensor};
 use burn_fsep_planner::{
     Layout, PlannerError, Topology,
-    repair::LayoutRepair,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+    repair::LayoutRepair,
 };
 use parking_lot::{Mutex, RwLock};
 

@@ -65,8 +65,26 @@ pub struct TrainerStep {
     pub gradient_norm: Option<f64>,
 }
 
+impl TrainerConfig {
+    /// The trainer of a rank. Gives all ranks rank 0's values of the replicated parameters
+    /// ([`broadcast_parameters`](super::broadcast_parameters)). Collective.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; what the planner, the
+    /// checkpoints or the collectives return.
+    pub fn init<M: Module>(
+        &self,
+        runtime: &FsepRuntime,
+        model: M,
+        optimizer: ModuleOptimizer,
+    ) -> Result<Trainer<M>, FsepError> {
+        Trainer::new(self, runtime, model, optimizer)
+    }
+}
+
 impl<M: Module> Trainer<M> {
-    pub(super) fn new(
+    fn new(
         config: &TrainerConfig,
         runtime: &FsepRuntime,
         model: M,

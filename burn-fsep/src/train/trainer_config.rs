@@ -1,13 +1,9 @@
-use burn::{module::Module, optim::ModuleOptimizer};
 use derive_new::new;
 
-use super::{Accumulation, GradientBuckets, PlannerConfig, Trainer};
-use crate::{
-    FsepError, FsepRuntime,
-    checkpoint::{CheckpointConfig, TrainingProgress},
-};
+use super::{Accumulation, GradientBuckets, PlannerConfig};
+use crate::checkpoint::{CheckpointConfig, TrainingProgress};
 
-/// Configuration of a [`Trainer`]; equal on all ranks.
+/// Configuration of a [`Trainer`](super::Trainer); equal on all ranks.
 #[derive(new, Debug, Clone)]
 pub struct TrainerConfig {
     /// Largest global norm of the gradients of a step; `None` clips nothing.
@@ -94,7 +90,7 @@ impl TrainerConfig {
     }
 
     /// Saves checkpoints of model, optimizer, planner and progress, after every so many optimizer steps if the configuration
-    /// says so, and where [`Trainer::save`] is called.
+    /// says so, and where [`Trainer::save`](super::Trainer::save) is called.
     pub fn with_checkpoints(mut self, config: CheckpointConfig) -> Self {
         self.checkpoints = Some(config);
         self
@@ -113,21 +109,5 @@ impl TrainerConfig {
     pub fn with_start(mut self, progress: TrainingProgress) -> Self {
         self.start = progress;
         self
-    }
-
-    /// The trainer of a rank. Gives all ranks rank 0's values of the replicated parameters
-    /// ([`broadcast_parameters`](super::broadcast_parameters)). Collective.
-    ///
-    /// # Errors
-    ///
-    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; what the planner, the
-    /// checkpoints or the collectives return.
-    pub fn init<M: Module>(
-        &self,
-        runtime: &FsepRuntime,
-        model: M,
-        optimizer: ModuleOptimizer,
-    ) -> Result<Trainer<M>, FsepError> {
-        Trainer::new(self, runtime, model, optimizer)
     }
 }

@@ -1,10 +1,10 @@
-use std::{any::Any, fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use derive_new::new;
 use thiserror::Error;
 
 use super::LocalCommunicator;
-use crate::comm::Communicator;
+use crate::{comm::Communicator, error::panic_message};
 
 /// How to start local ranks.
 #[derive(new, Debug, Clone)]
@@ -116,16 +116,5 @@ fn run_rank<T, E: fmt::Display>(
     match comm.run(program) {
         Ok(result) => result.map_err(|error| RankError::Failed { rank, error }),
         Err(panic) => Err(RankError::Panicked { rank, message: panic_message(panic.as_ref()) }),
-    }
-}
-
-/// The text of a panic.
-pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> String {
-    if let Some(text) = payload.downcast_ref::<&str>() {
-        (*text).to_string()
-    } else if let Some(text) = payload.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "a panic without a message".to_string()
     }
 }

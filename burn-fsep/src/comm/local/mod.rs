@@ -4,5 +4,4 @@ mod communicator;
 mod launch;
 
 pub use communicator::LocalCommunicator;
-pub(crate) use launch::panic_message;
 pub use launch::{LaunchConfig, RankError, launch};

@@ -24,6 +24,7 @@ mod error;
 mod handshake;
 mod links;
 pub(super) mod message;
+mod rendezvous;
 mod server;
 mod token;
 mod wire;

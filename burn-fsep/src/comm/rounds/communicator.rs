@@ -10,12 +10,14 @@ use std::{
 use burn::tensor::Bytes;
 
 use super::state::{Part, RoundKey, Rounds};
-use crate::comm::{
-    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange,
-    error::check_buffer,
-    exchange_plan::{by_peer, match_blocks},
-    local::panic_message,
-    process::{Links, message, message::Outgoing},
+use crate::{
+    comm::{
+        Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange,
+        error::check_buffer,
+        exchange_plan::{by_peer, match_blocks},
+        process::{Links, message, message::Outgoing},
+    },
+    error::panic_message,
 };
 
 /// A rank's handle on a group of threads or of processes that are connected by TCP.
