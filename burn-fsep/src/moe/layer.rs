@@ -42,7 +42,8 @@ pub struct FSEPMoE {
 pub struct MoeOutput<const D: usize> {
     /// As the input: `[.., D]`.
     pub hidden: Tensor<D>,
-    /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the loss. `[1]`
+    /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the rank's loss as it is: the mean
+    /// over ranks is the loss of all ranks' tokens. `[1]`
     pub aux_loss: Option<Tensor<1>>,
 }
 
