@@ -14,4 +14,4 @@ mod kernels;
 mod reduce;
 mod routing;
 
-pub use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
