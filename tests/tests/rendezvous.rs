@@ -258,6 +258,37 @@ fn a_member_that_sends_garbage_ends_the_group_with_an_error() {
     }
 }
 
+#[test]
+fn a_rank_that_goes_on_learns_from_one_that_does_not_who_was_lost() {
+    let job = Job::new(3);
+    // This test is rank 0, which is lost after it has told rank 1 to go, and before it tells rank 2.
+    let (listener, job) = (job.listener.try_clone().unwrap(), &job);
+    std::thread::scope(|scope| {
+        let [first, second] = [1, 2].map(|rank| scope.spawn(move || job.config(rank).run(|comm| comm.barrier(OP))));
+        let mut members = [(); 2].map(|()| {
+            let mut stream = listener.accept().unwrap().0;
+            let hello = next_body(&mut stream);
+            stream.write_all(&message(VERSION, b"\xa7Welcome")).unwrap();
+            // The array's mark, the world size, the rank, a number of two bytes.
+            (hello[2], [hello[4], hello[5]], stream)
+        });
+        members.sort_by_key(|member| member.0);
+        let address = |port: [u8; 2]| [b"\x81\xa2V4\x92\x94\x7f\x00\x00\x01\xcd".as_slice(), &port].concat();
+        let addresses = [[0, 1], members[0].1, members[1].1].map(address).concat();
+        let peers = message(VERSION, &[b"\x81\xa5Peers\x93".as_slice(), &addresses].concat());
+        let mut streams = members.map(|member| member.2);
+        streams.iter_mut().for_each(|stream| stream.write_all(&peers).unwrap());
+        streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0]).unwrap());
+        let [mut to_first, to_second] = streams;
+        to_first.write_all(&message(VERSION, b"\xa2Go")).unwrap();
+        drop(to_second);
+        let error = second.join().unwrap().unwrap_err();
+        assert!(matches!(error, CommError::Rendezvous(RendezvousError::Lost { rank: 0, .. })), "{error}");
+        let error = first.join().unwrap().unwrap_err();
+        assert!(matches!(error, CommError::PeerFailed { rank: 0, lost: true, .. }), "{error}");
+    });
+}
+
 /// A rank that nobody answers gives up after five seconds and comes again; who listened all the while finds both connections.
 #[test]
 fn a_first_rank_that_looks_late_finds_the_others() {

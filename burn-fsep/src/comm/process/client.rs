@@ -12,8 +12,10 @@ use super::{
     connection::{Connections, POLL, Peek, READY, peek},
     error::system,
     handshake::{Hello, Notice},
+    message::Outgoing,
     wire,
 };
+use crate::comm::CommError;
 
 /// How long one attempt to connect, or an answer, may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
@@ -39,12 +41,24 @@ impl From<io::Error> for Attempt {
 pub(super) fn join(config: &ProcessConfig) -> Result<Connections, RendezvousError> {
     let (control, listener) = reach_rank_0(config)?;
     let mut client = Client { config, control };
-    let Notice::Peers(addresses) = client.notice()? else { return Err(client.confused()) };
-    let peers = client.connect_peers(listener, &addresses)?;
+    let Notice::Peers(addresses) = client.notice()? else { return Err(confused()) };
+    let mut peers = client.connect_peers(listener, &addresses)?;
     client.control.write_all(&[READY]).map_err(|error| lost(0, error.to_string()))?;
-    let Notice::Go = client.notice()? else { return Err(client.confused()) };
+    let go = client.notice().and_then(|notice| if notice == Notice::Go { Ok(()) } else { Err(confused()) });
+    go.inspect_err(|error| tell_peers(&mut peers, error))?;
     let control = std::iter::once(Some(client.control));
     Ok(control.chain(peers.into_iter().skip(1)).collect())
+}
+
+/// Peers may have heard already that all are connected: then they take this rank's end for a loss, unless it says whose it was.
+fn tell_peers(peers: &mut Connections, error: &RendezvousError) {
+    let RendezvousError::Lost { rank, reason } = error else { return };
+    let (rank, operation, reason) = (*rank, "waiting for its peers".into(), reason.clone());
+    let end = Outgoing::end(&CommError::PeerFailed { rank, operation, reason, lost: true });
+    for peer in peers.iter_mut().flatten() {
+        // Fits any socket's buffer.
+        let _ = end.write(peer);
+    }
 }
 
 fn reach_rank_0(config: &ProcessConfig) -> Result<(TcpStream, TcpListener), RendezvousError> {
@@ -119,12 +133,8 @@ impl Client<'_> {
     fn check_rank_0(&mut self) -> Result<(), RendezvousError> {
         match peek(&self.control) {
             Peek::Silent => Ok(()),
-            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| self.confused())),
+            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| confused())),
         }
-    }
-
-    fn confused(&self) -> RendezvousError {
-        lost(0, "it spoke out of turn".into())
     }
 
     /// Connects to the lower ranks and is connected to by the higher ones. All of them listen already.
@@ -186,6 +196,10 @@ impl Client<'_> {
             std::thread::sleep(PAUSE);
         }
     }
+}
+
+fn confused() -> RendezvousError {
+    lost(0, "it spoke out of turn".into())
 }
 
 fn lost(rank: usize, reason: String) -> RendezvousError {
