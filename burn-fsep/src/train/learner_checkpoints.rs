@@ -62,9 +62,9 @@ impl LearnerCheckpoints {
     /// Saves a checkpoint.
     pub fn save<M: LearnerModel>(&mut self, learner: &Learner<M>) -> Result<(), FsepError> {
         let Some(checkpoints) = &mut self.checkpoints else { return Ok(()) };
-        let (model, optimizer, scheduler) = records(learner, &self.event_store)?;
+        let (_, optimizer, scheduler) = records(learner, &self.event_store)?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
-        checkpoints.save_records(&learner.model(), model, optimizer, &progress)?;
+        checkpoints.save_records(&learner.model(), optimizer, &progress)?;
         self.saved = Some(self.progress.step);
         Ok(())
     }
