@@ -1,3 +1,9 @@
+use std::{
+    any::Any,
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+};
+
 use burn_fsep_planner::PlannerError;
 use thiserror::Error;
 
@@ -45,6 +51,47 @@ pub enum FsepError {
         /// The other rank's value.
         theirs: String,
     },
+    /// A token has no expert, because the router's logits are no numbers. Found on all ranks alike.
+    #[error(
+        "the router of rank {rank} found no expert for some token in layer {layer}: its logits are not finite. Training \
+         diverged, or a batch has values that are not finite: look at the rank's batch, its loss and the gradient norm of \
+         the steps before, and at the layer's input and router weight"
+    )]
+    NoExpert {
+        /// The layer.
+        layer: usize,
+        /// The rank whose router it is.
+        rank: usize,
+    },
+    /// An unshard was used in a way that its state does not allow: a pass ran twice, or this crate has a bug.
+    #[error("`{operation}` cannot be {action}: it is {state}")]
+    Unshard {
+        /// The unshard.
+        operation: String,
+        /// What was to be done.
+        action: &'static str,
+        /// The state that it is in.
+        state: &'static str,
+    },
+    /// A backend does not do what this crate relies on, or a model changed its backend within a step.
+    #[error("the backend cannot complete `{operation}`: {reason}")]
+    Backend {
+        /// What it was to do.
+        operation: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The device is of a backend that this build has no operations for.
+    #[error(
+        "burn-fsep has no operations for the device {device}: this build has those of {backends}. Use a device of these, or \
+         build burn-fsep with the feature of another backend"
+    )]
+    UnsupportedDevice {
+        /// The device.
+        device: String,
+        /// The backends that this build of the crate has.
+        backends: String,
+    },
     /// The device, or what works on it, failed.
     #[error("the device failed: {0}")]
     Device(String),
@@ -69,4 +116,25 @@ pub enum FsepError {
     /// A training callback failed.
     #[error("training callback: {0}")]
     Callback(String),
+}
+
+thread_local! {
+    /// How many [`catch`] of this thread are under way.
+    static CATCHING: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs `step`; what unwinds it comes back, be it a panic's payload or an [`FsepError`] that was thrown.
+pub(crate) fn catch<T>(step: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Send>> {
+    CATCHING.set(CATCHING.get() + 1);
+    let result = catch_unwind(AssertUnwindSafe(step));
+    CATCHING.set(CATCHING.get() - 1);
+    result
+}
+
+/// Unwinds with the error as payload, which prints nothing, where [`catch`] waits for it; elsewhere panics with its message.
+pub(crate) fn throw(error: FsepError, rank: usize) -> ! {
+    if CATCHING.get() > 0 {
+        resume_unwind(Box::new(error));
+    }
+    panic!("rank {rank}: {error}")
 }

@@ -1,6 +1,6 @@
 //! Fully Sharded Expert Parallel (FSEP) for Mixture-of-Experts models in Burn.
 //!
-//! Every expert's parameters are cut into `N` equal shards, one a rank. Before a layer computes, an All-to-All restores
+//! Every expert's parameters are cut into `N` equal shards, one a rank. Before a layer computes, an All-to-All unshards
 //! whole experts, on each rank those that the layout gives it; in backward, gradients go back to the shards. So any
 //! layout can be used in any step, an expert may stand on many ranks, and optimizer state never moves. A planner
 //! ([`planner`]) chooses layouts that leave no rank waiting.
@@ -10,8 +10,7 @@
 //! - [`comm`]: communicators, and the launcher of local ranks;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
 //! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
-//! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners;
-//! - [`ops`]: the backend extension that does the work.
+//! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners.
 //!
 //! Shapes use the letters `N` ranks, `E` experts, `C` slots a rank, `K` experts per token, `T` tokens of a rank, `D`
 //! hidden size, `F` expert intermediate size, `P` parameters of an expert, `S` shard length.
@@ -39,7 +38,7 @@ mod error;
 #[cfg(all(feature = "cli", unix))]
 pub mod launcher;
 pub mod moe;
-pub mod ops;
+mod ops;
 mod runtime;
 mod schedule;
 pub mod shard;
@@ -50,5 +49,5 @@ pub use burn_fsep_planner as planner;
 pub use error::FsepError;
 pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
 pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats};
-pub use schedule::{Restore, ScheduleConfig};
+pub use schedule::ScheduleConfig;
 pub use timeline::{Timeline, TimelineRecord, TimelineSpan};

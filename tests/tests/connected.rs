@@ -297,8 +297,12 @@ fn logits_that_are_not_finite_are_refused_on_every_rank() {
             let x = if runtime.rank() == 1 { x.slice_fill([2..3, 0..1], bad) } else { x };
             layer.try_forward(x).map(|_| ())
         });
-        let errors = messages(results);
-        assert!(errors.iter().all(|e| e.contains("rank 1") && e.contains("not finite")), "{bad}: {errors:?}");
+        for result in results {
+            let Err(RankError::Failed { error, .. }) = result else { panic!("{bad}: {result:?}") };
+            assert_eq!(error, FsepError::NoExpert { layer: 0, rank: 1 }, "{bad}");
+            let message = error.to_string();
+            assert!(message.contains("rank 1") && message.contains("not finite"), "{bad}: {message}");
+        }
     }
     // A logit of minus infinity among others only rules an expert out.
     let mut layer = FSEPMoEConfig::new(HIDDEN, 6, 4).try_init(&FsepRuntime::single(), &device()).unwrap();

@@ -148,7 +148,7 @@ fn ranks_with_different_runtimes_are_told() {
         ("seed", base().with_seed(1)),
         ("topology", base().with_ranks_per_node(1)),
         ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
-        ("correction", base().with_correction(None)),
+        ("repair", base().with_repair(None)),
     ] {
         let results = launch(&LaunchConfig::new(2), |comm| {
             let config = if comm.rank() == 1 { theirs.clone() } else { base() };

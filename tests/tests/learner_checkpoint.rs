@@ -58,7 +58,7 @@ impl Job<'_> {
         let mut runtime_config = FsepRuntimeConfig::new().with_seed(3);
         if self.burn.is_some() {
             // Their checkpoints know nothing of layouts that were repaired, on which the order of sums depends.
-            runtime_config = runtime_config.with_correction(None);
+            runtime_config = runtime_config.with_repair(None);
         }
         let results = launch(&config, |comm| self.run_rank(&runtime_config.init(comm)?, folder.path()));
         results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()

@@ -15,7 +15,7 @@ fn gauge(ranks: usize, depth: usize, slots: usize, hidden: usize, ffn: usize) ->
         let runtime = FsepRuntime::new(comm)?;
         let config = FSEPMoEConfig::new(hidden, ffn, 4).with_slots_per_rank(Some(slots));
         let layers: Vec<_> = (0..depth).map(|_| config.try_init(&runtime, &device())).collect::<Result<_, _>>()?;
-        let gauge = runtime.restored_gauge();
+        let gauge = runtime.unsharded_gauge();
         runtime.run(|| {
             let x = Tensor::<2>::random([10, hidden], Distribution::Default, &device());
             let y = layers.iter().fold(x, |x, layer| x.clone() + layer.forward(x));

@@ -119,10 +119,10 @@ fn recomputed_activations() {
 #[test]
 fn a_wrong_number_in_any_exchange_is_seen() {
     for operation in [
-        "restore for forward",
+        "unshard for forward",
         "tokens to experts in forward",
         "outputs to tokens in forward",
-        "restore for backward",
+        "unshard for backward",
         "gradients to experts in backward",
         "gradients to tokens in backward",
         "gradient reshard",

@@ -12,7 +12,7 @@ use burn_fsep::{
 };
 use burn_fsep_planner::{
     Layout, PlannerConfig, PlannerError, RoutingCounts, Strategy, Topology,
-    callback::{StepContext, TrainingCallback},
+    callback::{PlannerHost, RoutingObserver, StepContext, TrainingCallback},
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
     placement::{LayoutRequest, LayoutSolver},
 };
@@ -20,8 +20,8 @@ use burn_fsep_tests::{device, launch};
 
 /// A layer of 4 experts in 2 slots a rank.
 fn layer(runtime: &FsepRuntime) -> Result<FSEPMoE, FsepError> {
-    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(2)).with_moe_router_force_load_balancing(true);
-    config.try_init(runtime, &device())
+    let config = FSEPMoEConfig::new(4, 6, 4).with_slots_per_rank(Some(if runtime.world_size() == 1 { 4 } else { 2 }));
+    config.with_moe_router_force_load_balancing(true).try_init(runtime, &device())
 }
 
 /// Runs it forward and backward once.
@@ -102,6 +102,50 @@ fn a_dispatcher_that_loses_tokens_is_an_error() {
     }
 }
 
+/// Adds up what it learns.
+#[derive(Debug, Default)]
+struct Observed(AtomicUsize);
+
+impl RoutingObserver for Observed {
+    fn observe(&self, _layer: usize, _step: u64, counts: &Arc<RoutingCounts>) {
+        self.0.fetch_add(counts.total() as usize, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_forward_pass_between_steps_is_not_observed() {
+    // Two steps of 20 tokens on each of 1 and 2 ranks, 2 experts a token; and 13 tokens in a pass without backward.
+    for (ranks, ends_steps, expected) in [(1, true, 80), (1, false, 132), (2, true, 160)] {
+        let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
+            let runtime = FsepRuntime::new(comm)?;
+            let layer = layer(&runtime)?;
+            let observed = Arc::new(Observed::default());
+            runtime.set_observer(Some(observed.clone()));
+            for _ in 0..2 {
+                runtime.begin_step(&layer)?;
+                step(&runtime, &layer)?;
+                if ends_steps {
+                    runtime.end_step();
+                }
+                let look = layer.try_forward(Tensor::<2>::ones([13, 4], &device()))?;
+                assert!(look.hidden.is_tracked());
+            }
+            Ok(observed.0.load(Ordering::Relaxed))
+        });
+        results.into_iter().for_each(|counts| assert_eq!(counts.unwrap(), expected));
+    }
+}
+
+#[test]
+fn a_program_that_knows_no_steps_is_observed() {
+    let runtime = FsepRuntime::single();
+    let layer = layer(&runtime).unwrap();
+    let observed = Arc::new(Observed::default());
+    runtime.set_observer(Some(observed.clone()));
+    step(&runtime, &layer).unwrap();
+    assert_eq!(observed.0.load(Ordering::Relaxed), 40);
+}
+
 /// Always answers with one layout.
 #[derive(Debug)]
 struct Fixed(Layout);
@@ -119,7 +163,7 @@ impl LayoutSolver for Fixed {
 #[test]
 fn layouts_come_from_the_solver_that_is_given() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
-        let runtime = FsepRuntimeConfig::new().with_correction(None).init(comm)?;
+        let runtime = FsepRuntimeConfig::new().with_repair(None).init(comm)?;
         let layers = [layer(&runtime)?, layer(&runtime)?];
         // Static expert parallelism starts with experts 0 and 1 on rank 0.
         let wanted = [vec![vec![2, 3], vec![0, 1]], vec![vec![0, 2], vec![1, 3]]];
@@ -142,7 +186,7 @@ fn layouts_come_from_the_solver_that_is_given() {
 fn nodes_may_have_different_numbers_of_ranks() {
     let results = launch(&LaunchConfig::new(3), |comm| -> Result<_, FsepError> {
         let uneven = Topology::new(&[1, 2])?;
-        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_correction(None);
+        let config = FsepRuntimeConfig::new().with_topology(uneven.clone()).with_repair(None);
         let runtime = config.with_dispatcher(|| Box::new(EvenSplit::new())).init(comm)?;
         assert_eq!(runtime.topology(), &uneven);
         let layer = layer(&runtime)?;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use burn::{
-    module::{Module, Param},
-    tensor::{FloatDType, Tensor, TensorData},
+    module::{Module, Param, ParamId},
+    tensor::{Device, FloatDType, Tensor, TensorData},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
@@ -57,7 +57,7 @@ fn train(
     let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
         // Repairs wherever there is an imbalance at all: layouts change under prefetched experts.
         let eager = CorrectionConfig { tolerance: 1.0, ..CorrectionConfig::free() };
-        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_correction(Some(eager));
+        let config = FsepRuntimeConfig::new().with_schedule(schedule).with_repair(Some(eager));
         let runtime = config.init(comm)?;
         let mut stack = Stack::new(&runtime)?;
         let mut left = Vec::new();
@@ -70,7 +70,7 @@ fn train(
             change(&mut stack, number);
             left.push(stack.step(&runtime, order, number as u64)?);
         }
-        assert_eq!(runtime.restored_gauge().bytes(), 0, "all experts are freed after the last step");
+        assert_eq!(runtime.unsharded_gauge().bytes(), 0, "all experts are freed after the last step");
         Ok((left, runtime.missed_prefetches()))
     });
     results.into_iter().map(Result::unwrap).collect()
@@ -125,6 +125,31 @@ fn parameters_that_change_after_the_step_began_are_not_computed_with_stale_value
     assert_ne!(unchanged, expected, "the change matters");
 }
 
+/// A stack beside a matrix that nobody has needed yet.
+#[derive(Module, Debug)]
+struct WithLazyMatrix {
+    lazy: Param<Tensor<2>>,
+    stack: Stack,
+}
+
+#[test]
+fn the_begin_of_a_step_touches_no_parameters_but_experts() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let make = |device: &Device, _| Tensor::<2>::zeros([4, 4], device);
+        let lazy = Param::uninitialized(ParamId::new(), make, device(), true, [4, 4].into());
+        let model = WithLazyMatrix { lazy, stack: Stack::new(&runtime)? };
+        for step in 0..3 {
+            runtime.begin_step(&model)?;
+            model.stack.step(&runtime, &[0, 1, 2, 3], step)?;
+        }
+        Ok((model.lazy.is_initialized(), runtime.missed_prefetches()))
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), (false, 0));
+    }
+}
+
 #[test]
 fn at_most_two_layers_of_experts_are_alive() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
@@ -134,7 +159,7 @@ fn at_most_two_layers_of_experts_are_alive() {
             runtime.begin_step(&stack)?;
             stack.step(&runtime, &[0, 1, 2, 3], step)?;
         }
-        Ok(runtime.restored_gauge().peak_bytes())
+        Ok(runtime.unsharded_gauge().peak_bytes())
     });
     let one_layer = SLOTS * 3 * HIDDEN * 9 * size_of::<f32>();
     for peak in results.into_iter().map(Result::unwrap) {

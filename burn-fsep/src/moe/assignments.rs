@@ -1,11 +1,11 @@
 use burn::{
-    backend::Dispatch,
+    backend::Dispatch as AnyBackend,
     tensor::{Int, Tensor},
 };
 
 use crate::{
     FsepError,
-    ops::{NOT_FINITE, RoutingOps, counts_of},
+    ops::{FsepDeviceOps, counts_of},
 };
 
 /// The assignments (token, expert) of one rank, and their order by expert, on the device.
@@ -13,7 +13,7 @@ use crate::{
 /// Assignment `t * K + k` is the `k`-th choice of token `t`; rows are assignments sorted by expert, stably.
 #[derive(Debug)]
 pub(super) struct Assignments {
-    /// Where the rows of each expert, and those of none, end. `[E + 1]`
+    /// Where the rows of each expert, of none, and of what is no expert end. `[E + 2]`
     pub ends: Tensor<1, Int>,
     /// Row of each assignment. `[T * K]`
     pub row_of: Tensor<1, Int>,
@@ -28,23 +28,21 @@ impl Assignments {
     pub fn new(experts: Tensor<2, Int>, num_experts: usize) -> Self {
         let [tokens, topk] = experts.dims();
         let experts = experts.reshape([tokens * topk]).into_dispatch();
-        let (row_of, assignment_of, token_of, ends) = Dispatch::fsep_sort_assignments(experts, num_experts, topk);
+        let (row_of, assignment_of, token_of, ends) =
+            <AnyBackend as FsepDeviceOps>::fsep_sort_assignments(experts, num_experts, topk);
         let [ends, row_of, assignment_of, token_of] =
             [ends, row_of, assignment_of, token_of].map(Tensor::from_dispatch);
         Self { ends, row_of, assignment_of, token_of }
     }
 
-    /// Reads the number of assignments of each expert. Shape `[E]`.
+    /// Reads the number of assignments of each expert, on the one rank of a layer. Shape `[E]`.
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] if a token has no expert, [`FsepError::Device`] if the device cannot be read.
-    pub fn counts(&self) -> Result<Vec<u32>, FsepError> {
+    /// [`FsepError::NoExpert`] if a token has no expert, [`FsepError::Device`] if the device cannot be read.
+    pub fn counts(&self, layer: usize) -> Result<Vec<u32>, FsepError> {
         let ends = self.ends.clone().try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
         let ends: Vec<u32> = ends.iter::<i64>().map(|end| end as u32).collect();
-        if ends[ends.len() - 1] != ends[ends.len() - 2] {
-            return Err(FsepError::Config(format!("the router's logits are {NOT_FINITE}")));
-        }
-        Ok(counts_of(&ends).collect())
+        Ok(counts_of(&ends, layer, 0)?.collect())
     }
 }

@@ -3,8 +3,12 @@ use burn::{
     tensor::{Device, FloatDType},
 };
 
-use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, layer::LayerSettings};
-use crate::{FsepError, FsepRuntime, ops::WeightStorage, runtime::LayerConfig, shard::ExpertShape};
+use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, losses::AuxiliaryLosses};
+use crate::{
+    FsepError, FsepRuntime,
+    ops::{self, LayerSpec, WeightStorage},
+    shard::ExpertShape,
+};
 
 /// How experts are spread over ranks.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -82,8 +86,31 @@ impl FSEPMoEConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] or [`FsepError::Planner`] saying which option is impossible.
+    /// [`FsepError::Config`] or [`FsepError::Planner`] saying which option is impossible;
+    /// [`FsepError::UnsupportedDevice`] if this build has no operations for the device.
     pub fn try_init(&self, runtime: &FsepRuntime, device: &Device) -> Result<FSEPMoE, FsepError> {
+        let experts = self.try_init_experts(runtime, device)?;
+        let router = self.router(runtime.seed(), experts.layer_index(), device);
+        Ok(FSEPMoE { router, experts, losses: self.losses() })
+    }
+
+    /// The experts alone, for a router of your own; see [`FsepExperts::forward`]. They are a layer of the runtime as one of
+    /// [`FSEPMoEConfig::init`] is.
+    ///
+    /// # Panics
+    ///
+    /// If the configuration is impossible; see [`FSEPMoEConfig::try_init_experts`].
+    pub fn init_experts(&self, runtime: &FsepRuntime, device: &Device) -> FsepExperts {
+        self.try_init_experts(runtime, device).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// As [`FSEPMoEConfig::init_experts`].
+    ///
+    /// # Errors
+    ///
+    /// As [`FSEPMoEConfig::try_init`].
+    pub fn try_init_experts(&self, runtime: &FsepRuntime, device: &Device) -> Result<FsepExperts, FsepError> {
+        ops::check_device(device)?;
         let (ranks, experts) = (runtime.world_size(), self.num_moe_experts);
         self.check()?;
         let is_static = self.expert_parallelism == ExpertParallelism::Static;
@@ -106,27 +133,20 @@ impl FSEPMoEConfig {
         };
         let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
         let storage = if is_static || ranks == 1 { WeightStorage::Resident } else { WeightStorage::Sharded };
-        let layer = runtime.register_layer(LayerConfig {
+        let spec = runtime.register_layer(|layer| LayerSpec {
+            layer,
+            rank: runtime.rank(),
+            world_size: ranks,
             num_experts: experts,
             slots_per_rank,
             topk: self.moe_router_topk,
             shape,
+            storage,
             fixed_layout: is_static,
             compute_dtype: self.compute_dtype,
+            recompute: self.moe_layer_recompute,
         })?;
-        Ok(FSEPMoE {
-            router: self.router(runtime.seed(), layer, device),
-            experts: FsepExperts::new(shape, experts, storage, runtime, layer, device),
-            settings: LayerSettings {
-                runtime: runtime.clone(),
-                layer,
-                shape,
-                storage,
-                recompute: self.moe_layer_recompute,
-                aux_loss_coeff: self.moe_aux_loss_coeff,
-                compute_dtype: self.compute_dtype,
-            },
-        })
+        Ok(FsepExperts::new(spec, runtime, device))
     }
 
     /// The same layer without any parallelism, written with Burn's own operations: the reference that FSEP equals.
@@ -134,12 +154,17 @@ impl FSEPMoEConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] or [`FsepError::Planner`] saying which option is impossible.
+    /// As [`FSEPMoEConfig::try_init`].
     pub fn init_dense(&self, seed: u64, layer: usize, device: &Device) -> Result<DenseMoE, FsepError> {
+        ops::check_device(device)?;
         self.check()?;
         let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
         let router = self.router(seed, layer, device);
-        Ok(DenseMoE::new(router, shape, self.num_moe_experts, self.moe_aux_loss_coeff, seed, layer, device))
+        Ok(DenseMoE::new(router, shape, self.num_moe_experts, self.losses(), seed, layer, device))
+    }
+
+    fn losses(&self) -> AuxiliaryLosses {
+        AuxiliaryLosses { balancing: self.moe_aux_loss_coeff, z: self.moe_z_loss_coeff }
     }
 
     fn router(&self, seed: u64, layer: usize, device: &Device) -> TopKRouter {

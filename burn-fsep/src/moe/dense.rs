@@ -3,7 +3,7 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::silu},
 };
 
-use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::load_balancing_loss, tokens::token_rows};
+use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::AuxiliaryLosses, tokens::token_rows};
 use crate::{
     FsepError,
     shard::{ExpertShape, expert_parameters},
@@ -20,7 +20,9 @@ pub struct DenseMoE {
     #[module(skip)]
     shape: ExpertShape,
     #[module(skip)]
-    aux_loss_coeff: f64,
+    losses: AuxiliaryLosses,
+    #[module(skip)]
+    layer: usize,
 }
 
 impl DenseMoE {
@@ -28,7 +30,7 @@ impl DenseMoE {
         router: TopKRouter,
         shape: ExpertShape,
         num_experts: usize,
-        aux_loss_coeff: f64,
+        losses: AuxiliaryLosses,
         seed: u64,
         layer: usize,
         device: &Device,
@@ -36,7 +38,7 @@ impl DenseMoE {
         let expert = |expert| expert_parameters(shape, seed, layer, expert, 0..shape.num_params());
         let values: Vec<f32> = (0..num_experts).flat_map(expert).collect();
         let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
-        Self { router, weight, shape, aux_loss_coeff }
+        Self { router, weight, shape, losses, layer }
     }
 
     /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
@@ -61,7 +63,7 @@ impl DenseMoE {
 
         let routed = self.router.forward(tokens.clone())?;
         let assignments = Assignments::new(routed.experts, self.weight.dims()[0]);
-        let counts = assignments.counts()?;
+        let counts = assignments.counts(self.layer)?;
         let Assignments { row_of, token_of, .. } = assignments;
         let rows = tokens.select(0, token_of);
         let mut start = 0;
@@ -77,11 +79,8 @@ impl DenseMoE {
         let by_token = output.select(0, row_of).reshape([num_tokens, topk, width]);
         let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
 
-        let balancing = (self.aux_loss_coeff > 0.0).then(|| {
-            let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
-            load_balancing_loss(routed.scores, &totals, self.aux_loss_coeff)
-        });
-        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
+        let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
+        let aux_loss = self.losses.of(routed.scores, routed.logits, &totals)?;
         Ok(MoeOutput { hidden: output, aux_loss })
     }
 

@@ -1,64 +1,192 @@
+use std::sync::Arc;
+
 use burn::{
     module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param},
-    tensor::{Device, Tensor, TensorData},
+    tensor::{DType, Device, Tensor, TensorData},
 };
+use burn_fsep_planner::RoutingCounts;
 use serde::{Deserialize, Serialize};
 
+use super::{RouterOutput, assignments::Assignments, tokens::check_dtype};
 use crate::{
-    FsepRuntime,
-    ops::WeightStorage,
-    shard::{ExpertShape, expert_parameters, shard_id},
+    FsepError, FsepRuntime,
+    ops::{self, LayerSpec, Tracked, WeightStorage},
+    runtime::PassStart,
+    shard::{ExpertShape, expert_parameters, foreign_owner, shard_id},
 };
 
-/// A rank's part of the experts' parameters.
+/// A rank's part of the experts of a layer: computes tokens by the experts that a router gives them.
+///
+/// [`FSEPMoE`](super::FSEPMoE) has them beside its own router. With a router of your own, make them by
+/// [`FSEPMoEConfig::init_experts`](super::FSEPMoEConfig::init_experts):
+///
+/// ```
+/// # use burn::tensor::{Device, Distribution, Tensor, activation::sigmoid};
+/// # use burn_fsep::{FSEPMoEConfig, FsepRuntime, moe::RouterOutput};
+/// # let (runtime, device) = (FsepRuntime::single(), Device::flex());
+/// let experts = FSEPMoEConfig::new(8, 16, 4).with_moe_router_topk(2).init_experts(&runtime, &device);
+/// # let router = Tensor::<2>::random([8, 4], Distribution::Default, &device);
+/// # let tokens = Tensor::<2>::random([10, 8], Distribution::Default, &device);
+/// let (probs, chosen) = sigmoid(tokens.clone().matmul(router)).topk_with_indices(2, 1);
+/// let output = experts.forward(tokens, RouterOutput::new(probs, chosen));
+/// assert_eq!((output.hidden.dims(), output.counts.total()), ([10, 8], 20));
+/// ```
 ///
 /// A module of its own so that visitors can tell shards from replicated parameters by their container: shards differ
 /// between ranks, their gradients are complete after backward and must not be averaged over ranks.
 #[derive(Module, Debug)]
 pub struct FsepExperts {
     // Before the parameters, so that visitors know what they meet.
-    info: ExpertsInfo,
+    info: SpecModule,
     /// Shards `[E, S]` of all experts, or whole resident experts `[E / N, P]`.
     pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    runtime: FsepRuntime,
+}
+
+/// Output of [`FsepExperts`].
+#[derive(Debug, Clone)]
+pub struct FsepExpertsOutput {
+    /// The weighted sum of the chosen experts' outputs. `[T, D]`
+    pub hidden: Tensor<2>,
+    /// All ranks' routing counts: auxiliary losses need them. `[N, E]`
+    pub counts: Arc<RoutingCounts>,
 }
 
 impl FsepExperts {
     /// The name under which module visitors meet this module.
     pub const CONTAINER: &'static str = "Struct:FsepExperts";
 
-    pub(super) fn new(
-        shape: ExpertShape,
-        num_experts: usize,
-        storage: WeightStorage,
-        runtime: &FsepRuntime,
-        layer: usize,
-        device: &Device,
-    ) -> Self {
-        let (rank, ranks) = (runtime.rank(), runtime.world_size());
-        let (experts, positions) = match storage {
-            WeightStorage::Sharded => {
-                let len = shape.shard_len(ranks);
-                (0..num_experts, rank * len..(rank + 1) * len)
-            }
+    pub(super) fn new(spec: Arc<LayerSpec>, runtime: &FsepRuntime, device: &Device) -> Self {
+        let LayerSpec { layer, rank, world_size, num_experts, shape, .. } = *spec;
+        let (experts, positions) = match spec.storage {
+            WeightStorage::Sharded => (0..num_experts, rank * spec.shard_len()..(rank + 1) * spec.shard_len()),
             WeightStorage::Resident => {
-                let owned = num_experts / ranks;
+                let owned = num_experts / world_size;
                 (rank * owned..(rank + 1) * owned, 0..shape.num_params())
             }
         };
         let dims = [experts.len(), positions.len()];
         let mut values = Vec::with_capacity(dims[0] * dims[1]);
         experts.for_each(|e| values.extend(expert_parameters(shape, runtime.seed(), layer, e, positions.clone())));
-        let info = ExpertsInfo { layer, num_experts, shape, storage };
         let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
-        weight.id = shard_id(rank, ranks);
-        Self { info, weight }
+        weight.id = shard_id(rank, world_size);
+        Self { info: SpecModule(spec), weight, runtime: runtime.clone() }
+    }
+
+    /// Computes each token by the experts that `routed` gives it, on whatever ranks they are, and sums their outputs weighted by
+    /// `routed.probs`. Collective: all ranks call it, also with no token. `[T, D] -> [T, D]`
+    ///
+    /// Gradients reach the tokens, the probabilities and the experts. `routed.scores` and `routed.logits` are not used.
+    ///
+    /// # Panics
+    ///
+    /// If a collective fails or the input or the routing is of the wrong shape. Inside [`FsepRuntime::run`] the panic becomes a
+    /// typed error; [`FsepExperts::try_forward`] returns it.
+    pub fn forward(&self, tokens: Tensor<2>, routed: RouterOutput) -> FsepExpertsOutput {
+        self.compute(tokens, routed).unwrap_or_else(|error| self.runtime.fail(error))
+    }
+
+    /// [`FsepExperts::forward`] in [`FsepRuntime::run`]: after an error the group is spent. `[T, D] -> [T, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Shape`] if tokens or routing are of the wrong shape or type, or a rank's routing names an expert that there is
+    /// not; [`FsepError::NoExpert`] if it has none for some token; otherwise as [`FSEPMoE::try_forward`](super::FSEPMoE::try_forward).
+    pub fn try_forward(&self, tokens: Tensor<2>, routed: RouterOutput) -> Result<FsepExpertsOutput, FsepError> {
+        self.runtime.run(|| self.forward(tokens, routed))
+    }
+
+    /// The index of this layer in its runtime.
+    pub fn layer_index(&self) -> usize {
+        self.spec().layer
+    }
+
+    /// The runtime of this layer's rank.
+    pub fn runtime(&self) -> &FsepRuntime {
+        &self.runtime
+    }
+
+    fn spec(&self) -> &Arc<LayerSpec> {
+        &self.info.0
+    }
+
+    /// Whether the layer takes tokens of this type and width.
+    pub(super) fn check_input(&self, dtype: DType, width: usize) -> Result<(), FsepError> {
+        // The router's weight may be another one for this pass: that of `GradientBuckets`.
+        check_dtype(dtype, self.spec().input_dtype(self.weight.dtype()))?;
+        let hidden = self.spec().shape.hidden;
+        if width == hidden {
+            return Ok(());
+        }
+        Err(FsepError::Shape {
+            what: "hidden size of the MoE layer's input".into(),
+            expected: hidden.to_string(),
+            actual: width.to_string(),
+        })
+    }
+
+    pub(super) fn compute(&self, tokens: Tensor<2>, routed: RouterOutput) -> Result<FsepExpertsOutput, FsepError> {
+        let (spec, [num_tokens, width], dtype) = (self.spec(), tokens.dims(), tokens.dtype());
+        self.check_input(dtype, width)?;
+        self.check_weight()?;
+        let RouterOutput { probs, experts, .. } = routed;
+        for (what, actual) in [("probs", probs.dims()), ("experts", experts.dims())] {
+            if actual != [num_tokens, spec.topk] {
+                return Err(FsepError::Shape {
+                    what: format!("`{what}` of the router's output"),
+                    expected: format!("[T, K] = [{num_tokens}, {}]", spec.topk),
+                    actual: format!("{actual:?}"),
+                });
+            }
+        }
+        let probs = probs.cast(dtype);
+        let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(experts.inner(), spec.num_experts);
+        let weights = self.weight.val();
+        let tracked = Tracked { hidden: tokens.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
+        let start = PassStart { ends, tracked, weights: weights.clone(), param: self.weight.id };
+        let pass = self.runtime.begin_pass(spec, start)?;
+        let hidden = ops::moe(tokens, probs, weights, row_of, assignment_of, token_of, pass.clone());
+        self.runtime.end_forward(&pass, &hidden);
+        Ok(FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() })
+    }
+
+    /// Whether the parameters are what this rank was given of them: a user can load, or attach, anything else.
+    fn check_weight(&self) -> Result<(), FsepError> {
+        let LayerSpec { layer, rank, world_size, .. } = **self.spec();
+        if self.spec().is_sharded()
+            && let Some(other) = foreign_owner(self.weight.id, rank, world_size)
+        {
+            return Err(FsepError::Config(format!(
+                "layer {layer} of rank {rank} has the shards of rank {other}: each rank has to save and load a record of its own \
+                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model"
+            )));
+        }
+        if is_reparameterized(&self.weight) {
+            return Err(FsepError::Config(format!(
+                "the experts of layer {layer} are reparameterized (LoRA), but what a rank has of them are no matrices of the model: \
+                 leave `experts.weight` out (`ParamGroup::exclude`)"
+            )));
+        }
+        Ok(())
     }
 }
 
-/// What a rank's parameters are a part of: a shard's length does not tell the expert's.
-///
-/// Visitors see nothing of a module but names and parameters. So this is a module without parameters whose name, as
-/// visitors meet it, is its content.
+/// Whether a parameter's value is made of a base and something else. [`Param`] tells only visitors, which meet the something
+/// else as a module in this container.
+fn is_reparameterized(param: &Param<Tensor<2>>) -> bool {
+    struct Seen(bool);
+    impl ModuleVisitor for Seen {
+        fn enter_module(&mut self, _name: &str, container_type: &str) {
+            self.0 |= container_type == "Reparameterization";
+        }
+    }
+    let mut seen = Seen(false);
+    param.visit(&mut seen);
+    seen.0
+}
+
+/// What a rank's parameters are a part of, as visitors learn it: a shard's length does not tell the expert's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ExpertsInfo {
     /// The layer's number in its runtime.
@@ -78,17 +206,20 @@ impl ExpertsInfo {
     pub fn from_module(name: &str, container: &str) -> Option<Self> {
         (container == Self::CONTAINER).then(|| serde_json::from_str(name).ok()).flatten()
     }
-
-    fn name(&self) -> String {
-        serde_json::to_string(self).expect("a struct of numbers has a JSON form")
-    }
 }
 
-impl Module for ExpertsInfo {
+/// The layer's facts as a module. Visitors see nothing of a module but names and parameters, so this one has no parameters, and
+/// its name, as visitors meet it, is an [`ExpertsInfo`].
+#[derive(Debug, Clone)]
+struct SpecModule(Arc<LayerSpec>);
+
+impl Module for SpecModule {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let name = self.name();
-        visitor.enter_module(&name, Self::CONTAINER);
-        visitor.exit_module(&name, Self::CONTAINER);
+        let LayerSpec { layer, num_experts, shape, storage, .. } = *self.0;
+        let info = ExpertsInfo { layer, num_experts, shape, storage };
+        let name = serde_json::to_string(&info).expect("a struct of numbers has a JSON form");
+        visitor.enter_module(&name, ExpertsInfo::CONTAINER);
+        visitor.exit_module(&name, ExpertsInfo::CONTAINER);
     }
 
     fn map<M: ModuleMapper>(self, _: &mut M) -> Self {
@@ -112,7 +243,7 @@ impl Module for ExpertsInfo {
     }
 
     fn valid(&self) -> Self {
-        *self
+        self.clone()
     }
 
     fn train(self) -> Self {
@@ -120,12 +251,11 @@ impl Module for ExpertsInfo {
     }
 }
 
-impl ModuleDisplayDefault for ExpertsInfo {
+impl ModuleDisplayDefault for SpecModule {
     fn content(&self, content: Content) -> Option<Content> {
-        content
-            .add_formatted(&format!("{} of D = {}, F = {}", self.num_experts, self.shape.hidden, self.shape.ffn))
-            .optional()
+        let LayerSpec { num_experts, shape, .. } = *self.0;
+        content.add_formatted(&format!("{num_experts} of D = {}, F = {}", shape.hidden, shape.ffn)).optional()
     }
 }
 
-impl ModuleDisplay for ExpertsInfo {}
+impl ModuleDisplay for SpecModule {}

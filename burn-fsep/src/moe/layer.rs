@@ -1,25 +1,11 @@
-use std::sync::Arc;
+use burn::{module::Module, tensor::Tensor};
 
-use burn::{
-    module::Module,
-    tensor::{DType, FloatDType, Tensor},
-};
-
-use super::{
-    FsepExperts, TopKRouter,
-    assignments::Assignments,
-    losses::load_balancing_loss,
-    tokens::{check_dtype, token_rows},
-};
-use crate::{
-    FsepError, FsepRuntime,
-    ops::{self, MoeStep, Tracked, WeightStorage},
-    runtime::RestorePass,
-    schedule::Entry,
-    shard::{ExpertShape, foreign_owner},
-};
+use super::{FsepExperts, FsepExpertsOutput, TopKRouter, losses::AuxiliaryLosses, tokens::token_rows};
+use crate::{FsepError, FsepRuntime};
 
 /// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
+///
+/// It is router, experts and auxiliary losses; with another router, use [`FsepExperts`] alone.
 ///
 /// Each token is computed by its `K` most probable SwiGLU experts; no token is dropped. For any world size, layout and
 /// dispatch the result and all gradients are those of the same layer on one rank ([`DenseMoE`](super::DenseMoE)).
@@ -40,18 +26,7 @@ pub struct FSEPMoE {
     /// This rank's part of the experts.
     pub experts: FsepExperts,
     #[module(skip)]
-    pub(super) settings: LayerSettings,
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct LayerSettings {
-    pub runtime: FsepRuntime,
-    pub layer: usize,
-    pub shape: ExpertShape,
-    pub storage: WeightStorage,
-    pub recompute: bool,
-    pub aux_loss_coeff: f64,
-    pub compute_dtype: Option<FloatDType>,
+    pub(super) losses: AuxiliaryLosses,
 }
 
 /// Output of an MoE layer.
@@ -80,7 +55,7 @@ impl FSEPMoE {
     ///
     /// As [`FSEPMoE::forward`].
     pub fn forward_with_losses<const R: usize>(&self, hidden: Tensor<R>) -> MoeOutput<R> {
-        self.route_and_compute(hidden).unwrap_or_else(|error| self.settings.runtime.fail(error))
+        self.route_and_compute(hidden).unwrap_or_else(|error| self.runtime().fail(error))
     }
 
     /// Applies the layer and returns what went wrong: short for [`FsepRuntime::run`] around
@@ -90,108 +65,31 @@ impl FSEPMoE {
     /// # Errors
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
-    /// layer; [`FsepError::Config`] if a rank's router has logits that are no numbers, or its experts are another rank's
-    /// shards or reparameterized; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
+    /// layer; [`FsepError::NoExpert`] if a rank's router has logits that are no numbers; [`FsepError::Config`] if its experts
+    /// are another rank's shards or reparameterized; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
-        self.settings.runtime.run(|| self.forward_with_losses(hidden))
+        self.runtime().run(|| self.forward_with_losses(hidden))
     }
 
     /// The index of this layer in its runtime.
     pub fn layer_index(&self) -> usize {
-        self.settings.layer
+        self.experts.layer_index()
     }
 
     /// The runtime of this layer's rank.
     pub fn runtime(&self) -> &FsepRuntime {
-        &self.settings.runtime
+        self.experts.runtime()
     }
 
     fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
-        let LayerSettings { runtime, layer, shape, storage, recompute, aux_loss_coeff, compute_dtype } = &self.settings;
-        let (topk, num_experts) = (self.router.topk(), self.router.weight.dims()[1]);
         let dims = hidden.dims();
-        // The router's weight may be another one for this pass: that of `GradientBuckets`.
-        check_dtype(hidden.dtype(), compute_dtype.map_or(self.experts.weight.dtype(), DType::from))?;
+        self.experts.check_input(hidden.dtype(), dims[R - 1])?;
         let tokens = token_rows(hidden)?;
-        self.check_experts()?;
-
-        let routed = self.router.forward(tokens.clone())?;
-        let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(routed.experts, num_experts);
-        let weights = self.experts.weight.val();
-        let tracked =
-            Tracked { hidden: tokens.is_tracked(), probs: routed.probs.is_tracked(), weights: weights.is_tracked() };
-        let is_sharded = *storage == WeightStorage::Sharded;
-        if is_sharded {
-            // Ids may be new after a record was loaded.
-            runtime.register_shards(*layer, self.experts.weight.id);
-        }
-        let shards = weights.clone().inner();
-        let entry = if is_sharded && tracked.any() { runtime.enter(*layer, &shards) } else { Entry::default() };
-        let ahead = entry.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
-        let step = runtime.route(*layer, ends, tracked, ahead)?;
-        let (counts, pass) = (step.counts.clone(), step.step_number);
-        let restores = is_sharded.then(|| {
-            let pass = RestorePass {
-                weights: shards,
-                layout: step.layout.clone(),
-                unshard: step.unshard.clone(),
-                number: pass,
-                tracked,
-                dtype: *compute_dtype,
-            };
-            runtime.restores(*layer, &pass, entry)
-        });
-        let (graph_runtime, outputs) = runtime.for_graph();
-        let step = Arc::new(MoeStep {
-            runtime: graph_runtime,
-            outputs,
-            layer: *layer,
-            pass,
-            shape: *shape,
-            storage: *storage,
-            layout: step.layout,
-            unshard: step.unshard,
-            restores,
-            tracked,
-            param_dtype: weights.dtype(),
-            compute_dtype: *compute_dtype,
-            tokens: step.tokens,
-            slot_rows: step.slot_rows,
-            topk,
-            recompute: *recompute,
-        });
-        if tracked.any() && step.restores.is_some() {
-            runtime.schedule().forwarded(&step);
-        }
-        let output = ops::moe(tokens, routed.probs, weights, row_of, assignment_of, token_of, step);
-        if tracked.any() {
-            runtime.remember_output(*layer, pass, &output);
-        }
-        let balancing = (*aux_loss_coeff > 0.0)
-            .then(|| load_balancing_loss(routed.scores, &counts.expert_totals(), *aux_loss_coeff));
-        let aux_loss = [balancing, routed.z_loss].into_iter().flatten().reduce(|a, b| a + b);
-        Ok(MoeOutput { hidden: output.reshape(dims), aux_loss })
-    }
-
-    /// Whether the experts are what this rank was given of them: a user can load, or attach, anything else.
-    fn check_experts(&self) -> Result<(), FsepError> {
-        let LayerSettings { runtime, layer, storage, .. } = &self.settings;
-        let (weight, rank) = (&self.experts.weight, runtime.rank());
-        if *storage == WeightStorage::Sharded
-            && let Some(other) = foreign_owner(weight.id, rank, runtime.world_size())
-        {
-            return Err(FsepError::Config(format!(
-                "layer {layer} of rank {rank} has the shards of rank {other}: each rank has to save and load a record of its own \
-                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model"
-            )));
-        }
-        if !ops::is_same(&weight.val().inner(), &weight.base().inner()) {
-            return Err(FsepError::Config(format!(
-                "the experts of layer {layer} are reparameterized (LoRA), but what a rank has of them are no matrices of the model: \
-                 leave `experts.weight` out (`ParamGroup::exclude`)"
-            )));
-        }
-        Ok(())
+        let mut routed = self.router.forward(tokens.clone())?;
+        let (scores, logits) = (routed.scores.take(), routed.logits.take());
+        let FsepExpertsOutput { hidden, counts } = self.experts.compute(tokens, routed)?;
+        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals())?;
+        Ok(MoeOutput { hidden: hidden.reshape(dims), aux_loss })
     }
 }
 

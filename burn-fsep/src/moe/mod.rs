@@ -7,11 +7,13 @@ mod experts;
 mod layer;
 mod losses;
 mod router;
+mod router_output;
 mod tokens;
 
 pub use config::{ExpertParallelism, FSEPMoEConfig};
 pub use dense::DenseMoE;
 pub(crate) use experts::ExpertsInfo;
-pub use experts::FsepExperts;
+pub use experts::{FsepExperts, FsepExpertsOutput};
 pub use layer::{FSEPMoE, MoeOutput};
-pub use router::{RouterForcing, RouterOutput, TopKRouter};
+pub use router::{RouterForcing, TopKRouter};
+pub use router_output::RouterOutput;

@@ -5,7 +5,7 @@ use burn::{
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{StandardNormal, Uniform};
 
-use super::{FSEPMoEConfig, losses::z_loss, tokens::check_dtype};
+use super::{FSEPMoEConfig, RouterOutput, tokens::check_dtype};
 use crate::{FsepError, shard::mix};
 
 /// Routing that does not come from the router, for throughput tests.
@@ -36,25 +36,9 @@ pub struct TopKRouter {
     #[module(skip)]
     topk: usize,
     #[module(skip)]
-    z_loss_coeff: f64,
-    #[module(skip)]
     forcing: RouterForcing,
     #[module(skip)]
     compute_dtype: Option<FloatDType>,
-}
-
-/// What a router says of `T` tokens.
-#[derive(Debug, Clone)]
-pub struct RouterOutput {
-    /// Weights of the chosen experts, of the input's type; each row sums to 1, unless `K` is 1. `[T, K]`
-    pub probs: Tensor<2>,
-    /// The chosen experts, without autodiff; `E` for a token whose logits leave no probabilities (not a number, or
-    /// infinite). `[T, K]`
-    pub experts: Tensor<2, Int>,
-    /// Probabilities of all experts, in single precision. `[T, E]`
-    pub scores: Tensor<2>,
-    /// The router z-loss in single precision, if its coefficient is not 0. `[1]`
-    pub z_loss: Option<Tensor<1>>,
 }
 
 impl TopKRouter {
@@ -73,7 +57,6 @@ impl TopKRouter {
         Self {
             weight: Param::from_data(TensorData::new(values, [hidden, experts]), device),
             topk: config.moe_router_topk,
-            z_loss_coeff: config.moe_z_loss_coeff,
             forcing,
             compute_dtype: config.compute_dtype,
         }
@@ -84,7 +67,8 @@ impl TopKRouter {
         self.topk
     }
 
-    /// Routes tokens. `[T, D] -> RouterOutput`
+    /// Routes tokens. `[T, D] -> RouterOutput`. Each row of probabilities sums to 1, unless `K` is 1; a token whose logits leave
+    /// no probabilities (not a number, or infinite) gets no expert.
     ///
     /// # Errors
     ///
@@ -107,8 +91,7 @@ impl TopKRouter {
             let bias = TensorData::new(bias.clone(), [1, num_experts]);
             logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());
         }
-        let z_loss = (self.z_loss_coeff > 0.0).then(|| z_loss(logits.clone(), self.z_loss_coeff));
-        let scores = softmax(logits, 1);
+        let scores = softmax(logits.clone(), 1);
         let (chosen, experts) = match &self.forcing {
             RouterForcing::Shares(shares) => {
                 let data = TensorData::new(choose_by_shares(shares, num_tokens, self.topk), [num_tokens, self.topk]);
@@ -127,7 +110,7 @@ impl TopKRouter {
         // Of an only choice the share is always 1, from which the router would learn nothing.
         let probs = if self.topk == 1 { probs } else { probs.clone() / probs.sum_dim(1) };
         let probs = probs.cast(dtype);
-        Ok(RouterOutput { probs, experts: experts.inner(), scores, z_loss })
+        Ok(RouterOutput::new(probs, experts.inner()).with_scores(scores).with_logits(logits))
     }
 }
 

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{any::Any, sync::Arc};
 
 use burn::backend::{
     Autodiff,
@@ -11,11 +11,13 @@ use burn::backend::{
 };
 
 use super::{
-    FsepKernels, FsepOps, MoeStep, RowIndices, Tracked,
+    FsepKernels, FsepOps, LayerPass, Tracked,
+    expert_weights::UnshardRequest,
     gradients::GradientSlot,
-    moe::{Saved, moe_backward, moe_forward},
+    moe_pass::{Saved, moe_backward, moe_forward},
+    types::RowIndices,
 };
-use crate::{FsepError, FsepRuntime, schedule::Restore};
+use crate::FsepError;
 
 #[derive(Debug)]
 struct MoeBackward;
@@ -27,17 +29,17 @@ impl<B: FsepKernels> Backward<B, 3> for MoeBackward {
         let [hidden, probs, weights] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         let (saved, slot) = ops.state;
-        let step = &slot.step;
+        let pass = &slot.pass;
         let tracked = Tracked { hidden: hidden.is_some(), probs: probs.is_some(), weights: weights.is_some() };
-        let gradients = moe_backward::<B>(grad, saved, step, tracked);
-        step.finished();
+        let gradients = moe_backward::<B>(grad, saved, pass, tracked);
+        pass.host.end_backward(pass);
         for (node, gradient) in [(hidden, gradients.hidden), (probs, gradients.probs)] {
             if let (Some(node), Some(gradient)) = (node, gradient) {
                 grads.register::<B>(node.id, gradient);
             }
         }
         if let Some(pending) = gradients.weights {
-            slot.put(pending).unwrap_or_else(|error| step.runtime.fail(error));
+            slot.set(pending).unwrap_or_else(|error| pass.host.fail(error));
         }
     }
 }
@@ -52,7 +54,7 @@ impl<B: FsepKernels> Backward<B, 1> for CollectGradient {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let ([weights], slot) = (ops.parents, ops.state);
-        let gradient = slot.take().unwrap_or_else(|error| slot.step.runtime.fail(error));
+        let gradient = slot.take().unwrap_or_else(|error| slot.pass.host.fail(error));
         if let (Some(node), Some(gradient)) = (weights, gradient) {
             grads.register::<B>(node.id, gradient);
         }
@@ -67,10 +69,10 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         row_of: IntTensor<Self>,
         assignment_of: IntTensor<Self>,
         token_of: IntTensor<Self>,
-        step: Arc<MoeStep>,
+        pass: Arc<LayerPass>,
     ) -> FloatTensor<Self> {
         let rows = RowIndices::<B> { row_of, assignment_of, token_of };
-        let slot = GradientSlot::<B>::new(step.clone());
+        let slot = GradientSlot::<B>::new(pass.clone());
         let leaf = weights.node();
         let weights = match CollectGradient.prepare::<C>([leaf]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(slot.clone(), weights.into_primitive()),
@@ -79,25 +81,24 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         let nodes = [hidden.node(), probs.node(), weights.node()];
         let tracked = Tracked { hidden: hidden.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
         let (hidden, probs, weights) = (hidden.into_primitive(), probs.into_primitive(), weights.into_primitive());
-        // Always `compute_bound`: backward restores the weights itself, at a time of its own choosing.
+        // Always `compute_bound`: backward unshards the weights itself, at a time of its own choosing.
         match MoeBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let forward = moe_forward::<B>(hidden, probs, weights, rows, step, tracked);
+                let forward = moe_forward::<B>(hidden, probs, weights, rows, &pass, tracked);
                 let saved = forward.saved.expect("a tracked operation saves what its backward needs");
                 prep.finish((saved, slot), forward.output)
             }
             OpsKind::UnTracked(prep) => {
-                let forward = moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default());
+                let forward = moe_forward::<B>(hidden, probs, weights, rows, &pass, Tracked::default());
                 prep.finish(forward.output)
             }
         }
     }
 
-    fn fsep_start_restore(
+    fn fsep_start_unshard(
         weights: FloatTensor<Self>,
-        restore: Arc<Restore>,
-        runtime: FsepRuntime,
-    ) -> Result<(), FsepError> {
-        B::fsep_start_restore(weights.into_primitive(), restore, runtime)
+        request: UnshardRequest,
+    ) -> Result<Box<dyn Any + Send>, FsepError> {
+        B::fsep_start_unshard(weights.into_primitive(), request)
     }
 }

@@ -8,7 +8,7 @@ use burn::{
     tensor::Shape,
 };
 
-use super::kernels::{CombineGradients, RowIndices};
+use super::types::{CombineGradients, RowIndices};
 
 /// `([T * K, D], [T * K], [T, K]) -> [T, D]`
 pub(super) fn forward<B: Backend>(

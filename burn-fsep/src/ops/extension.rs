@@ -1,15 +1,22 @@
-use std::sync::Arc;
+use std::{any::Any, sync::Arc};
 
 use burn::{
     backend::{
-        Backend, Dispatch, backend_extension,
+        Backend, Dispatch as AnyBackend, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
     tensor::{Int, Tensor},
 };
 
-use super::{FsepKernels, MoeStep, RowIndices, Tracked, moe::moe_forward, weights};
-use crate::{FsepError, FsepRuntime, schedule::Restore};
+use burn_fsep_planner::Layout;
+
+use super::{
+    FsepKernels, LayerPass, Tracked, Unshard,
+    expert_weights::{self, UnshardRequest},
+    moe_pass::moe_forward,
+    types::RowIndices,
+};
+use crate::FsepError;
 
 /// The MoE layer as an operation of a backend.
 ///
@@ -17,16 +24,16 @@ use crate::{FsepError, FsepRuntime, schedule::Restore};
 /// adds the backward pass.
 #[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
 pub trait FsepOps: Backend {
-    /// A whole MoE layer after its router: permute, All-to-All, experts on restored weights, All-to-All back,
+    /// A whole MoE layer after its router: permute, All-to-All, experts on unsharded weights, All-to-All back,
     /// weighted combine.
     ///
     /// It is one operation so that all its collectives run in one fixed order in forward and backward on every rank,
-    /// also on ranks and slots without a token, and so that backward can restore the weights again instead of
+    /// also on ranks and slots without a token, and so that backward can unshard the weights again instead of
     /// keeping them.
     ///
     /// - `hidden`: `[T, D]`
     /// - `probs`: `[T, K]`, the weight of each assignment
-    /// - `weights`: `[E, S]` shards or `[E / N, P]` resident experts, as the step's [`WeightStorage`] says
+    /// - `weights`: `[E, S]` shards or `[E / N, P]` resident experts, as the layer's [`WeightStorage`] says
     /// - `row_of`: `[T * K]`, the row of assignment `t * K + k` among the assignments sorted by expert
     /// - `assignment_of`: `[T * K]`, the inverse
     /// - `token_of`: `[T * K]`, the token of each row: `assignment_of / K`
@@ -34,8 +41,7 @@ pub trait FsepOps: Backend {
     ///
     /// # Panics
     ///
-    /// If a collective fails; [`MoeStep::runtime`] then holds the typed error, and
-    /// [`FsepRuntime::run`](crate::FsepRuntime::run) returns it.
+    /// If a collective fails, with the typed error as payload; [`FsepRuntime::run`](crate::FsepRuntime::run) returns it.
     ///
     /// [`WeightStorage`]: super::WeightStorage
     fn fsep_moe(
@@ -45,19 +51,18 @@ pub trait FsepOps: Backend {
         row_of: IntTensor<Self>,
         assignment_of: IntTensor<Self>,
         token_of: IntTensor<Self>,
-        step: Arc<MoeStep>,
+        pass: Arc<LayerPass>,
     ) -> FloatTensor<Self>;
 
-    /// Starts to restore a layer's experts from this rank's shards, `[E, S]`, unless that was done already.
+    /// Starts to unshard a layer's experts from this rank's shards, `[E, S]`; returns what an [`Unshard`] holds then.
     ///
     /// # Errors
     ///
     /// As [`FsepKernels::fsep_start_exchange`](super::FsepKernels::fsep_start_exchange).
-    fn fsep_start_restore(
+    fn fsep_start_unshard(
         weights: FloatTensor<Self>,
-        restore: Arc<Restore>,
-        runtime: FsepRuntime,
-    ) -> Result<(), FsepError>;
+        request: UnshardRequest,
+    ) -> Result<Box<dyn Any + Send>, FsepError>;
 }
 
 impl<B: FsepKernels> FsepOps for B {
@@ -68,25 +73,25 @@ impl<B: FsepKernels> FsepOps for B {
         row_of: IntTensor<Self>,
         assignment_of: IntTensor<Self>,
         token_of: IntTensor<Self>,
-        step: Arc<MoeStep>,
+        pass: Arc<LayerPass>,
     ) -> FloatTensor<Self> {
         let rows = RowIndices { row_of, assignment_of, token_of };
-        moe_forward::<B>(hidden, probs, weights, rows, step, Tracked::default()).output
+        moe_forward::<B>(hidden, probs, weights, rows, &pass, Tracked::default()).output
     }
 
-    fn fsep_start_restore(
+    fn fsep_start_unshard(
         weights: FloatTensor<Self>,
-        restore: Arc<Restore>,
-        runtime: FsepRuntime,
-    ) -> Result<(), FsepError> {
-        weights::start::<B>(weights, &restore, &runtime)
+        request: UnshardRequest,
+    ) -> Result<Box<dyn Any + Send>, FsepError> {
+        expert_weights::start::<B>(weights, request)
     }
 }
 
-/// [`FsepOps::fsep_start_restore`] on the device of the shards.
-pub(crate) fn start_restore(restore: &Arc<Restore>, runtime: &FsepRuntime) -> Result<(), FsepError> {
-    let weights = restore.weights.clone().into_dispatch();
-    <Dispatch as FsepOps>::fsep_start_restore(weights, restore.clone(), runtime.clone())
+/// A planned [`Unshard`] under a layout of the shards `weights`, `[E, S]`, without autodiff, that starts on their device.
+pub fn plan_unshard(request: UnshardRequest, layout: Arc<Layout>, weights: Tensor<2>) -> Arc<Unshard> {
+    let operation = request.operation;
+    let start = |weights: Tensor<2>| <AnyBackend as FsepOps>::fsep_start_unshard(weights.into_dispatch(), request);
+    Arc::new(Unshard::new(operation, layout, weights, Box::new(start)))
 }
 
 /// [`FsepOps::fsep_moe`] for tensors of any supported device.
@@ -101,15 +106,15 @@ pub fn moe(
     row_of: Tensor<1, Int>,
     assignment_of: Tensor<1, Int>,
     token_of: Tensor<1, Int>,
-    step: Arc<MoeStep>,
+    pass: Arc<LayerPass>,
 ) -> Tensor<2> {
-    Tensor::from_dispatch(<Dispatch as FsepOps>::fsep_moe(
+    Tensor::from_dispatch(<AnyBackend as FsepOps>::fsep_moe(
         hidden.into_dispatch(),
         probs.into_dispatch(),
         weights.into_dispatch(),
         row_of.into_dispatch(),
         assignment_of.into_dispatch(),
         token_of.into_dispatch(),
-        step,
+        pass,
     ))
 }

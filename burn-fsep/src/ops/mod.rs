@@ -1,33 +1,36 @@
 //! The backend extension: one differentiable operation for a whole MoE layer after its router, written once for every
 //! backend, and the kernels that a backend may replace by faster ones.
 
+mod assignment_order;
 mod autodiff;
 mod combine;
-mod exchange;
-mod experts;
+mod device_check;
+mod device_ops;
+mod expert_weights;
 mod extension;
+mod gradient_hook;
 mod gradients;
-mod hook;
 mod kernels;
+mod layer_spec;
 #[cfg(feature = "libtorch")]
 mod libtorch;
-mod moe;
-mod reduce;
-mod routing;
-mod step;
-mod weights;
+mod moe_pass;
+mod pass;
+mod replicas;
+mod slot_experts;
+mod tensor_exchange;
+mod types;
+mod unshard;
 
-pub use exchange::{PendingDevice, PendingHost, PendingTensor, start_host_exchange};
-pub(crate) use extension::start_restore;
-pub use extension::{FsepOps, moe};
-pub use hook::{GradientHook, GradientSink, HookOps, gradient_hook};
-pub use kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, RowIndices};
+pub use assignment_order::counts_of;
+pub use device_check::check_device;
+pub use device_ops::{FsepDeviceOps, is_same};
+pub use expert_weights::UnshardRequest;
+pub use extension::{FsepOps, moe, plan_unshard};
+pub use gradient_hook::{GradientHook, GradientSink, gradient_hook};
+pub use kernels::FsepKernels;
+pub use layer_spec::{LayerSpec, WeightStorage};
 #[cfg(all(feature = "libtorch", feature = "train"))]
-pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
-pub use reduce::ReduceOps;
-pub(crate) use reduce::is_same;
-pub use routing::RoutingOps;
-pub(crate) use routing::{NOT_FINITE, counts_of};
-pub use step::{MoeStep, Tracked, WeightStorage};
-pub(crate) use step::{Restores, token_exchange};
-pub use weights::ExpertWeights;
+pub use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub use pass::{Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange};
+pub use unshard::Unshard;

@@ -1,5 +1,4 @@
 use std::{
-    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -7,11 +6,11 @@ use std::{
 use burn_fsep_planner::{
     Topology,
     correction::{Correction, CorrectionConfig},
-    dispatch::{Dispatcher, MinMax},
+    dispatch::Dispatcher,
 };
 use derive_new::new;
 
-use super::FsepRuntime;
+use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, all_gather_u64},
@@ -32,39 +31,16 @@ pub struct FsepRuntimeConfig {
     #[new(default)]
     pub(super) dispatcher: DispatcherFactory,
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
-    /// free, which is right where weights are restored after the counts are known; where experts are prefetched in forward,
-    /// only the changed slots are restored once more.
+    /// free, which is right where weights are unsharded after the counts are known; where experts are prefetched in forward,
+    /// only the changed slots are unsharded once more.
     #[new(value = "Some(CorrectionConfig::free())")]
-    pub correction: Option<CorrectionConfig>,
+    pub repair: Option<CorrectionConfig>,
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
     /// Records what runs when; this rank's own.
     #[new(default)]
     pub timeline: Option<Timeline>,
-}
-
-/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
-#[derive(Clone, Default)]
-pub(super) struct DispatcherFactory {
-    given: Option<Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>>,
-}
-
-impl DispatcherFactory {
-    pub fn make(&self) -> Box<dyn Dispatcher> {
-        self.given.as_ref().map_or_else(|| Box::new(MinMax::new()) as Box<dyn Dispatcher>, |make| make())
-    }
-
-    /// Whether the user gave it.
-    pub fn is_given(&self) -> bool {
-        self.given.is_some()
-    }
-}
-
-impl fmt::Debug for DispatcherFactory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.make().name())
-    }
 }
 
 impl Default for FsepRuntimeConfig {
@@ -100,13 +76,13 @@ impl FsepRuntimeConfig {
     /// A dispatcher must be deterministic: every rank runs its own and all must agree. Of two ranks' dispatchers only the
     /// names are compared, not what the closure captured.
     pub fn with_dispatcher(mut self, dispatcher: impl Fn() -> Box<dyn Dispatcher> + Send + Sync + 'static) -> Self {
-        self.dispatcher = DispatcherFactory { given: Some(Arc::new(dispatcher)) };
+        self.dispatcher = DispatcherFactory::new(dispatcher);
         self
     }
 
     /// Sets when a layout is repaired in the step itself; `None` for never.
-    pub fn with_correction(mut self, correction: Option<CorrectionConfig>) -> Self {
-        self.correction = correction;
+    pub fn with_repair(mut self, repair: Option<CorrectionConfig>) -> Self {
+        self.repair = repair;
         self
     }
 
@@ -131,9 +107,9 @@ impl FsepRuntimeConfig {
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = self.topology_of(comm.size())?;
-        let correction = self.correction.map(Correction::new).transpose()?;
+        let repair = self.repair.map(Correction::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
-        FsepRuntime::from_parts(comm, topology, correction, self)
+        FsepRuntime::from_parts(comm, topology, repair, self)
     }
 
     fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
@@ -161,7 +137,7 @@ impl FsepRuntimeConfig {
             ("seed", self.seed),
             ("topology", hash(&format!("{topology:?}"))),
             ("dispatcher", hash(self.dispatcher.make().name())),
-            ("correction", hash(&format!("{:?}", self.correction))),
+            ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
         let mine = fields.map(|(_, value)| value);

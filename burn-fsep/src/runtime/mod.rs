@@ -1,14 +1,21 @@
 //! The runtime of a rank: its communicators, its layers' layouts, and what happened in the last step.
 
 mod config;
-mod handle;
-mod layer;
+mod dispatcher_factory;
+mod failure;
+mod fsep_runtime;
+mod layer_state;
+mod layers;
+mod observed_steps;
+mod outputs;
+mod passes;
 #[cfg(feature = "train")]
 mod planner_host;
+mod routing_message;
 mod stats;
+mod step;
 
 pub use config::FsepRuntimeConfig;
-pub use handle::FsepRuntime;
-pub(crate) use handle::{Outputs, RestorePass};
-pub(crate) use layer::LayerConfig;
+pub use fsep_runtime::FsepRuntime;
+pub(crate) use passes::PassStart;
 pub use stats::{LayerStats, StepStats};

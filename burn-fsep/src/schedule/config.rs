@@ -3,7 +3,7 @@ use derive_new::new;
 /// Which communication is moved behind compute; equal on all ranks. Results do not depend on it.
 #[derive(new, Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ScheduleConfig {
-    /// Restore the next layer's experts while this one computes, in forward. Needs
+    /// Unshard the next layer's experts while this one computes, in forward. Needs
     /// [`FsepRuntime::begin_step`](crate::FsepRuntime::begin_step) before each forward pass.
     #[new(value = "true")]
     pub prefetch_forward: bool,
@@ -22,7 +22,7 @@ impl Default for ScheduleConfig {
 }
 
 impl ScheduleConfig {
-    /// Every layer restores, computes and reshards by itself: the paper's ablation, and the least memory.
+    /// Every layer unshards, computes and reshards by itself: the paper's ablation, and the least memory.
     pub fn off() -> Self {
         Self { prefetch_forward: false, prefetch_backward: false, delay_reshard: false }
     }

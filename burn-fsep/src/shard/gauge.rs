@@ -3,9 +3,9 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// Counts the bytes of restored expert weights that are alive on a rank.
+/// Counts the bytes of unsharded expert weights that are alive on a rank.
 #[derive(Debug, Clone, Default)]
-pub struct RestoredGauge(Arc<Counters>);
+pub struct UnshardedGauge(Arc<Counters>);
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -13,12 +13,12 @@ struct Counters {
     peak: AtomicUsize,
 }
 
-impl RestoredGauge {
+impl UnshardedGauge {
     /// Counts `bytes` for as long as the guard lives. The guard is kept beside the weights it counts.
-    pub fn hold(&self, bytes: usize) -> RestoredGuard {
+    pub fn hold(&self, bytes: usize) -> UnshardedGuard {
         let now = self.0.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.0.peak.fetch_max(now, Ordering::Relaxed);
-        RestoredGuard { gauge: self.clone(), bytes }
+        UnshardedGuard { gauge: self.clone(), bytes }
     }
 
     /// Bytes alive now.
@@ -32,14 +32,14 @@ impl RestoredGauge {
     }
 }
 
-/// Restored weights being alive.
+/// Unsharded weights being alive.
 #[derive(Debug)]
-pub struct RestoredGuard {
-    gauge: RestoredGauge,
+pub struct UnshardedGuard {
+    gauge: UnshardedGauge,
     bytes: usize,
 }
 
-impl Drop for RestoredGuard {
+impl Drop for UnshardedGuard {
     fn drop(&mut self) {
         self.gauge.0.now.fetch_sub(self.bytes, Ordering::Relaxed);
     }
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn remembers_the_peak() {
-        let gauge = RestoredGauge::default();
+        let gauge = UnshardedGauge::default();
         let first = gauge.hold(3);
         drop(gauge.hold(5));
         drop(first);

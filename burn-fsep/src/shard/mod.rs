@@ -1,4 +1,4 @@
-//! Sharding: experts are flattened, padded and cut into `N` equal shards; layers restore (unshard) whole experts
+//! Sharding: experts are flattened, padded and cut into `N` equal shards; layers unshard whole experts
 //! before they compute and return gradients to the shards (reshard).
 
 mod expert;
@@ -8,7 +8,7 @@ mod plan;
 
 pub(crate) use expert::mix;
 pub use expert::{ExpertShape, expert_parameters};
-pub use gauge::{RestoredGauge, RestoredGuard};
+pub use gauge::{UnshardedGauge, UnshardedGuard};
 #[cfg(feature = "train")]
 pub(crate) use owner::is_shard_of;
 pub(crate) use owner::{foreign_owner, shard_id};

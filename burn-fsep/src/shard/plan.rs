@@ -5,8 +5,8 @@ use crate::comm::{Block, ExchangePlan};
 
 /// How the shards of a layer travel under one layout: the same plan on every rank. All lengths in elements.
 ///
-/// Restore (unshard): rank `s` sends row `A[r, c]` of its `[E, S]` shards to slot `c` of rank `r`, which puts it at
-/// `[c, s * S ..]` of its `[C, N * S]` restored weights. Every rank receives `C * (N - 1) * S`, whatever the layout.
+/// Unshard: rank `s` sends row `A[r, c]` of its `[E, S]` shards to slot `c` of rank `r`, which puts it at
+/// `[c, s * S ..]` of its `[C, N * S]` unsharded weights. Every rank receives `C * (N - 1) * S`, whatever the layout.
 ///
 /// Reshard: piece `s` of the gradient of slot `c` goes from rank `r` to row `[r, c]` of rank `s`'s `[N, C, S]` buffer,
 /// to be summed over replicas by [`sum_replicas`].
@@ -50,7 +50,7 @@ impl UnshardPlan {
     }
 }
 
-/// Restores single slots again, after a layout was changed under restored experts: `rank`'s part.
+/// Unshards single slots again, after a layout was changed under unsharded experts: `rank`'s part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RepairPlan {
     /// Into `[changed slots, N * S]`.
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repair_restores_what_a_new_restore_would() {
+    fn a_repair_brings_what_a_new_unshard_would() {
         let before = Layout::from_rows(3, &[vec![0, 1], vec![2, 1]]).unwrap();
         let after = Layout::from_rows(3, &[vec![0, 1], vec![2, 0]]).unwrap();
         let plans = [0, 1].map(|rank| RepairPlan::new(&before, &after, rank, 5).unwrap());

@@ -56,7 +56,7 @@ impl fmt::Debug for Collector {
 impl Collector {
     pub fn new(runtime: &FsepRuntime) -> Self {
         // Without the outputs, which hold graphs, which hold the collector.
-        Self { runtime: runtime.for_graph().0, state: Mutex::default() }
+        Self { runtime: runtime.for_graph(), state: Mutex::default() }
     }
 
     pub fn runtime(&self) -> &FsepRuntime {

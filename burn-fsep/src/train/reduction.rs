@@ -8,7 +8,7 @@ use burn::{
 use crate::{
     FsepError,
     comm::{Communicator, Operation, PendingDeviceExchange, ReduceBuffer, ReduceOp},
-    ops::ReduceOps,
+    ops::FsepDeviceOps,
 };
 
 const OPERATION: Operation = Operation::new("replicated gradients");
@@ -39,7 +39,7 @@ impl Reduction {
     /// The communicator's.
     pub fn start(comm: &Arc<dyn Communicator>, parts: Vec<Part>) -> Result<Self, FsepError> {
         let flat = flatten(parts);
-        let pending = <Dispatch as ReduceOps>::fsep_start_device_all_reduce(
+        let pending = <Dispatch as FsepDeviceOps>::fsep_start_device_all_reduce(
             flat.clone().into_dispatch(),
             comm.clone(),
             OPERATION,

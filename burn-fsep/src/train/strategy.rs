@@ -216,6 +216,7 @@ impl FsepStrategy {
                 buckets.pause();
             }
             let output = self.runtime.run(|| learner.train_step(batch))?;
+            self.runtime.end_step();
             let progress = batches.progress();
             if accumulation == 1 {
                 self.optimize(checkpoints, learner, output.grads)?;

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    ops::ReduceOps,
+    ops::FsepDeviceOps,
 };
 
 /// Averages the gradients of all replicated parameters over ranks; expert shards are left alone, since their
@@ -138,7 +138,7 @@ impl Agreed {
         flags.resize(2 * count, 0.0);
         for (id, used) in started.iter().flat_map(|bucket| &bucket.gradients) {
             let i = gradients.index[id];
-            let is_same = |now: &DispatchTensor| <Dispatch as ReduceOps>::fsep_is_same(used.clone(), now.clone());
+            let is_same = |now: &DispatchTensor| <Dispatch as FsepDeviceOps>::fsep_is_same(used.clone(), now.clone());
             let is_current = gradients.get(i).is_some_and(is_same);
             flags[count + i] = f32::from(u8::from(!is_current));
         }

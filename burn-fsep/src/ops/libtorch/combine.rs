@@ -3,7 +3,7 @@ use burn_tch::TchTensor;
 use tch::{Kind, TchError, Tensor};
 
 use super::{
-    super::{CombineGradients, RowIndices},
+    super::types::{CombineGradients, RowIndices},
     cuda::Fused,
 };
 

@@ -5,7 +5,7 @@ use burn_tch::TchTensor;
 use tch::{Kind, TchError, Tensor};
 
 use super::{
-    super::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+    super::types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
     cuda::{self, Fused},
 };
 

@@ -5,10 +5,16 @@ use burn_fsep_planner::Layout;
 use burn_tch::TchTensor;
 use tch::TchError;
 
-use super::{combine, cuda::Fused, exchange, experts};
-use crate::ops::{
-    CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, FsepKernels, PendingTensor,
-    RowIndices, gradients::sum_on_device,
+use super::{
+    super::{
+        FsepKernels,
+        replicas::sum_on_device,
+        tensor_exchange::PendingTensor,
+        types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+    },
+    combine,
+    cuda::Fused,
+    device_exchange, experts,
 };
 use crate::{
     FsepError,
@@ -75,7 +81,7 @@ impl FsepKernels for LibTorch {
         operation: Operation,
         plan: &ExchangePlan,
     ) -> Result<PendingTensor<Self>, FsepError> {
-        exchange::start(tensor, comm, operation, plan)
+        device_exchange::start(tensor, comm, operation, plan)
     }
 }
 

@@ -8,11 +8,12 @@
 mod adamw;
 mod combine;
 mod cuda;
-mod exchange;
+mod device_exchange;
+mod device_ops;
 mod experts;
 mod kernels;
 mod reduce;
 mod routing;
 
 #[cfg(feature = "train")]
-pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};

@@ -1,10 +1,6 @@
-use std::sync::Arc;
-
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use tch::{Device, Kind, Tensor};
 
-use super::super::ReduceOps;
 use crate::{
     FsepError,
     comm::{CommError, Communicator, Operation, PendingDeviceExchange, ReduceOp},
@@ -24,32 +20,25 @@ impl PendingDeviceExchange for PendingReduction {
     }
 }
 
-impl ReduceOps for LibTorch {
-    fn fsep_start_device_all_reduce(
-        tensor: TchTensor,
-        comm: Arc<dyn Communicator>,
-        operation: Operation,
-        op: ReduceOp,
-    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
-        let Device::Cuda(index) = tensor.tensor.device() else { return Ok(None) };
-        let Some(device) = comm.device().filter(|device| device.gpu() == index) else { return Ok(None) };
-        if tensor.tensor.kind() != Kind::Float || !tensor.tensor.is_contiguous() {
-            return Err(FsepError::Shape {
-                what: format!("tensor of `{operation}`"),
-                expected: "contiguous f32".into(),
-                actual: format!("{:?} with strides {:?}", tensor.tensor.kind(), tensor.tensor.stride()),
-            });
-        }
-        let (address, len) = (tensor.tensor.data_ptr() as u64, tensor.tensor.numel());
-        // SAFETY: a contiguous tensor of `len` numbers in single precision on the communicator's GPU; `PendingReduction`
-        // keeps it until it has waited, and LibTorch's allocator reuses its memory in the order of the default stream.
-        let pending = unsafe { device.start_device_all_reduce(operation, address, len, op) }?;
-        Ok(Some(Box::new(PendingReduction { pending, _tensor: tensor })))
+/// As [`FsepDeviceOps::fsep_start_device_all_reduce`](crate::ops::FsepDeviceOps::fsep_start_device_all_reduce).
+pub(super) fn start(
+    tensor: TchTensor,
+    comm: &dyn Communicator,
+    operation: Operation,
+    op: ReduceOp,
+) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+    let Device::Cuda(index) = tensor.tensor.device() else { return Ok(None) };
+    let Some(device) = comm.device().filter(|device| device.gpu() == index) else { return Ok(None) };
+    if tensor.tensor.kind() != Kind::Float || !tensor.tensor.is_contiguous() {
+        return Err(FsepError::Shape {
+            what: format!("tensor of `{operation}`"),
+            expected: "contiguous f32".into(),
+            actual: format!("{:?} with strides {:?}", tensor.tensor.kind(), tensor.tensor.stride()),
+        });
     }
-
-    fn fsep_is_same(a: TchTensor, b: TchTensor) -> bool {
-        let (a, b) = (a.tensor, b.tensor);
-        let layout = |tensor: &Tensor| (tensor.kind(), tensor.device(), tensor.size(), tensor.stride());
-        a.data_ptr() == b.data_ptr() && layout(&a) == layout(&b)
-    }
+    let (address, len) = (tensor.tensor.data_ptr() as u64, tensor.tensor.numel());
+    // SAFETY: a contiguous tensor of `len` numbers in single precision on the communicator's GPU; `PendingReduction`
+    // keeps it until it has waited, and LibTorch's allocator reuses its memory in the order of the default stream.
+    let pending = unsafe { device.start_device_all_reduce(operation, address, len, op) }?;
+    Ok(Some(Box::new(PendingReduction { pending, _tensor: tensor })))
 }

@@ -1,55 +1,13 @@
-use std::sync::Arc;
+use tch::{Kind, TchError, Tensor};
 
-use burn::backend::LibTorch;
-use burn_tch::TchTensor;
-use tch::{Device, Kind, TchError, Tensor};
-
-use super::{
-    super::{RoutingOps, routing::gather_through_host},
-    cuda::upload,
-    kernels::device_error,
-};
+use super::{cuda::upload, kernels::device_error};
 use crate::{
     FsepError,
-    comm::{Communicator, DeviceCommunicator, Operation},
+    comm::{DeviceCommunicator, Operation},
 };
 
-impl RoutingOps for LibTorch {
-    fn fsep_sort_assignments(
-        experts: TchTensor,
-        num_experts: usize,
-        topk: usize,
-    ) -> (TchTensor, TchTensor, TchTensor, TchTensor) {
-        let sorted = sort(&experts.tensor, num_experts as i64, topk as i64);
-        let [row_of, assignment_of, token_of, ends] =
-            sorted.unwrap_or_else(|error| panic!("{error}")).map(TchTensor::new);
-        (row_of, assignment_of, token_of, ends)
-    }
-
-    fn fsep_gather_ends(
-        ends: TchTensor,
-        header: Vec<u32>,
-        comm: Arc<dyn Communicator>,
-        operation: Operation,
-    ) -> Result<Vec<u32>, FsepError> {
-        let on_gpu = match ends.tensor.device() {
-            Device::Cuda(index) => comm.device().filter(|device| device.gpu() == index && comm.size() > 1),
-            _ => None,
-        };
-        let Some(device) = on_gpu else {
-            return gather_through_host::<Self>(ends, header, comm.as_ref(), operation);
-        };
-        let gathered = gather_on_gpu(&ends.tensor, &header, device, comm.size(), operation)?;
-        // If a rank was lost meanwhile, what was read is garbage.
-        match comm.failure() {
-            Some(failure) => Err(failure.seen_from(&operation.to_string()).into()),
-            None => Ok(gathered),
-        }
-    }
-}
-
 /// Header and ends go out together: no wait for this rank's own numbers comes before that for all.
-fn gather_on_gpu(
+pub(super) fn gather_on_gpu(
     ends: &Tensor,
     header: &[u32],
     comm: &dyn DeviceCommunicator,
@@ -72,19 +30,21 @@ fn gather_on_gpu(
 }
 
 /// Queued on the device: the host waits for nothing.
-fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Tensor; 4], TchError> {
+pub(super) fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Tensor; 4], TchError> {
     let (len, device) = (experts.numel() as i64, experts.device());
-    // Radix sort takes a pass for every few bits; `ends` compares with E + 1.
-    let kind = match num_experts + 1 {
+    // Radix sort takes a pass for every few bits; `ends` compares with E + 2.
+    let kind = match num_experts + 2 {
         ..=255 => Kind::Uint8,
         256..=32_767 => Kind::Int16,
         _ => Kind::Int,
     };
+    // What is no expert becomes E + 1; -1 does, too, as a remainder.
+    let experts = experts.f_clamp(-1, num_experts + 1)?.f_remainder_(num_experts + 2)?;
     let (sorted, assignment_of) = experts.f_to_kind(kind)?.f_sort_stable(true, 0, false)?;
     let rows = Tensor::f_arange(len, (Kind::Int64, device))?;
     let row_of = rows.f_empty_like()?.f_scatter_(0, &assignment_of, &rows)?;
     let token_of = assignment_of.f_floor_divide_scalar(topk)?;
-    let bounds = Tensor::f_arange_start(1, num_experts + 2, (kind, device))?;
+    let bounds = Tensor::f_arange_start(1, num_experts + 3, (kind, device))?;
     let ends = bounds.f_searchsorted(&sorted, false, false, "left", None::<Tensor>)?;
     Ok([row_of, assignment_of, token_of, ends])
 }
@@ -96,17 +56,19 @@ mod tests {
     #[test]
     fn equals_the_order_found_in_host_memory() {
         for (num_experts, len) in [(1, 0), (4, 1), (8, 1000), (254, 3000), (255, 3000), (40_000, 5000)] {
-            let experts = Tensor::randint(num_experts + 1, [len], (Kind::Int64, tch::Device::Cpu));
+            let experts = Tensor::randint_low(-2, num_experts + 4, [len], (Kind::Int64, tch::Device::Cpu));
             let [row_of, assignment_of, token_of, ends] = sort(&experts, num_experts, 2).unwrap();
             let numbers = |tensor: &Tensor| Vec::<i64>::try_from(tensor).unwrap();
-            let chosen = numbers(&experts);
+            let is_known = |expert: &i64| (0..=num_experts).contains(expert);
+            let chosen: Vec<i64> =
+                numbers(&experts).into_iter().map(|e| if is_known(&e) { e } else { num_experts + 1 }).collect();
             let mut order: Vec<i64> = (0..len).collect();
             order.sort_by_key(|&assignment| chosen[assignment as usize]);
             assert_eq!(numbers(&assignment_of), order);
             assert_eq!(numbers(&token_of), order.iter().map(|assignment| assignment / 2).collect::<Vec<_>>());
             assert!(order.iter().enumerate().all(|(row, &of)| numbers(&row_of)[of as usize] == row as i64));
             let count = |expert| chosen.iter().filter(|&&e| e <= expert).count() as i64;
-            assert!((0..=num_experts).zip(numbers(&ends)).all(|(expert, end)| end == count(expert)));
+            assert!((0..=num_experts + 1).zip(numbers(&ends)).all(|(expert, end)| end == count(expert)));
         }
     }
 }

@@ -1,13 +1,10 @@
-use std::sync::Arc;
-
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
 use super::{
-    FsepKernels, MoeStep, Tracked,
-    extension::start_restore,
+    FsepKernels, LayerPass, Tracked,
+    expert_weights::{end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
-    kernels::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
-    weights::{finish_forward, start_unshard},
+    types::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
 };
 use crate::{FsepError, comm::ExchangePlan};
 
@@ -50,11 +47,11 @@ pub(super) fn moe_forward<B: FsepKernels>(
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
     rows: RowIndices<B>,
-    step: Arc<MoeStep>,
+    pass: &LayerPass,
     tracked: Tracked,
 ) -> MoeForward<B> {
-    let result = try_forward(hidden, probs, weights, rows, &step, tracked);
-    result.unwrap_or_else(|error| step.runtime.fail(error))
+    let result = try_forward(hidden, probs, weights, rows, pass, tracked);
+    result.unwrap_or_else(|error| pass.host.fail(error))
 }
 
 fn try_forward<B: FsepKernels>(
@@ -62,31 +59,34 @@ fn try_forward<B: FsepKernels>(
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
     rows: RowIndices<B>,
-    step: &MoeStep,
+    pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeForward<B>, FsepError> {
-    // Experts do not depend on tokens: their restore starts first, if it was not started behind the layer before.
-    let restoring = start_unshard::<B>(&weights, step, step.restores.as_ref().map(|restores| &restores.forward))?;
+    // Experts do not depend on tokens: their unshard starts first, if it was not started behind the layer before.
+    let unshards = pass.unshards.as_ref();
+    let unsharding = start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?;
     let permuted = B::float_select(hidden, 0, rows.token_of.clone());
-    let tokens = exchange_rows::<B>(permuted, step, &step.tokens, "tokens to experts in forward")?;
+    let tokens = exchange_rows::<B>(permuted, pass, &pass.dispatch.tokens, "tokens to experts in forward")?;
     // Behind the tokens, so that the two do not compete; it travels while the experts compute.
-    if let Some(next) = step.restores.as_ref().and_then(|restores| restores.next.as_ref()) {
-        start_restore(next, &step.runtime)?;
+    if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
+        next.start()?;
     }
-    let restored = restoring.wait(step)?;
-    let span = step.span("experts in forward");
-    let experts = B::fsep_experts(&tokens, &restored, &step.slot_rows)?;
+    let unsharded = unsharding.wait(pass)?;
+    let span = pass.span("experts in forward");
+    let experts = B::fsep_experts(&tokens, &unsharded, &pass.dispatch.slot_rows)?;
     drop(span);
-    finish_forward(restored, step);
+    end_forward(unsharded, pass)?;
 
-    let returned = exchange_rows::<B>(experts.output, step, &step.tokens.reversed(), "outputs to tokens in forward")?;
-    // SAFETY: `rows` is the permutation that sorted the assignments, and each of them has one row: plans that do not dispatch
-    // every assignment once are refused.
+    let returned =
+        exchange_rows::<B>(experts.output, pass, &pass.dispatch.tokens.reversed(), "outputs to tokens in forward")?;
+    // SAFETY: `row_of` is the permutation that sorted this rank's T * K assignments, so its indices are below T * K, and
+    // `returned` has that many rows: each exchange refuses a tensor that has not the elements that its plan sends, so the
+    // plan sends the T * K permuted rows, and the reversed plan receives as many as the plan sends.
     let output = unsafe { B::fsep_combine(&returned, &rows.row_of, &probs) }?;
 
     let saved = tracked.any().then(|| Saved {
         tokens,
-        kept: (!step.recompute).then_some(experts.kept),
+        kept: (!pass.spec.recompute).then_some(experts.kept),
         outputs: tracked.probs.then_some(returned),
         probs,
         weights,
@@ -98,20 +98,20 @@ fn try_forward<B: FsepKernels>(
 pub(super) fn moe_backward<B: FsepKernels>(
     grad: FloatTensor<B>,
     saved: Saved<B>,
-    step: &MoeStep,
+    pass: &LayerPass,
     tracked: Tracked,
 ) -> MoeGradients<B> {
-    try_backward(grad, saved, step, tracked).unwrap_or_else(|error| step.runtime.fail(error))
+    try_backward(grad, saved, pass, tracked).unwrap_or_else(|error| pass.host.fail(error))
 }
 
 fn try_backward<B: FsepKernels>(
     grad: FloatTensor<B>,
     saved: Saved<B>,
-    step: &MoeStep,
+    pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
     let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
-    let before = step.runtime.schedule().turn(step);
+    let before = pass.host.begin_backward(pass);
     let want_rows = tracked.hidden || tracked.weights;
     // SAFETY: as in forward.
     let combined = |grad: &_| unsafe { B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows) };
@@ -119,52 +119,60 @@ fn try_backward<B: FsepKernels>(
         return Ok(MoeGradients { hidden: None, probs: combined(&grad)?.probs, weights: None });
     }
 
-    // The experts were freed after forward, so they are restored again, while gradients travel to them.
-    let restoring = start_unshard::<B>(&weights, step, step.restores.as_ref().map(|restores| &restores.backward))?;
+    // The experts were freed after forward, so they are unsharded again, while gradients travel to them.
+    let unshard = pass.unshards.as_ref().map(|unshards| &unshards.backward);
+    let unsharding = start_unshard::<B>(&weights, pass, unshard)?;
     let CombineGradients { rows: d_rows, probs: d_probs } = combined(&grad)?;
     drop((grad, outputs));
-    let d_rows = d_rows.ok_or_else(|| FsepError::Device("the backend returned no gradient of the rows".into()))?;
-    let d_slots = exchange_rows::<B>(d_rows, step, &step.tokens, "gradients to experts in backward")?;
+    let d_rows = d_rows.ok_or_else(|| FsepError::Backend {
+        operation: pass.operation("combine in backward").to_string(),
+        reason: "the kernel returned no gradient of the rows, which is wanted".into(),
+    })?;
+    let d_slots = exchange_rows::<B>(d_rows, pass, &pass.dispatch.tokens, "gradients to experts in backward")?;
     if let Some(before) = before {
-        start_restore(&before, &step.runtime)?;
+        before.start()?;
     }
-    let restored = restoring.wait(step)?;
+    let unsharded = unsharding.wait(pass)?;
     let args =
         ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
-    let span = step.span("experts in backward");
+    let span = pass.span("experts in backward");
     let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
-        B::fsep_experts_backward(args, &restored, &step.slot_rows)?;
+        B::fsep_experts_backward(args, &unsharded, &pass.dispatch.slot_rows)?;
     drop(span);
-    drop(restored);
+    drop(unsharded);
 
     // Tokens go first: the layers before need them, the shards' gradients only the optimizer.
     let d_hidden = match d_tokens {
         None => None,
         Some(d_tokens) => {
-            let returned =
-                exchange_rows::<B>(d_tokens, step, &step.tokens.reversed(), "gradients to tokens in backward")?;
+            let returned = exchange_rows::<B>(
+                d_tokens,
+                pass,
+                &pass.dispatch.tokens.reversed(),
+                "gradients to tokens in backward",
+            )?;
             // SAFETY: as in forward.
-            Some(unsafe { B::fsep_sum_rows(&returned, &rows.row_of, step.topk) }?)
+            Some(unsafe { B::fsep_sum_rows(&returned, &rows.row_of, pass.spec.topk) }?)
         }
     };
     // What the layer after has put off had this layer's whole backward pass to travel.
-    step.runtime.schedule().catch_up()?;
-    let d_weights = d_weights.map(|gradients| start_reshard::<B>(gradients, step)).transpose()?;
+    pass.host.catch_up()?;
+    let d_weights = d_weights.map(|gradients| start_reshard::<B>(gradients, pass)).transpose()?;
     Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
 }
 
 /// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
 fn exchange_rows<B: FsepKernels>(
     rows: FloatTensor<B>,
-    step: &MoeStep,
+    pass: &LayerPass,
     plan: &ExchangePlan,
     name: &'static str,
 ) -> Result<FloatTensor<B>, FsepError> {
-    if step.world_size() == 1 && plan.is_identity(0) {
+    if pass.spec.world_size == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
         return Ok(rows);
     }
     let width = rows.shape()[1];
-    let operation = step.operation(name);
-    let pending = B::fsep_start_exchange(rows, step.runtime.tokens_comm(), operation, &plan.scaled(width))?;
+    let operation = pass.operation(name);
+    let pending = B::fsep_start_exchange(rows, pass.context.tokens.as_ref(), operation, &plan.scaled(width))?;
     pending.wait([plan.recv_len, width])
 }

@@ -18,6 +18,7 @@ pub enum PendingTensor<B: Backend> {
     /// Through host memory.
     Host(PendingHost<B>),
     /// Between tensors on one device.
+    #[cfg_attr(not(feature = "libtorch"), allow(dead_code))]
     Device(PendingDevice<B>),
 }
 
@@ -38,6 +39,7 @@ pub struct PendingDevice<B: Backend> {
 }
 
 impl<B: Backend> PendingDevice<B> {
+    #[cfg_attr(not(feature = "libtorch"), allow(dead_code))]
     /// The exchange `pending` of elements of `sent`, contiguous, into `received`, shape `[plan.recv_len]`.
     pub fn new(pending: Box<dyn PendingDeviceExchange>, sent: FloatTensor<B>, received: FloatTensor<B>) -> Self {
         Self { pending, received, _sent: sent }

@@ -14,7 +14,7 @@ use std::{
 
 use burn::{
     backend::{
-        Autodiff, Backend, Dispatch, DispatchKindConversion, DispatchTensor, TensorMetadata,
+        Autodiff, Backend, Dispatch as AnyBackend, DispatchKindConversion, DispatchTensor, TensorMetadata,
         autodiff::{
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
@@ -28,7 +28,7 @@ use burn::{
     tensor::{FloatDType, Shape, Tensor},
 };
 
-use super::weights::cast;
+use super::{FsepKernels, types::cast};
 
 /// Is told of parameters' gradients while backward runs.
 pub trait GradientSink: Debug + Send + Sync {
@@ -65,11 +65,7 @@ pub trait HookOps: Backend {
     }
 }
 
-#[cfg(feature = "flex")]
-impl HookOps for burn::backend::Flex {}
-
-#[cfg(feature = "libtorch")]
-impl HookOps for burn::backend::LibTorch {}
+impl<B: FsepKernels> HookOps for B {}
 
 /// [`HookOps::fsep_gradient_hook`] for tensors of any supported device.
 ///
@@ -81,7 +77,7 @@ pub fn gradient_hook<const P: usize, const D: usize>(
     input: Tensor<D>,
     hook: GradientHook,
 ) -> Tensor<P> {
-    let output = <Dispatch as HookOps>::fsep_gradient_hook(parameter.into_dispatch(), input.into_dispatch(), hook);
+    let output = <AnyBackend as HookOps>::fsep_gradient_hook(parameter.into_dispatch(), input.into_dispatch(), hook);
     Tensor::from_dispatch(output)
 }
 
@@ -101,7 +97,7 @@ struct State<B: Backend> {
     device: burn::backend::tensor::Device<B>,
 }
 
-impl<B: HookOps> Backward<B, 2> for HookBackward
+impl<B: Backend> Backward<B, 2> for HookBackward
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
@@ -135,7 +131,7 @@ fn zeros<B: Backend>(shape: Shape, dtype: FloatDType, device: &burn::backend::te
     B::float_expand(B::float_zeros(one, device, dtype), shape)
 }
 
-impl<B: HookOps, C: CheckpointStrategy> HookOps for Autodiff<B, C>
+impl<B: FsepKernels, C: CheckpointStrategy> HookOps for Autodiff<B, C>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

@@ -1,29 +1,15 @@
-use std::{
-    ops::Range,
-    sync::{Arc, Weak},
-};
+use std::{ops::Range, sync::Arc};
 
-use burn::tensor::{DType, FloatDType};
-use burn_fsep_planner::{Layout, dispatch::DispatchPlan};
-use serde::{Deserialize, Serialize};
+use burn::tensor::DType;
+use burn_fsep_planner::{Layout, RoutingCounts, dispatch::DispatchPlan};
 
+use super::{LayerSpec, Unshard};
 use crate::{
-    FsepRuntime,
-    comm::{Block, ExchangePlan, Operation},
-    runtime::Outputs,
-    schedule::Restore,
-    shard::{ExpertShape, UnshardPlan},
+    FsepError, Timeline,
+    comm::{Block, Communicator, ExchangePlan, Operation},
+    shard::{UnshardPlan, UnshardedGauge},
     timeline::TimelineSpan,
 };
-
-/// How a rank keeps its experts' parameters between steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum WeightStorage {
-    /// One shard of every expert, `[E, S]`: fully sharded expert parallel.
-    Sharded,
-    /// Whole experts of fixed owners, `[E / N, P]`: static expert parallelism, and FSEP on one rank.
-    Resident,
-}
 
 /// Which inputs of a layer gradients are wanted for. Equal on all ranks, since collectives depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -37,22 +23,22 @@ pub struct Tracked {
 }
 
 impl Tracked {
-    /// Whether any gradient is wanted: whether this is a training step.
+    /// Whether any gradient is wanted: whether this is a training pass.
     pub fn any(&self) -> bool {
         self.hidden || self.probs || self.weights
     }
 
     /// Whether backward computes with the experts.
-    pub(crate) fn needs_experts_in_backward(&self) -> bool {
+    pub fn needs_experts_in_backward(&self) -> bool {
         self.hidden || self.weights
     }
 
-    pub(crate) fn bits(&self) -> u32 {
+    pub fn bits(&self) -> u32 {
         u32::from(self.hidden) | u32::from(self.probs) << 1 | u32::from(self.weights) << 2
     }
 
     /// What a rank's [`Tracked::bits`] mean, for messages.
-    pub(crate) fn describe(bits: u32) -> String {
+    pub fn describe(bits: u32) -> String {
         let names = [(1, "the input"), (2, "the router"), (4, "the experts")];
         let wanted: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
         if wanted.is_empty() {
@@ -63,92 +49,116 @@ impl Tracked {
     }
 }
 
-/// Everything that one rank has to know to run one layer in one step.
+/// What all passes of a rank work with.
 #[derive(Debug)]
-pub struct MoeStep {
-    pub(crate) runtime: FsepRuntime,
-    /// Where this pass's output waits to be connected to the loss.
-    pub(crate) outputs: Weak<Outputs>,
-    pub(crate) layer: usize,
-    /// Which training pass of the layer this is: equal on all ranks.
-    pub(crate) pass: u64,
-    pub(crate) shape: ExpertShape,
-    pub(crate) storage: WeightStorage,
-    pub(crate) layout: Arc<Layout>,
-    pub(crate) unshard: Arc<UnshardPlan>,
-    /// Restores of this layer and of the one after; `None` where experts are resident.
-    pub(crate) restores: Option<Restores>,
-    /// Which gradients are wanted.
-    pub(crate) tracked: Tracked,
-    /// Type of the parameters and their gradients.
-    pub(crate) param_dtype: DType,
-    /// Type that the experts compute in; that of the parameters if `None`.
-    pub(crate) compute_dtype: Option<FloatDType>,
-    /// Assignments sorted by expert -> tokens sorted by slot; in rows.
-    pub(crate) tokens: ExchangePlan,
-    /// Rows of each slot after the All-to-All. Shape `[C]`.
-    pub(crate) slot_rows: Vec<Range<usize>>,
-    /// Experts per token `K`.
-    pub(crate) topk: usize,
-    /// Recompute activations in backward instead of keeping them.
-    pub(crate) recompute: bool,
+pub struct RankContext {
+    /// Carries tokens and their gradients.
+    pub tokens: Arc<dyn Communicator>,
+    /// Carries shards and their gradients.
+    pub weights: Arc<dyn Communicator>,
+    /// Counts unsharded experts.
+    pub gauge: UnshardedGauge,
+    /// What ran when, if that is recorded.
+    pub timeline: Option<Timeline>,
 }
 
-/// Restores that belong to one pass of a layer with sharded experts.
+/// Work that is put off. It must not keep a pass alive.
+pub type Deferred = Box<dyn FnOnce() -> Result<(), FsepError> + Send>;
+
+/// What the operations tell those who run and schedule them, which they do not know.
+pub trait PassHost: std::fmt::Debug + Send + Sync {
+    /// Backward of a pass begins. Returns the unshard of the pass whose backward comes next, to be started behind this one's
+    /// compute.
+    fn begin_backward(&self, pass: &LayerPass) -> Option<Arc<Unshard>>;
+
+    /// Puts work off until the backward pass of another layer is under way, or backward ends.
+    ///
+    /// # Errors
+    ///
+    /// Those of work that was put off before, and of this one's where nothing is put off.
+    fn defer(&self, work: Deferred) -> Result<(), FsepError>;
+
+    /// Does what was put off.
+    ///
+    /// # Errors
+    ///
+    /// The work's.
+    fn catch_up(&self) -> Result<(), FsepError>;
+
+    /// Backward of a pass has run.
+    fn end_backward(&self, pass: &LayerPass);
+
+    /// Ends the group with an error, and the pass by unwinding.
+    fn fail(&self, error: FsepError) -> !;
+}
+
+/// Where the tokens of one pass go, under which layout.
 #[derive(Debug)]
-pub(crate) struct Restores {
+pub struct RoutedDispatch {
+    /// Which training pass of the layer this is, from 1; equal on all ranks.
+    pub pass: u64,
+    /// All ranks' routing counts. `[N, E]`
+    pub counts: Arc<RoutingCounts>,
+    /// The layout, maybe repaired for these counts.
+    pub layout: Arc<Layout>,
+    /// How shards travel under it.
+    pub unshard: Arc<UnshardPlan>,
+    /// Assignments sorted by expert -> tokens sorted by slot; in rows.
+    pub tokens: ExchangePlan,
+    /// Rows of each slot after the All-to-All. Shape `[C]`.
+    pub slot_rows: Vec<Range<usize>>,
+}
+
+/// Everything that one rank has to know to run one pass of one layer, forward and backward.
+#[derive(Debug)]
+pub struct LayerPass {
+    pub spec: Arc<LayerSpec>,
+    pub context: Arc<RankContext>,
+    pub host: Box<dyn PassHost>,
+    pub dispatch: RoutedDispatch,
+    /// Unshards of this layer and of the one after; `None` where experts are resident.
+    pub unshards: Option<Unshards>,
+    /// Which gradients are wanted.
+    pub tracked: Tracked,
+    /// Type of the parameters and their gradients.
+    pub param_dtype: DType,
+}
+
+/// Unshards that belong to one pass of a layer with sharded experts.
+#[derive(Debug)]
+pub struct Unshards {
     /// For this forward pass; maybe started ahead, then maybe under a layout that was repaired since.
-    pub forward: Arc<Restore>,
+    pub forward: Arc<Unshard>,
     /// For the backward pass.
-    pub backward: Arc<Restore>,
+    pub backward: Arc<Unshard>,
     /// Of the layer after, to be started when this layer's tokens have come.
-    pub next: Option<Arc<Restore>>,
+    pub next: Option<Arc<Unshard>>,
     /// Backward comes next: the experts of the forward pass are kept for it.
     pub keep: bool,
 }
 
-impl MoeStep {
-    /// The runtime of the rank.
-    pub fn runtime(&self) -> &FsepRuntime {
-        &self.runtime
-    }
-
+impl LayerPass {
     /// A collective of this pass.
-    pub(crate) fn operation(&self, name: &'static str) -> Operation {
-        Operation::of_layer(name, self.layer).in_pass(self.pass)
+    pub fn operation(&self, name: &'static str) -> Operation {
+        self.spec.operation(name).in_pass(self.dispatch.pass)
     }
 
-    /// Tells the runtime that this pass's backward has run.
-    pub(crate) fn finished(&self) {
-        if let Some(outputs) = self.outputs.upgrade() {
-            outputs.forget(self.layer, self.pass);
-        }
-    }
-
-    /// The restore for backward, if backward will need one.
-    pub(crate) fn backward_restore(&self) -> Option<&Arc<Restore>> {
-        self.restores.as_ref().filter(|_| self.tracked.needs_experts_in_backward()).map(|restores| &restores.backward)
+    /// The unshard for backward, if backward will need one.
+    pub fn backward_unshard(&self) -> Option<&Arc<Unshard>> {
+        self.unshards.as_ref().filter(|_| self.tracked.needs_experts_in_backward()).map(|unshards| &unshards.backward)
     }
 
     /// Marks compute of this layer in the timeline, until it is dropped.
-    pub(crate) fn span(&self, name: &'static str) -> Option<TimelineSpan> {
-        self.runtime.timeline().and_then(|timeline| timeline.compute(format!("{name}, layer {}", self.layer)))
-    }
-
-    /// World size `N`.
-    pub(crate) fn world_size(&self) -> usize {
-        self.layout.num_ranks()
+    pub fn span(&self, name: &'static str) -> Option<TimelineSpan> {
+        self.context
+            .timeline
+            .as_ref()
+            .and_then(|timeline| timeline.compute(format!("{name}, layer {}", self.spec.layer)))
     }
 
     /// The experts of this rank by slot. Shape `[C]`.
-    pub(crate) fn experts(&self) -> &[u32] {
-        self.layout.experts_of(self.runtime.rank())
-    }
-
-    /// In which row of the resident parameters an expert lies.
-    pub(crate) fn resident_row(&self, expert: usize) -> usize {
-        let owned = self.layout.num_experts() / self.world_size();
-        expert - self.runtime.rank() * owned
+    pub fn experts(&self) -> &[u32] {
+        self.dispatch.layout.experts_of(self.spec.rank)
     }
 }
 
@@ -156,7 +166,7 @@ impl MoeStep {
 ///
 /// Assignments lie sorted by expert, so what goes to one replica is one block. On arrival the blocks are laid out by
 /// slot, and within a slot by source rank: no permutation follows.
-pub(crate) fn token_exchange(plan: &DispatchPlan, layout: &Layout, rank: usize) -> (ExchangePlan, Vec<Range<usize>>) {
+pub fn token_exchange(plan: &DispatchPlan, layout: &Layout, rank: usize) -> (ExchangePlan, Vec<Range<usize>>) {
     let mut sends = Vec::new();
     let mut offset = 0;
     for expert in 0..plan.num_experts() {

@@ -3,7 +3,7 @@ use burn_tch::TchTensor;
 use tch::{Device, TchError, Tensor};
 
 use super::{
-    super::exchange::{PendingDevice, PendingTensor, start_host_exchange},
+    super::tensor_exchange::{PendingDevice, PendingTensor, start_host_exchange},
     kernels::device_error,
 };
 use crate::{

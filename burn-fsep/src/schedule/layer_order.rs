@@ -26,7 +26,7 @@ impl LayerOrder {
     }
 
     /// A layer begins its forward pass.
-    pub fn enter(&mut self, layer: usize) -> Position {
+    pub fn begin_layer(&mut self, layer: usize) -> Position {
         let place = self.current.len();
         self.current.push(layer);
         self.follows &= self.before.get(place) == Some(&layer);
@@ -49,14 +49,14 @@ mod tests {
         let mut order = LayerOrder::default();
         order.begin();
         let unknown = Position { next: None, is_last: false };
-        assert_eq!([3, 1, 3].map(|layer| order.enter(layer)), [unknown; 3]);
+        assert_eq!([3, 1, 3].map(|layer| order.begin_layer(layer)), [unknown; 3]);
         order.begin();
         assert_eq!(order.first(), Some(3));
-        assert_eq!(order.enter(3), Position { next: Some(1), is_last: false });
-        assert_eq!(order.enter(1), Position { next: Some(3), is_last: false });
-        assert_eq!(order.enter(3), Position { next: None, is_last: true });
+        assert_eq!(order.begin_layer(3), Position { next: Some(1), is_last: false });
+        assert_eq!(order.begin_layer(1), Position { next: Some(3), is_last: false });
+        assert_eq!(order.begin_layer(3), Position { next: None, is_last: true });
         // A layer more than before: nothing is known of it.
-        assert_eq!(order.enter(1), unknown);
+        assert_eq!(order.begin_layer(1), unknown);
     }
 
     #[test]
@@ -64,11 +64,11 @@ mod tests {
         let mut order = LayerOrder::default();
         for layers in [[0, 1, 2], [0, 2, 1]] {
             order.begin();
-            let _ = layers.map(|layer| order.enter(layer));
+            let _ = layers.map(|layer| order.begin_layer(layer));
         }
         order.begin();
-        assert_eq!(order.enter(0).next, Some(2));
-        assert_eq!(order.enter(1).next, None);
-        assert_eq!(order.enter(2), Position { next: None, is_last: false });
+        assert_eq!(order.begin_layer(0).next, Some(2));
+        assert_eq!(order.begin_layer(1).next, None);
+        assert_eq!(order.begin_layer(2), Position { next: None, is_last: false });
     }
 }

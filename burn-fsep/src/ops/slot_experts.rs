@@ -7,14 +7,10 @@ use burn::{
     tensor::{Shape, Slice},
 };
 
-use super::{
-    FsepKernels,
-    kernels::{ExpertsBackward, ExpertsGradients, ExpertsOutput},
-    weights::ExpertWeights,
-};
+use super::types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput};
 
 /// Forward; keeps the activations before SwiGLU of each slot that has tokens, `[m, 2F]`.
-pub(super) fn forward<B: FsepKernels>(
+pub(super) fn forward<B: Backend>(
     tokens: &FloatTensor<B>,
     weights: &ExpertWeights<B>,
     slot_rows: &[Range<usize>],
@@ -23,7 +19,7 @@ pub(super) fn forward<B: FsepKernels>(
     let mut kept = Vec::with_capacity(slot_rows.len());
     for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
         let gate_up = B::float_matmul(rows_of::<B>(tokens, rows), B::float_transpose(weights.gate_up(slot)));
-        let hidden = B::fsep_swiglu(gate_up.clone());
+        let hidden = swiglu::<B>(gate_up.clone());
         outputs.push(B::float_matmul(hidden, B::float_transpose(weights.down(slot))));
         kept.push(gate_up);
     }
@@ -31,7 +27,7 @@ pub(super) fn forward<B: FsepKernels>(
 }
 
 /// Backward.
-pub(super) fn backward<B: FsepKernels>(
+pub(super) fn backward<B: Backend>(
     args: ExpertsBackward<B>,
     weights: &ExpertWeights<B>,
     slot_rows: &[Range<usize>],
@@ -58,7 +54,7 @@ pub(super) fn backward<B: FsepKernels>(
             .and_then(Iterator::next)
             .unwrap_or_else(|| B::float_matmul(x.clone(), B::float_transpose(weights.gate_up(slot))));
         let d_hidden = B::float_matmul(dy.clone(), weights.down(slot));
-        let (d_gate_up, hidden) = B::fsep_swiglu_backward(activations, d_hidden);
+        let (d_gate_up, hidden) = swiglu_backward::<B>(activations, d_hidden);
         if want_weights {
             let mut parts = vec![
                 flat::<B>(B::float_matmul(B::float_transpose(d_gate_up.clone()), x)),
@@ -100,4 +96,32 @@ fn cat_rows<B: Backend>(mut parts: Vec<FloatTensor<B>>, like: &FloatTensor<B>) -
         1 => parts.swap_remove(0),
         _ => B::float_cat(parts, 0),
     }
+}
+
+/// `silu(gate) * up`. `[M, 2F] -> [M, F]`, gate in the first `F` columns.
+fn swiglu<B: Backend>(gate_up: FloatTensor<B>) -> FloatTensor<B> {
+    let (gate, up) = halves::<B>(gate_up);
+    let silu = B::float_mul(gate.clone(), B::sigmoid(gate));
+    B::float_mul(silu, up)
+}
+
+/// Backward of [`swiglu`]: the gradient of `gate_up` and, since backward needs it once more, the output.
+/// `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`
+fn swiglu_backward<B: Backend>(gate_up: FloatTensor<B>, grad: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (gate, up) = halves::<B>(gate_up);
+    let sigmoid = B::sigmoid(gate.clone());
+    let silu = B::float_mul(gate.clone(), sigmoid.clone());
+    let output = B::float_mul(silu.clone(), up.clone());
+    // d silu = sigmoid + silu * (1 - sigmoid)
+    let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1.0.into());
+    let d_silu = B::float_add(sigmoid, B::float_mul(silu.clone(), rest));
+    let d_gate = B::float_mul(B::float_mul(grad.clone(), up), d_silu);
+    let d_up = B::float_mul(grad, silu);
+    (B::float_cat(vec![d_gate, d_up], 1), output)
+}
+
+fn halves<B: Backend>(gate_up: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+    let [rows, width] = gate_up.shape().dims();
+    let half = |start: usize| [Slice::from(0..rows), Slice::from(start..start + width / 2)];
+    (B::float_slice(gate_up.clone(), &half(0)), B::float_slice(gate_up, &half(width / 2)))
 }

@@ -11,7 +11,7 @@ use burn_fsep_tests::{device, launch};
 /// Imbalance of a step on a layout with one replica of the hot expert, and how many slots changed.
 fn step(correction: Option<CorrectionConfig>) -> Vec<(f64, usize)> {
     let results = launch(&LaunchConfig::new(4), |comm| -> Result<_, FsepError> {
-        let runtime = FsepRuntimeConfig::new().with_correction(correction).init(comm)?;
+        let runtime = FsepRuntimeConfig::new().with_repair(correction).init(comm)?;
         let layer = FSEPMoEConfig::new(4, 6, 4)
             .with_slots_per_rank(Some(2))
             .with_moe_router_topk(1)

@@ -1,0 +1,113 @@
+//! What the host asks of tensors without gradients, on the device where they are.
+
+use std::sync::Arc;
+
+use burn::{
+    backend::{
+        Backend, Dispatch as AnyBackend, TensorMetadata, backend_extension,
+        tensor::{FloatTensor, IntTensor},
+    },
+    tensor::{Tensor, read_sync},
+};
+
+use super::assignment_order::{AssignmentOrder, with_dtype};
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation, PendingDeviceExchange, ReduceOp},
+};
+
+/// Order of assignments, counts, reductions and identity as operations of a backend. Without overrides numbers go through
+/// host memory, and no tensor is known to be another one.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"))]
+pub trait FsepDeviceOps: Backend {
+    /// Sorts assignments by expert, stably; rows are the sorted assignments. `experts`: `[T * K]`, where `E` means none.
+    /// What is no expert and not `E` comes last.
+    ///
+    /// - `row_of`, `[T * K]`: the row of each assignment `t * K + k`
+    /// - `assignment_of`, `[T * K]`: the assignment of each row
+    /// - `token_of`, `[T * K]`: the token of each row, `assignment_of / K`
+    /// - `ends`, `[E + 2]`: where the rows of each expert, of none, and of what is no expert end
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
+    fn fsep_sort_assignments(
+        experts: IntTensor<Self>,
+        num_experts: usize,
+        topk: usize,
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let device = experts.device();
+        let data = read_sync(Self::int_into_data(experts)).expect("the device of the choice answers");
+        let dtype = data.dtype();
+        let experts: Vec<i64> = data.iter::<i64>().collect();
+        let AssignmentOrder { row_of, assignment_of, ends } = AssignmentOrder::new(&experts, num_experts);
+        let token_of = assignment_of.iter().map(|assignment| assignment / topk).collect();
+        let upload = |values| Self::int_from_data(with_dtype(values, dtype), &device);
+        (upload(row_of), upload(assignment_of), upload(token_of), upload(ends))
+    }
+
+    /// All ranks' messages, each a `header` and the rank's `ends`, `[E + 2]`, in host memory: `[N, header + E + 2]`.
+    /// The host waits once, for all of it. Collective.
+    ///
+    /// # Errors
+    ///
+    /// The communicator's, and [`FsepError::Device`] if `ends` cannot be read.
+    fn fsep_gather_ends(
+        ends: IntTensor<Self>,
+        header: Vec<u32>,
+        comm: Arc<dyn Communicator>,
+        operation: Operation,
+    ) -> Result<Vec<u32>, FsepError> {
+        gather_through_host::<Self>(ends, header, comm.as_ref(), operation)
+    }
+
+    /// Starts to replace the elements of `tensor`, in place, by their combination over ranks; `None` if the communicator
+    /// does not reach tensors on their device. Nobody may use the tensor, or one that shares its memory, before the wait.
+    ///
+    /// # Errors
+    ///
+    /// The communicator's, and [`FsepError::Shape`] if the tensor is not contiguous or not of single precision.
+    fn fsep_start_device_all_reduce(
+        tensor: FloatTensor<Self>,
+        comm: Arc<dyn Communicator>,
+        operation: Operation,
+        op: ReduceOp,
+    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+        let _ = (tensor, comm, operation, op);
+        Ok(None)
+    }
+
+    /// Whether two tensors are surely the same elements of the same memory. Experts that were prefetched are used only if
+    /// their shards are the layer's by this, so a backend that cannot tell has no prefetch in forward.
+    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
+        let _ = (a, b);
+        false
+    }
+}
+
+#[cfg(feature = "flex")]
+impl FsepDeviceOps for burn::backend::Flex {
+    fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
+        a.dtype() == b.dtype() && a.layout() == b.layout() && Arc::ptr_eq(&a.data_arc(), &b.data_arc())
+    }
+}
+
+/// [`FsepDeviceOps::fsep_is_same`] of tensors of any backend, without gradients.
+pub fn is_same(a: &Tensor<2>, b: &Tensor<2>) -> bool {
+    <AnyBackend as FsepDeviceOps>::fsep_is_same(a.clone().into_dispatch(), b.clone().into_dispatch())
+}
+
+/// [`FsepDeviceOps::fsep_gather_ends`] for communicators that do not reach the device.
+pub(super) fn gather_through_host<B: Backend>(
+    ends: IntTensor<B>,
+    header: Vec<u32>,
+    comm: &dyn Communicator,
+    operation: Operation,
+) -> Result<Vec<u32>, FsepError> {
+    let ends = read_sync(B::int_into_data(ends)).map_err(|error| FsepError::Device(error.to_string()))?;
+    let mut message = header;
+    message.extend(ends.iter::<i64>().map(|end| end as u32));
+    let mut all = vec![0u32; message.len() * comm.size()];
+    comm.all_gather(operation, bytemuck::cast_slice(&message), bytemuck::cast_slice_mut(&mut all))?;
+    Ok(all)
+}

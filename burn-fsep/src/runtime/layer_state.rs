@@ -1,0 +1,184 @@
+use std::{sync::Arc, time::Instant};
+
+use burn::tensor::{Int, Tensor};
+use burn_fsep_planner::{
+    Layout, PlannerError, Topology,
+    correction::Correction,
+    dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+};
+use parking_lot::{Mutex, RwLock};
+
+use super::{LayerStats, dispatcher_factory::DispatcherFactory, routing_message::RoutingMessage};
+use crate::{
+    FsepError,
+    comm::Communicator,
+    ops::{LayerSpec, RoutedDispatch, Tracked, token_exchange},
+    shard::UnshardPlan,
+};
+
+/// A layer's layout, dispatcher and last statistics.
+pub(super) struct LayerState {
+    spec: Arc<LayerSpec>,
+    active: RwLock<Active>,
+    dispatch: Mutex<Dispatching>,
+    last: Mutex<Last>,
+    /// What static expert parallelism would do with the same tokens: the baseline of the statistics.
+    static_layout: Layout,
+}
+
+#[derive(Clone)]
+struct Active {
+    layout: Arc<Layout>,
+    unshard: Arc<UnshardPlan>,
+    /// Slots that hold another expert than under the layout before.
+    moved_slots: usize,
+}
+
+impl Active {
+    fn replace(&mut self, layout: Arc<Layout>, spec: &LayerSpec) {
+        if *layout != *self.layout {
+            self.moved_slots += layout.moved_slots(&self.layout);
+            self.unshard = Arc::new(UnshardPlan::new(&layout, spec.shard_len()));
+            self.layout = layout;
+        }
+    }
+}
+
+struct Dispatching {
+    dispatcher: Box<dyn Dispatcher>,
+    /// Whether its plans are checked: kernels rely on what they promise.
+    is_checked: bool,
+    /// Repairs the layout once the counts are known; not where experts have fixed owners.
+    repair: Option<Correction>,
+    plan: DispatchPlan,
+    static_plan: DispatchPlan,
+}
+
+#[derive(Default)]
+struct Last {
+    stats: Option<LayerStats>,
+    /// Training passes of the layer so far.
+    pass: u64,
+}
+
+impl LayerState {
+    pub fn new(
+        spec: Arc<LayerSpec>,
+        topology: &Topology,
+        dispatcher: &DispatcherFactory,
+        repair: Option<Correction>,
+    ) -> Result<Self, FsepError> {
+        let (ranks, experts) = (spec.world_size, spec.num_experts);
+        let layout = Layout::static_ep(ranks, spec.slots_per_rank, experts)?;
+        let unshard = UnshardPlan::new(&layout, spec.shard_len());
+        debug_assert_eq!(topology.world_size(), ranks);
+        Ok(Self {
+            active: RwLock::new(Active { layout: Arc::new(layout), unshard: Arc::new(unshard), moved_slots: 0 }),
+            dispatch: Mutex::new(Dispatching {
+                dispatcher: dispatcher.make(),
+                is_checked: cfg!(debug_assertions) || dispatcher.is_given(),
+                repair: repair.filter(|_| !spec.fixed_layout),
+                plan: DispatchPlan::new(),
+                static_plan: DispatchPlan::new(),
+            }),
+            last: Mutex::default(),
+            static_layout: Layout::static_ep(ranks, experts.div_ceil(ranks), experts)?,
+            spec,
+        })
+    }
+
+    pub fn spec(&self) -> &LayerSpec {
+        &self.spec
+    }
+
+    pub fn layout(&self) -> Arc<Layout> {
+        self.active.read().layout.clone()
+    }
+
+    /// The layout that the layer uses now, and how shards travel under it.
+    pub fn unshard_plan(&self) -> (Arc<Layout>, Arc<UnshardPlan>) {
+        let Active { layout, unshard, .. } = self.active.read().clone();
+        (layout, unshard)
+    }
+
+    pub fn stats(&self) -> Option<LayerStats> {
+        self.last.lock().stats.clone()
+    }
+
+    pub fn set_layout(&self, layout: Arc<Layout>) -> Result<(), FsepError> {
+        if self.spec.fixed_layout {
+            return Err(FsepError::Config(
+                "the experts of this layer have fixed owners (static expert parallelism); use \
+                 ExpertParallelism::Fsep for layouts that change"
+                    .into(),
+            ));
+        }
+        let mut active = self.active.write();
+        let old = &active.layout;
+        for (what, expected, actual) in [
+            ("ranks of the layout", old.num_ranks(), layout.num_ranks()),
+            ("slots of the layout", old.slots_per_rank(), layout.slots_per_rank()),
+            ("experts of the layout", old.num_experts(), layout.num_experts()),
+        ] {
+            if expected != actual {
+                return Err(PlannerError::Shape { what: what.into(), expected, actual }.into());
+            }
+        }
+        active.replace(layout, &self.spec);
+        Ok(())
+    }
+
+    /// The layout in use counts as the one before: it came from a checkpoint.
+    pub fn forget_moved_slots(&self) {
+        self.active.write().moved_slots = 0;
+    }
+
+    /// Gathers the counts of all ranks, checks that all mean the same layer, and plans the dispatch. Collective.
+    pub fn route(
+        &self,
+        comm: &Arc<dyn Communicator>,
+        topology: &Topology,
+        ends: Tensor<1, Int>,
+        tracked: Tracked,
+        ahead: Option<u64>,
+    ) -> Result<RoutedDispatch, FsepError> {
+        let layout = self.layout();
+        let message = RoutingMessage { spec: &self.spec, layout: layout.fingerprint(), tracked, ahead };
+        let counts = Arc::new(message.gather_counts(comm, ends)?);
+
+        let start = Instant::now();
+        let mut dispatch = self.dispatch.lock();
+        let Dispatching { dispatcher, is_checked, repair, plan, static_plan } = &mut *dispatch;
+        // Every rank repairs for itself, from the same counts and layout.
+        if let (true, Some(repair)) = (tracked.any(), repair)
+            && let Some(repaired) = repair.repair(topology, &layout, &counts)?
+        {
+            self.active.write().replace(Arc::new(repaired), &self.spec);
+        }
+        let Active { layout, unshard, moved_slots } = self.active.read().clone();
+        dispatcher.dispatch(topology, &layout, &counts, plan)?;
+        let dispatch_time = start.elapsed();
+        if *is_checked {
+            plan.check(&layout, &counts)?;
+        }
+        let (tokens, slot_rows) = token_exchange(plan, &layout, self.spec.rank);
+
+        let mut last = self.last.lock();
+        if tracked.any() {
+            EvenSplit::new().dispatch(topology, &self.static_layout, &counts, static_plan)?;
+            last.pass += 1;
+            self.active.write().moved_slots = 0;
+            last.stats = Some(LayerStats {
+                layer: self.spec.layer,
+                counts: counts.clone(),
+                imbalance_static: static_plan.max_over_mean(),
+                imbalance: plan.max_over_mean(),
+                cross_node_tokens: plan.cross_node_tokens(topology),
+                off_rank_tokens: plan.off_rank_tokens(),
+                moved_slots,
+                dispatch_time,
+            });
+        }
+        Ok(RoutedDispatch { pass: last.pass, counts, layout, unshard, tokens, slot_rows })
+    }
+}

@@ -1,0 +1,179 @@
+//! The passes of layers, from routing to the end of backward.
+
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+};
+
+use burn::{
+    module::ParamId,
+    tensor::{FloatDType, Int, Tensor},
+};
+
+use super::{FsepRuntime, fsep_runtime::Inner, outputs::Outputs};
+use crate::{
+    FsepError,
+    comm::Operation,
+    ops::{self, Deferred, LayerPass, LayerSpec, PassHost, RoutedDispatch, Tracked, Unshard, UnshardRequest, Unshards},
+    schedule::ForwardStart,
+    shard::UnshardPlan,
+};
+
+/// What a layer's pass begins with.
+pub(crate) struct PassStart {
+    /// Where the rows of each expert, of none, and of what is no expert end. `[E + 2]`
+    pub ends: Tensor<1, Int>,
+    /// Which gradients are wanted.
+    pub tracked: Tracked,
+    /// This rank's part of the experts, and its id.
+    pub weights: Tensor<2>,
+    pub param: ParamId,
+}
+
+impl FsepRuntime {
+    /// Exchanges the routing counts of a layer, plans its dispatch, and makes everything ready for its forward pass.
+    /// Collective.
+    pub(crate) fn begin_pass(&self, spec: &Arc<LayerSpec>, start: PassStart) -> Result<Arc<LayerPass>, FsepError> {
+        let PassStart { ends, tracked, weights, param } = start;
+        let (layer, is_sharded, schedule) = (spec.layer, spec.is_sharded(), &self.inner.schedule);
+        if is_sharded {
+            // Ids may be new after a record was loaded.
+            schedule.register(param, layer);
+        }
+        let param_dtype = weights.dtype();
+        let shards = weights.inner();
+        let begun = if is_sharded && tracked.any() {
+            schedule.begin_forward(layer, |ahead| ops::is_same(&ahead.weights, &shards))
+        } else {
+            ForwardStart::default()
+        };
+        let ahead = begun.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
+        let dispatch = self.route(layer, ends, tracked, ahead)?;
+        let unshards = is_sharded.then(|| self.unshards(spec, &dispatch, shards, tracked, begun));
+        let (inner, outputs) = (self.inner.clone(), Arc::downgrade(&self.outputs));
+        let pass = Arc::new(LayerPass {
+            spec: spec.clone(),
+            context: inner.context.clone(),
+            host: Box::new(RuntimeHost { inner, outputs }),
+            dispatch,
+            unshards,
+            tracked,
+            param_dtype,
+        });
+        if is_sharded && tracked.any() {
+            schedule.await_backward(&pass);
+        }
+        Ok(pass)
+    }
+
+    /// `ahead` is the fingerprint of the layout under which the layer's experts were prefetched, if they were.
+    fn route(
+        &self,
+        layer: usize,
+        ends: Tensor<1, Int>,
+        tracked: Tracked,
+        ahead: Option<u64>,
+    ) -> Result<RoutedDispatch, FsepError> {
+        let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
+        let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
+        #[cfg(feature = "train")]
+        if let Some(observer) = self.inner.observed.observer().filter(|_| tracked.any()) {
+            observer.observe(layer, dispatch.pass, &dispatch.counts);
+        }
+        Ok(dispatch)
+    }
+
+    /// The unshards of a layer's pass, and what it starts for the layer after.
+    fn unshards(
+        &self,
+        spec: &LayerSpec,
+        dispatch: &RoutedDispatch,
+        shards: Tensor<2>,
+        tracked: Tracked,
+        begun: ForwardStart,
+    ) -> Unshards {
+        let unshard = |name| {
+            let operation = spec.operation(name).in_pass(dispatch.pass);
+            let (plan, layout) = (dispatch.unshard.clone(), dispatch.layout.clone());
+            ops::plan_unshard(self.request(operation, plan, spec.compute_dtype), layout, shards.clone())
+        };
+        let next = begun.next.map(|(layer, shards)| {
+            let unshard = self.unshard_ahead(layer, shards);
+            self.inner.schedule.set_ahead(layer, unshard.clone());
+            unshard
+        });
+        Unshards {
+            forward: begun.ahead.unwrap_or_else(|| unshard("unshard for forward")),
+            backward: unshard("unshard for backward"),
+            next,
+            keep: begun.keep && tracked.needs_experts_in_backward(),
+        }
+    }
+
+    /// The unshard of a layer's experts for its next forward pass, before its tokens are known.
+    pub(super) fn unshard_ahead(&self, layer: usize, shards: Tensor<2>) -> Arc<Unshard> {
+        let layer = self.layer(layer);
+        let (layout, plan) = layer.unshard_plan();
+        let operation = layer.spec().operation("unshard ahead").under_layout(layout.fingerprint());
+        ops::plan_unshard(self.request(operation, plan, layer.spec().compute_dtype), layout, shards)
+    }
+
+    fn request(&self, operation: Operation, plan: Arc<UnshardPlan>, dtype: Option<FloatDType>) -> UnshardRequest {
+        UnshardRequest { operation, plan, dtype, context: self.inner.context.clone() }
+    }
+
+    /// The forward pass of a layer has run: remembers its output for [`FsepRuntime::connect`].
+    pub(crate) fn end_forward(&self, pass: &LayerPass, output: &Tensor<2>) {
+        if pass.tracked.any() {
+            self.outputs.remember(pass.spec.layer, pass.dispatch.pass, output);
+        }
+    }
+
+    /// Connects every FSEP layer of this step to the loss, without changing the loss.
+    ///
+    /// Backward reaches only what the loss depends on. If a rank's loss happens not to depend on some layer's output
+    /// (a branch not taken, a head not used), that rank would skip the layer's backward collectives, for which the
+    /// others wait. A connected layer takes part with zero gradients. Models in which every rank always uses every
+    /// layer do not need it. Of a layer that runs more than once in a step, the last run is connected; one whose backward
+    /// pass has run already is left alone.
+    pub fn connect(&self, loss: Tensor<1>) -> Tensor<1> {
+        self.outputs.connect(loss)
+    }
+}
+
+/// The runtime as passes see it; it is held by the autodiff graph, so it does not hold the outputs.
+struct RuntimeHost {
+    inner: Arc<Inner>,
+    outputs: Weak<Outputs>,
+}
+
+impl fmt::Debug for RuntimeHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RuntimeHost")
+    }
+}
+
+impl PassHost for RuntimeHost {
+    fn begin_backward(&self, pass: &LayerPass) -> Option<Arc<Unshard>> {
+        self.inner.schedule.begin_backward(pass)
+    }
+
+    fn defer(&self, work: Deferred) -> Result<(), FsepError> {
+        self.inner.schedule.defer(work)
+    }
+
+    fn catch_up(&self) -> Result<(), FsepError> {
+        self.inner.schedule.catch_up()
+    }
+
+    /// Forgets the output: it cannot be connected to another loss.
+    fn end_backward(&self, pass: &LayerPass) {
+        if let Some(outputs) = self.outputs.upgrade() {
+            outputs.forget(pass.spec.layer, pass.dispatch.pass);
+        }
+    }
+
+    fn fail(&self, error: FsepError) -> ! {
+        self.inner.fail(error)
+    }
+}

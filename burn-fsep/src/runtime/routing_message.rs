@@ -1,0 +1,97 @@
+use std::{ops::Range, sync::Arc};
+
+use burn::{
+    backend::Dispatch as AnyBackend,
+    tensor::{Int, Tensor},
+};
+use burn_fsep_planner::RoutingCounts;
+
+use crate::{
+    FsepError,
+    comm::{CommError, Communicator},
+    ops::{FsepDeviceOps, LayerSpec, Tracked, counts_of},
+};
+
+/// What a rank tells the others with its routing counts: what it takes the layer for.
+pub(super) struct RoutingMessage<'a> {
+    pub spec: &'a LayerSpec,
+    /// Fingerprint of the layout.
+    pub layout: u64,
+    pub tracked: Tracked,
+    /// Fingerprint of the layout of a prefetch, if there was one.
+    pub ahead: Option<u64>,
+}
+
+/// A part of the header: what it says, its words, and their text for messages.
+type Field = (&'static str, Range<usize>, fn(&[u32]) -> String);
+
+const FIELDS: [Field; 7] = [
+    ("the layout", 0..2, |words| format!("fingerprint {:08x}{:08x}", words[1], words[0])),
+    ("the wanted gradients", 2..3, |words| Tracked::describe(words[0])),
+    ("top-k", 3..4, |words| words[0].to_string()),
+    ("the experts' sizes", 4..6, |words| format!("D = {}, F = {}", words[0], words[1])),
+    ("expert parallelism", 6..7, |words| if words[0] == 1 { "static owners".into() } else { "sharded experts".into() }),
+    ("the compute type", 7..8, |words| format!("type {}", words[0])),
+    ("the prefetch (is begin_step called on all ranks?)", 8..10, |words| match words {
+        [0, 0] => "none".into(),
+        _ => format!("one under layout {:08x}{:08x}", words[1], words[0]),
+    }),
+];
+
+/// Words before the ends.
+const HEADER: usize = 10;
+
+impl RoutingMessage<'_> {
+    fn header(&self) -> [u32; HEADER] {
+        let LayerSpec { topk, shape, fixed_layout, compute_dtype, .. } = self.spec;
+        let halves = |word: u64| [word as u32, (word >> 32) as u32];
+        let ([layout, layout_high], tracked) = (halves(self.layout), self.tracked.bits());
+        let (topk, hidden, ffn, fixed) =
+            (*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout));
+        let dtype = compute_dtype.map_or(0, |dtype| dtype as u32 + 1);
+        // No prefetch is a layout that no rank has.
+        let [ahead, ahead_high] = halves(self.ahead.unwrap_or(0));
+        [layout, layout_high, tracked, topk, hidden, ffn, fixed, dtype, ahead, ahead_high]
+    }
+
+    /// All ranks' counts. `[E + 2] -> [N, E]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Divergence`] if ranks differ; what [`counts_of`] finds on any rank; the communicator's.
+    pub fn gather_counts(
+        &self,
+        comm: &Arc<dyn Communicator>,
+        ends: Tensor<1, Int>,
+    ) -> Result<RoutingCounts, FsepError> {
+        let (layer, num_experts) = (self.spec.layer, self.spec.num_experts);
+        let operation = self.spec.operation("routing counts");
+        let (ends, header) = (ends.into_dispatch(), self.header().to_vec());
+        let all = <AnyBackend as FsepDeviceOps>::fsep_gather_ends(ends, header, comm.clone(), operation)?;
+
+        let messages: Vec<&[u32]> = all.chunks_exact(HEADER + num_experts + 2).collect();
+        let ours = messages[comm.rank()];
+        let mut table = Vec::with_capacity(comm.size() * num_experts);
+        for (peer, theirs) in messages.iter().enumerate() {
+            if let Some((what, range, describe)) =
+                FIELDS.into_iter().find(|(_, range, _)| theirs[range.clone()] != ours[range.clone()])
+            {
+                return Err(FsepError::Divergence {
+                    what,
+                    layer,
+                    rank: comm.rank(),
+                    ours: describe(&ours[range.clone()]),
+                    peer,
+                    theirs: describe(&theirs[range]),
+                });
+            }
+            let ends = &theirs[HEADER..];
+            if !ends.is_sorted() {
+                let reason = format!("what came from rank {peer} are no counts");
+                return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
+            }
+            table.extend(counts_of(ends, layer, peer)?);
+        }
+        Ok(RoutingCounts::new(comm.size(), num_experts, table)?)
+    }
+}

@@ -1,0 +1,81 @@
+//! What a training loop tells the runtime of its steps.
+
+use std::collections::HashMap;
+
+#[cfg(feature = "train")]
+use std::sync::Arc;
+
+use burn::{
+    module::{Module, ModuleVisitor, Param, ParamId},
+    tensor::Tensor,
+};
+#[cfg(feature = "train")]
+use burn_fsep_planner::callback::RoutingObserver;
+
+use super::FsepRuntime;
+use crate::FsepError;
+
+impl FsepRuntime {
+    /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be unsharded
+    /// behind the compute of the layer before; the first layer's unshard starts now. Collective, once before each training
+    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    ///
+    /// Without it, layers unshard their experts when they come to them, and the result is the same. The order of layers is
+    /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,
+    /// unshards these when it comes to them; [`FsepRuntime::missed_prefetches`] counts such cases.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Comm`] if the unshard cannot be started.
+    pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
+        self.inner.observed.set_between_steps(false);
+        let schedule = &self.inner.schedule;
+        if !schedule.config().prefetch_forward || self.world_size() == 1 {
+            return Ok(());
+        }
+        let mut shards = Shards { layer_of: schedule.registered(), by_layer: HashMap::new() };
+        model.visit(&mut shards);
+        if let Some((layer, weights)) = schedule.begin_step(shards.by_layer) {
+            let unshard = self.unshard_ahead(layer, weights);
+            unshard.start().inspect_err(|error| {
+                schedule.reset();
+                self.inner.tell_peers(&error.to_string());
+            })?;
+            schedule.set_ahead(layer, unshard);
+        }
+        Ok(())
+    }
+
+    /// Ends a step: until the next [`begin_step`](Self::begin_step), forward passes that track gradients (a look at a loss, a
+    /// gradient check) are no part of what the planner learns. On all ranks, after backward; a program that never calls it has
+    /// all its training forward passes observed.
+    pub fn end_step(&self) {
+        self.inner.observed.set_between_steps(true);
+    }
+
+    /// Experts that were prefetched for nothing: the step ran other layers, or with other parameters, than was expected.
+    pub fn missed_prefetches(&self) -> u64 {
+        self.inner.schedule.missed()
+    }
+
+    #[cfg(feature = "train")]
+    pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
+        self.inner.observed.set_observer(observer);
+    }
+}
+
+/// The shards among a model's parameters. Nothing else is looked at: parameters may be lazy.
+struct Shards {
+    layer_of: HashMap<ParamId, usize>,
+    by_layer: HashMap<usize, Tensor<2>>,
+}
+
+impl ModuleVisitor for Shards {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(&layer) = self.layer_of.get(&param.id)
+            && let [rows, columns] = param.shape()[..]
+        {
+            self.by_layer.insert(layer, param.val().inner().reshape([rows, columns]));
+        }
+    }
+}
