@@ -17,11 +17,23 @@
 //! Shapes use the letters `N` ranks, `E` experts, `C` slots a rank, `K` experts per token, `T` tokens of a rank, `D`
 //! hidden size, `F` expert intermediate size, `P` parameters of an expert, `S` shard length.
 //!
+//! # Features
+//!
+//! | feature | what it adds |
+//! | --- | --- |
+//! | `flex` (default) | Burn's CPU backend |
+//! | `train` (default) | [`train`], and the planner's callback |
+//! | `libtorch` | Burn's LibTorch backend, on CPU and CUDA; LibTorch has to be found when it is built |
+//! | `nccl` | `comm::nccl`: collectives between GPUs; NCCL is loaded at run time |
+//! | `mpi` | `comm::mpi`: collectives over MPI; needs an MPI library with its headers, and libclang |
+//! | `cli` | the command `fsep-launch`, and `launcher` |
+//!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 
 // Burn deprecates its LibTorch backend in favour of CubeCL; until that is as fast, the feature `libtorch` uses it.
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+mod burn_compat;
 pub mod checkpoint;
 pub mod comm;
 mod error;

@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
-use burn::tensor::Bytes;
+use burn::tensor::TensorData;
 use burn_pack::Scalar;
 use safetensors::Dtype;
 
@@ -8,14 +8,14 @@ use super::{
     CheckpointError,
     manifest::{Manifest, ParameterEntry, REPLICATED, experts_file, param_name, record_name, scalar_name, state_name},
     model::ModelParam,
-    records::{ParamState, tensor_scalar},
-    recut::{Cut, Piece},
-    tensors::{HostTensor, TensorFile, byte_len, check_file, check_len},
+    reshard::{Overlap, Sharding},
+    tensors::{TensorFile, burn_dtype, byte_len, check_file, check_len},
 };
+use crate::burn_compat::{ParamState, check_scalar};
 
 /// A rank's part of a checkpoint, in the model's order.
 pub(super) struct Content {
-    pub values: Vec<HostTensor>,
+    pub values: Vec<TensorData>,
     pub states: Vec<ParamState>,
     pub records: BTreeMap<String, Vec<u8>>,
 }
@@ -47,11 +47,9 @@ fn check_table(file: &TensorFile, manifest: &Manifest, is_replicated: bool) -> R
     let mut expected = Vec::new();
     for entry in &manifest.parameters {
         if entry.experts.is_some() != is_replicated {
-            expected.push(param_name(&entry.path));
-            file.expect(&expected[expected.len() - 1], entry.dtype, &entry.shape)?;
-            for (field, state) in &entry.state {
-                expected.push(state_name(&entry.path, field));
-                file.expect(&expected[expected.len() - 1], state.dtype, &state.shape)?;
+            for tensor in tensors_of(entry) {
+                file.expect(&tensor.name, tensor.dtype, tensor.shape)?;
+                expected.push(tensor.name);
             }
         }
         if is_replicated {
@@ -85,22 +83,22 @@ impl Content {
                 .parameter(&param.path)
                 .ok_or_else(|| CheckpointError::damaged(checkpoint, format!("its manifest lacks `{}`", param.path)))?;
             let scalars = read_scalars(&mut replicated, entry)?;
-            let cuts = param
+            let shardings = param
                 .experts
                 .zip(entry.experts.as_ref())
-                .map(|(info, saved)| (Cut::new(&saved.info, manifest.world_size), Cut::new(&info, ranks)));
-            let parts = match &cuts {
-                None => read_replicated(&mut replicated, entry)?,
-                Some((_, to)) => parts_of(entry, &to.shape())?,
+                .map(|(info, saved)| (Sharding::new(&saved.info, manifest.world_size), Sharding::new(&info, ranks)));
+            let parts: Result<Vec<_>, _> = match &shardings {
+                None => tensors_of(entry).map(|tensor| Part::read(&mut replicated, tensor)).collect(),
+                Some((_, to)) => tensors_of(entry).map(|tensor| Part::zeros(tensor, &to.shape())).collect(),
             };
-            all.push((parts, scalars, cuts));
+            all.push((parts?, scalars, shardings));
         }
         for source in 0..manifest.world_size {
             let mut file = None;
-            for (parts, _, cuts) in &mut all {
-                let Some((from, to)) = cuts else { continue };
-                let pieces = from.pieces(source, to, rank);
-                if pieces.is_empty() {
+            for (parts, _, shardings) in &mut all {
+                let Some((from, to)) = shardings else { continue };
+                let overlaps = from.overlaps(source, to, rank);
+                if overlaps.is_empty() {
                     continue;
                 }
                 let file = match &mut file {
@@ -108,7 +106,7 @@ impl Content {
                     none => none.insert(TensorFile::open(checkpoint.join(experts_file(source, manifest.world_size)))?),
                 };
                 for part in parts {
-                    part.fill(file, &from.shape(), &pieces)?;
+                    part.fill(file, &from.shape(), &overlaps)?;
                 }
             }
         }
@@ -120,11 +118,10 @@ impl Content {
         for (parts, scalars, _) in all {
             let mut tensors = BTreeMap::new();
             for part in parts {
-                let field = part.field.clone();
-                let tensor = part.into_tensor();
+                let (field, data) = part.into_data()?;
                 match field {
-                    None => values.push(tensor),
-                    Some(field) => drop(tensors.insert(field, tensor)),
+                    None => values.push(data),
+                    Some(field) => drop(tensors.insert(field, data)),
                 }
             }
             states.push(ParamState { tensors, scalars });
@@ -133,9 +130,28 @@ impl Content {
     }
 }
 
-/// A parameter, or a field of its optimizer state, being read.
-pub(super) struct Part {
+/// A tensor of a file: a parameter's value, or a field of its optimizer state.
+pub(super) struct Entry<'a> {
     /// Of the optimizer state.
+    pub field: Option<String>,
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+}
+
+fn tensors_of(entry: &ParameterEntry) -> impl Iterator<Item = Entry<'_>> {
+    let value = Entry { field: None, name: param_name(&entry.path), dtype: entry.dtype, shape: &entry.shape };
+    let state = entry.state.iter().map(|(field, state)| Entry {
+        field: Some(field.clone()),
+        name: state_name(&entry.path, field),
+        dtype: state.dtype,
+        shape: &state.shape,
+    });
+    std::iter::once(value).chain(state)
+}
+
+/// What a rank needs of a tensor, being read.
+pub(super) struct Part {
     field: Option<String>,
     /// In the file.
     name: String,
@@ -145,79 +161,58 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// A tensor of zeros, to be filled.
-    pub fn zeros(field: Option<String>, name: String, dtype: Dtype, shape: &[usize]) -> Result<Self, CheckpointError> {
+    /// Zeros of a shape of their own, to be filled.
+    pub fn zeros(entry: Entry<'_>, shape: &[usize]) -> Result<Self, CheckpointError> {
+        let Entry { field, name, dtype, .. } = entry;
         let too_large =
             || CheckpointError::Unsupported { what: name.clone(), reason: "it is larger than any memory".into() };
         let len = byte_len(dtype, shape).ok_or_else(too_large)?;
         Ok(Self { field, dtype, shape: shape.to_vec(), bytes: vec![0; len], name })
     }
 
-    /// Reads pieces of a tensor of the given shape.
-    pub fn fill(&mut self, file: &mut TensorFile, saved: &[usize], pieces: &[Piece]) -> Result<(), CheckpointError> {
+    /// Reads a whole tensor.
+    fn read(file: &mut TensorFile, entry: Entry<'_>) -> Result<Self, CheckpointError> {
+        // Before memory is taken: what a file has fits into it.
+        let start = file.expect(&entry.name, entry.dtype, entry.shape)?;
+        let shape = entry.shape;
+        let mut part = Self::zeros(entry, shape)?;
+        file.read_at(start, &mut part.bytes)?;
+        Ok(part)
+    }
+
+    /// Reads runs of a tensor of the given shape.
+    pub fn fill(
+        &mut self,
+        file: &mut TensorFile,
+        saved: &[usize],
+        overlaps: &[Overlap],
+    ) -> Result<(), CheckpointError> {
         let start = file.expect(&self.name, self.dtype, saved)?;
         let size = self.dtype.bitsize() / 8;
-        for Piece { from, to, len } in pieces {
+        for Overlap { from, to, len } in overlaps {
             let target = &mut self.bytes[to * size..(to + len) * size];
             file.read_at(start + (from * size) as u64, target)?;
         }
         Ok(())
     }
 
-    pub fn into_tensor(self) -> HostTensor {
-        HostTensor { dtype: self.dtype, shape: self.shape, bytes: Bytes::from_bytes_vec(self.bytes) }
+    /// The field that it is of, and its content.
+    pub fn into_data(self) -> Result<(Option<String>, TensorData), CheckpointError> {
+        let Self { field, name, dtype, shape, bytes } = self;
+        let reason = || format!("Burn has no type {dtype}");
+        let dtype = burn_dtype(dtype).ok_or_else(|| CheckpointError::Unsupported { what: name, reason: reason() })?;
+        Ok((field, TensorData::from_bytes_vec(bytes, shape, dtype)))
     }
 }
-
-/// What a rank needs of experts: value and state fields, of the shape of the rank's parameter.
-fn parts_of(entry: &ParameterEntry, shape: &[usize]) -> Result<Vec<Part>, CheckpointError> {
-    let mut parts = vec![Part::zeros(None, param_name(&entry.path), entry.dtype, shape)?];
-    for (field, state) in &entry.state {
-        parts.push(Part::zeros(Some(field.clone()), state_name(&entry.path, field), state.dtype, shape)?);
-    }
-    Ok(parts)
-}
-
-fn read_replicated(file: &mut TensorFile, entry: &ParameterEntry) -> Result<Vec<Part>, CheckpointError> {
-    let value = (None, param_name(&entry.path), entry.dtype, &entry.shape);
-    let state = entry
-        .state
-        .iter()
-        .map(|(field, state)| (Some(field.clone()), state_name(&entry.path, field), state.dtype, &state.shape));
-    let mut parts = Vec::with_capacity(1 + entry.state.len());
-    for (field, name, dtype, shape) in std::iter::once(value).chain(state) {
-        // Before memory is taken: what a file has fits into it.
-        let start = file.expect(&name, dtype, shape)?;
-        let mut part = Part::zeros(field, name, dtype, shape)?;
-        file.read_at(start, &mut part.bytes)?;
-        parts.push(part);
-    }
-    Ok(parts)
-}
-
-/// Where Burn's records have the number of dimensions of the parameter that a state belongs to.
-const RANK: &str = "__rank";
 
 fn read_scalars(file: &mut TensorFile, entry: &ParameterEntry) -> Result<BTreeMap<String, Scalar>, CheckpointError> {
     let mut scalars = BTreeMap::new();
     for field in &entry.scalars {
         let name = scalar_name(&entry.path, field);
-        let scalar = tensor_scalar(&file.read(&name)?);
-        let damaged = || CheckpointError::damaged(&file.path, format!("tensor `{name}` is no scalar"));
-        let scalar = scalar.ok_or_else(damaged)?;
-        if field == RANK && u64::try_from(scalar) != Ok(entry.shape.len() as u64) {
-            let reason = format!("`{name}` is not the number of dimensions of {:?}", entry.shape);
-            return Err(CheckpointError::damaged(&file.path, reason));
-        }
-        // Burn takes memory for as many tensors as this says.
-        if let Some(list) = field.strip_suffix(".len") {
-            let prefix = format!("{list}.");
-            let found = entry.state.keys().filter(|field| field.starts_with(&prefix)).count() as u64;
-            if u64::try_from(scalar) != Ok(found) {
-                let reason = format!("`{name}` does not say how many tensors there are, {found}");
-                return Err(CheckpointError::damaged(&file.path, reason));
-            }
-        }
+        let path = file.path.clone();
+        let damaged = |what: &str| CheckpointError::damaged(&path, format!("`{name}` {what}"));
+        let scalar = file.read(&name)?.scalar().ok_or_else(|| damaged("is no scalar"))?;
+        check_scalar(field, scalar, entry.shape.len(), entry.state.keys()).map_err(|reason| damaged(&reason))?;
         scalars.insert(field.clone(), scalar);
     }
     Ok(scalars)
@@ -226,7 +221,11 @@ fn read_scalars(file: &mut TensorFile, entry: &ParameterEntry) -> Result<BTreeMa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{manifest::StateEntry, output::Disk, records::scalar_tensor, tensors::write_tensors};
+    use crate::checkpoint::{
+        manifest::StateEntry,
+        output::Disk,
+        tensors::{HostTensor, write_tensors},
+    };
 
     #[test]
     fn scalars_that_burn_would_trust_are_checked() {
@@ -243,28 +242,18 @@ mod tests {
         };
         for len in [2, 1, u64::MAX] {
             let name = format!("{len}.safetensors");
-            let scalar = scalar_tensor(Scalar::UInt(len));
+            let scalar = HostTensor::from_scalar(Scalar::UInt(len));
             write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", "history.len"), scalar)]).unwrap();
             let read = read_scalars(&mut TensorFile::open(folder.path().join(name)).unwrap(), &entry);
             assert_eq!(read.is_ok(), len == 2, "{len}");
         }
-        let entry = ParameterEntry { scalars: vec![RANK.into()], ..entry };
+        let entry = ParameterEntry { scalars: vec!["__rank".into()], ..entry };
         for rank in [1, 0, 9] {
             let name = format!("rank-{rank}.safetensors");
-            let scalar = scalar_tensor(Scalar::UInt(rank));
-            write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", RANK), scalar)]).unwrap();
+            let scalar = HostTensor::from_scalar(Scalar::UInt(rank));
+            write_tensors(&Disk, folder.path(), &name, vec![(scalar_name("p", "__rank"), scalar)]).unwrap();
             let read = read_scalars(&mut TensorFile::open(folder.path().join(name)).unwrap(), &entry);
             assert_eq!(read.is_ok(), rank == 1, "{rank}");
         }
-    }
-
-    #[test]
-    fn scalars_keep_their_bits() {
-        for scalar in [Scalar::Int(-3), Scalar::UInt(u64::MAX), Scalar::Float(0.1), Scalar::Bool(true)] {
-            assert_eq!(tensor_scalar(&scalar_tensor(scalar)), Some(scalar));
-        }
-        let nan = f64::from_bits(0x7ff8_0000_0000_1234);
-        let Some(Scalar::Float(read)) = tensor_scalar(&scalar_tensor(Scalar::Float(nan))) else { panic!("a float") };
-        assert_eq!(read.to_bits(), nan.to_bits());
     }
 }

@@ -13,11 +13,11 @@ use super::{
     content::{Content, check_files},
     folder::checkpoints,
     manifest::{Manifest, ParameterEntry},
-    model::{ModelParam, model_params},
-    records::{OptimizerError, load_model, load_optimizer},
+    model::{ModelParam, load_values, model_params},
 };
 use crate::{
     FsepRuntime,
+    burn_compat::{StateError, load_states},
     comm::{Communicator, Operation},
 };
 
@@ -90,15 +90,16 @@ pub fn load<M: Module>(
         })
     };
     let Content { values, states, records } = reading.finish(comm, READ)?;
-    let optimizer = load_optimizer(optimizer, &params, states).map_err(|error| match error {
-        OptimizerError::Refused { place, reason } => {
+    let places: Vec<_> = params.iter().map(|param| (param.id, param.path.as_str())).collect();
+    let optimizer = load_states(optimizer, &places, states).map_err(|StateError { place, reason }| match place {
+        Some(place) => {
             CheckpointError::Optimizer { checkpoint: path.clone(), parameter: params[place].path.clone(), reason }
         }
-        OptimizerError::Other(error) => error,
+        None => CheckpointError::Unsupported { what: "optimizer".into(), reason },
     });
     let optimizer = agree(comm, APPLY, optimizer)?;
     // Last: Burn's clones share running statistics, which this sets in `model`, too.
-    let model = agree(comm, APPLY, load_model(model, &params, values))?;
+    let model = agree(comm, APPLY, load_values(model, &params, values))?;
     for (layer, layout) in layouts {
         let failed = |error: crate::FsepError| CheckpointError::Config(error.to_string());
         runtime.resume_layout(layer, Arc::new(layout)).map_err(failed)?;

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     CheckpointError, TrainingProgress,
-    recut::Cut,
+    reshard::Sharding,
     tensors::{burn_dtype, check_len, hex, open},
 };
 use crate::{moe::ExpertsInfo, ops::WeightStorage};
@@ -134,14 +134,17 @@ impl Manifest {
         }
     }
 
+    /// What it says of the parameters, which has to be equal on all ranks.
+    pub fn parameters_to_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
+        serde_json::to_vec(&self.parameters).map_err(|error| unwritable(error.to_string()))
+    }
+
     /// The manifest and its checksum line.
     pub fn to_bytes(&self) -> Result<(Vec<u8>, Vec<u8>), CheckpointError> {
-        let mut bytes = serde_json::to_vec_pretty(self)
-            .map_err(|error| CheckpointError::Unsupported { what: "manifest".into(), reason: error.to_string() })?;
+        let mut bytes = serde_json::to_vec_pretty(self).map_err(|error| unwritable(error.to_string()))?;
         bytes.push(b'\n');
         if bytes.len() as u64 > MAX_MANIFEST {
-            let reason = format!("it has {} bytes, {MAX_MANIFEST} are allowed", bytes.len());
-            return Err(CheckpointError::Unsupported { what: "manifest".into(), reason });
+            return Err(unwritable(format!("it has {} bytes, {MAX_MANIFEST} are allowed", bytes.len())));
         }
         let sum = checksum_line(&bytes);
         Ok((bytes, sum.into_bytes()))
@@ -196,7 +199,7 @@ impl Manifest {
             let whole = [3, shape.hidden, shape.ffn, num_experts, ranks];
             let countable = whole.into_iter().try_fold(1, usize::checked_mul).is_some();
             let owners = storage == WeightStorage::Sharded || num_experts.is_multiple_of(ranks);
-            if !countable || !owners || parameter.shape != Cut::new(&experts.info, ranks).shape() {
+            if !countable || !owners || parameter.shape != Sharding::new(&experts.info, ranks).shape() {
                 return Err(format!("`{}` has the impossible shape {:?}", parameter.path, parameter.shape));
             }
             if let Some((leaf, state)) = parameter.state.iter().find(|(_, state)| state.shape != parameter.shape) {
@@ -221,6 +224,10 @@ impl Manifest {
             records: BTreeMap::new(),
         }
     }
+}
+
+fn unwritable(reason: String) -> CheckpointError {
+    CheckpointError::Unsupported { what: "manifest".into(), reason }
 }
 
 fn checksum_line(manifest: &[u8]) -> String {

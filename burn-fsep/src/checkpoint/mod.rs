@@ -26,9 +26,9 @@ mod manifest;
 mod model;
 mod output;
 mod progress;
-mod records;
-mod recut;
+mod reshard;
 mod save;
+mod snapshot;
 mod tensors;
 #[cfg(all(test, feature = "flex"))]
 mod tests;

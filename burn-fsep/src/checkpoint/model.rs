@@ -1,11 +1,23 @@
+//! A model's parameters, in the form in which Burn's records have them: layers may keep their weights transposed.
+
+use std::collections::HashMap;
+
 use burn::{
-    module::{Module, ModuleVisitor, Param, ParamId},
-    tensor::{Bool, DType, Int, Shape, Tensor},
+    module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId},
+    tensor::{Bool, Device, Int, Tensor, TensorData, kind::Basic},
 };
 use safetensors::Dtype;
 
-use super::{CheckpointError, tensors::file_dtype};
-use crate::{FsepRuntime, moe::ExpertsInfo};
+use super::{
+    CheckpointError,
+    reshard::Sharding,
+    tensors::{HostTensor, file_dtype},
+};
+use crate::{
+    FsepRuntime,
+    burn_compat::{ModulePath, is_running_statistic},
+    moe::ExpertsInfo,
+};
 
 /// A parameter of a model, as this rank has it and Burn's records store it.
 #[derive(Debug, Clone)]
@@ -18,6 +30,8 @@ pub(super) struct ModelParam {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub experts: Option<ExpertsInfo>,
+    /// Whether it is a statistic of what this rank has seen, and no trained parameter.
+    pub is_running_statistic: bool,
 }
 
 /// The parameters of a model in their declared order, which is the same on all ranks.
@@ -26,85 +40,178 @@ pub(super) struct ModelParam {
 ///
 /// [`CheckpointError::Unsupported`] for a quantized parameter, or experts of another runtime.
 pub(super) fn model_params<M: Module>(runtime: &FsepRuntime, model: &M) -> Result<Vec<ModelParam>, CheckpointError> {
-    let mut collect = Collect { path: Vec::new(), experts: None, params: Vec::new(), error: None };
+    Ok(collect(runtime, model, false)?.0)
+}
+
+/// The same with their values, in host memory.
+///
+/// # Errors
+///
+/// As [`model_params`], and if the device fails.
+pub(super) fn model_values<M: Module>(
+    runtime: &FsepRuntime,
+    model: &M,
+) -> Result<(Vec<ModelParam>, Vec<HostTensor>), CheckpointError> {
+    collect(runtime, model, true)
+}
+
+fn collect<M: Module>(
+    runtime: &FsepRuntime,
+    model: &M,
+    with_values: bool,
+) -> Result<(Vec<ModelParam>, Vec<HostTensor>), CheckpointError> {
+    let mut collect = Collect { with_values, ..Collect::default() };
     model.visit(&mut collect);
     if let Some(error) = collect.error {
         return Err(error);
     }
     for param in &collect.params {
-        if let Some(info) = param.experts
-            && info.layer >= runtime.num_layers()
-        {
-            let reason = "its layer was made with another runtime".into();
-            return Err(CheckpointError::Unsupported { what: param.path.clone(), reason });
-        }
+        let Some(info) = param.experts else { continue };
+        let reason = if info.layer >= runtime.num_layers() {
+            "its layer was made with another runtime"
+        } else if param.shape != Sharding::new(&info, runtime.world_size()).shape() {
+            "it stands with a layer's experts, but is not this rank's part of them"
+        } else {
+            continue;
+        };
+        return Err(CheckpointError::Unsupported { what: param.path.clone(), reason: reason.into() });
     }
-    Ok(collect.params)
+    Ok((collect.params, collect.values))
 }
 
+#[derive(Default)]
 struct Collect {
-    /// Names, and whether each is a variant of an enum.
-    path: Vec<(String, bool)>,
-    /// The experts met last, and the path of their module.
-    experts: Option<(ExpertsInfo, Vec<(String, bool)>)>,
+    with_values: bool,
+    path: ModulePath<ExpertsInfo>,
+    /// Whether the field that was entered last is a running statistic.
+    is_running_statistic: bool,
     params: Vec<ModelParam>,
+    values: Vec<HostTensor>,
     error: Option<CheckpointError>,
 }
 
 impl Collect {
-    fn add(&mut self, id: ParamId, dtype: DType, shape: Shape) {
-        let join = |variants: bool| {
-            let names =
-                self.path.iter().filter(|(_, is_variant)| variants || !is_variant).map(|(name, _)| name.as_str());
-            names.collect::<Vec<_>>().join(".")
-        };
-        let (path, mut name) = (join(true), join(false));
-        let parent = self.path.split_last().map_or(&[][..], |(_, parent)| parent);
-        let experts = self.experts.as_ref().filter(|(_, module)| module == parent).map(|(info, _)| *info);
+    fn add<const D: usize, K: Basic>(&mut self, id: ParamId, saved: Tensor<D, K>) {
+        let (path, mut name) = (self.path.path(), self.path.path_without_variants());
+        let experts = self.path.metadata().copied();
         if experts.is_some()
             && let Some(layer) = name.strip_suffix("experts.weight")
         {
             name = format!("{layer}weight");
         }
-        match file_dtype(dtype) {
-            Some(dtype) => {
-                self.params.push(ModelParam { path, name, id, dtype, shape: shape.to_vec(), experts });
-            }
-            None => {
-                let reason = format!("tensor files have no type {dtype:?}");
-                self.error = Some(CheckpointError::Unsupported { what: path, reason });
-            }
+        if let Err(error) = self.try_add(id, saved, path.clone(), name, experts) {
+            self.error = Some(CheckpointError::Unsupported { what: path, reason: error });
         }
+    }
+
+    fn try_add<const D: usize, K: Basic>(
+        &mut self,
+        id: ParamId,
+        saved: Tensor<D, K>,
+        path: String,
+        name: String,
+        experts: Option<ExpertsInfo>,
+    ) -> Result<(), String> {
+        let (dtype, shape) = (saved.dtype(), saved.shape().to_vec());
+        let dtype = file_dtype(dtype).ok_or_else(|| format!("tensor files have no type {dtype:?}"))?;
+        if self.with_values {
+            let data = saved.try_into_data().map_err(|error| format!("the device failed: {error}"))?;
+            self.values.push(HostTensor { dtype, shape: shape.clone(), bytes: data.into_bytes() });
+        }
+        let is_running_statistic = self.is_running_statistic;
+        self.params.push(ModelParam { path, name, id, dtype, shape, experts, is_running_statistic });
+        Ok(())
     }
 }
 
 impl ModuleVisitor for Collect {
     fn enter_module(&mut self, name: &str, container: &str) {
-        if let Some(info) = ExpertsInfo::from_module(name, container) {
-            // It is met inside of the module's field for it.
-            let module = self.path.split_last().map_or(&[][..], |(_, module)| module);
-            self.experts = Some((info, module.to_vec()));
-        }
-        self.path.push((name.to_string(), container.starts_with("Enum:")));
+        self.is_running_statistic = is_running_statistic(name, container);
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
+        self.path.exit();
     }
 
-    // As Burn's records do, the form in which a parameter is saved: layers may keep their weights transposed.
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let saved = param.transform_for_save().val();
-        self.add(param.id, saved.dtype(), saved.shape());
+        self.add(param.id, param.transform_for_save().val());
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let saved = param.transform_for_save().val();
-        self.add(param.id, saved.dtype(), saved.shape());
+        self.add(param.id, param.transform_for_save().val());
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        let saved = param.transform_for_save().val();
-        self.add(param.id, saved.dtype(), saved.shape());
+        self.add(param.id, param.transform_for_save().val());
     }
+}
+
+/// The model with these values of its parameters. Burn's clones share running statistics: those of `model` are set, too.
+///
+/// # Errors
+///
+/// [`CheckpointError::Unsupported`] if a module gives other parameters to a mapper than to a visitor.
+pub(super) fn load_values<M: Module>(
+    model: &M,
+    params: &[ModelParam],
+    values: Vec<TensorData>,
+) -> Result<M, CheckpointError> {
+    let values = params.iter().map(|param| param.path.clone()).zip(values).collect();
+    let mut load = Load { path: ModulePath::default(), values, unknown: None };
+    let model = model.clone().map(&mut load);
+    match load.unknown.or(load.values.into_keys().next()) {
+        None => Ok(model),
+        Some(what) => {
+            let reason = "a module's `visit` and `map` do not meet the same parameters".into();
+            Err(CheckpointError::Unsupported { what, reason })
+        }
+    }
+}
+
+struct Load {
+    path: ModulePath<ExpertsInfo>,
+    values: HashMap<String, TensorData>,
+    unknown: Option<String>,
+}
+
+impl Load {
+    fn take<const D: usize, K: Basic>(&mut self, device: &Device) -> Option<Tensor<D, K>> {
+        let path = self.path.path();
+        let value = self.values.remove(&path);
+        if value.is_none() {
+            self.unknown = Some(path);
+        }
+        value.map(|value| {
+            let dtype = value.dtype();
+            Tensor::from_data(value, (device, dtype))
+        })
+    }
+}
+
+/// As Burn's records are loaded, but for the id, which stays.
+macro_rules! load_param {
+    ($method:ident, $kind:ty) => {
+        fn $method<const D: usize>(&mut self, param: Param<$kind>) -> Param<$kind> {
+            let id = param.id;
+            match self.take(&param.lazy_device()) {
+                Some(value) => param.transform_for_load(value, id),
+                None => param,
+            }
+        }
+    };
+}
+
+impl ModuleMapper for Load {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.exit();
+    }
+
+    load_param!(map_float, Tensor<D>);
+    load_param!(map_int, Tensor<D, Int>);
+    load_param!(map_bool, Tensor<D, Bool>);
 }

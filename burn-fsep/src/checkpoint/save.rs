@@ -3,10 +3,7 @@ use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 use burn::{
     module::Module,
     optim::{ModuleOptimizer, OptimizerRecord},
-    store::ModuleRecord,
-    tensor::Bytes,
 };
-use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -17,9 +14,8 @@ use super::{
         ExpertsEntry, FileEntry, MANIFEST, MANIFEST_SUM, Manifest, ParameterEntry, REPLICATED, StateEntry,
         experts_file, param_name, record_name, scalar_name, state_name,
     },
-    model::{ModelParam, model_params},
     output::{CreateFile, Disk},
-    records::{Snapshot, scalar_tensor},
+    snapshot::{SavedParam, snapshot},
     tensors::{HostTensor, check_len, write_bytes, write_tensors},
 };
 use crate::{
@@ -64,7 +60,7 @@ pub fn save<M: Module>(
     progress: &TrainingProgress,
 ) -> Result<PathBuf, CheckpointError> {
     let mut checkpoints = CheckpointConfig::new(folder).with_keep(usize::MAX).init(runtime)?;
-    let path = checkpoints.save_records(model, model.clone().into_record(), optimizer.to_record(), progress)?;
+    let path = checkpoints.save_records(model, optimizer.to_record(), progress)?;
     Ok(path.unwrap_or_else(|| unreachable!("it is not written in the background")))
 }
 
@@ -98,20 +94,18 @@ impl Checkpoints {
         optimizer: &ModuleOptimizer,
         progress: &TrainingProgress,
     ) -> Result<(), CheckpointError> {
-        self.save_records(model, model.clone().into_record(), optimizer.to_record(), progress).map(drop)
+        self.save_records(model, optimizer.to_record(), progress).map(drop)
     }
 
-    /// As [`Checkpoints::save`], of records. Returns the checkpoint's folder if it is complete.
+    /// As [`Checkpoints::save`], of an optimizer's record. Returns the checkpoint's folder if it is complete.
     pub(crate) fn save_records<M: Module>(
         &mut self,
         model: &M,
-        values: ModuleRecord,
         optimizer: OptimizerRecord,
         progress: &TrainingProgress,
     ) -> Result<Option<PathBuf>, CheckpointError> {
         self.finish()?;
-        let params = model_params(&self.runtime, model);
-        self.start(params.and_then(|params| Snapshot::new(params, values, optimizer)), progress)?;
+        self.start(snapshot(&self.runtime, model, optimizer), progress)?;
         if self.config.background { Ok(None) } else { self.finish() }
     }
 
@@ -147,31 +141,25 @@ impl Checkpoints {
     /// Makes the folder, compares what has to be equal, and starts to write.
     fn start(
         &mut self,
-        snapshot: Result<Snapshot, CheckpointError>,
+        snapshot: Result<Vec<SavedParam>, CheckpointError>,
         progress: &TrainingProgress,
     ) -> Result<(), CheckpointError> {
         let (comm, step) = (self.runtime.comm(), progress.step);
         let (rank, ranks, folder) = (comm.rank(), comm.size(), self.config.folder.clone());
-        let begun = snapshot.and_then(|snapshot| {
+        let begun = snapshot.and_then(|params| {
+            let entries = params.iter().map(|saved| entry(&self.runtime, saved)).collect();
+            let manifest = Manifest::new(ranks, progress, entries);
+            let digest = digest(&manifest.parameters_to_bytes()?);
             let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
-            Ok((snapshot, sequence))
+            Ok((params, manifest, digest, sequence))
         });
-        let (snapshot, sequence) = agree(comm, START, begun)?;
+        let (params, manifest, digest, sequence) = agree(comm, START, begun)?;
         let sequence = all_gather_u64(comm, START, &[sequence])?[0];
-
-        let parameters: Vec<_> = snapshot
-            .params
-            .iter()
-            .map(|(param, _, state)| {
-                entry(&self.runtime, param, &state.tensors, state.scalars.keys().cloned().collect())
-            })
-            .collect();
-        let manifest = Manifest::new(ranks, progress, parameters);
-        let (replicated, experts) = files_of(snapshot, progress);
-        if let Err(error) = check_equal(comm, &manifest, &replicated, progress) {
+        if let Err(error) = check_equal(comm, digest, &params, progress) {
             self.discard(sequence, step);
             return Err(error);
         }
+        let (replicated, experts) = files_of(params, progress);
         let (files, partial) = (self.files.clone(), folder::partial(&folder, sequence, step));
         let files = Work::start(move || {
             let mut written = Vec::new();
@@ -240,17 +228,13 @@ impl Checkpoints {
 }
 
 /// What the manifest says of a parameter.
-fn entry(
-    runtime: &FsepRuntime,
-    param: &ModelParam,
-    state: &std::collections::BTreeMap<String, HostTensor>,
-    scalars: Vec<String>,
-) -> ParameterEntry {
+fn entry(runtime: &FsepRuntime, SavedParam { param, state, .. }: &SavedParam) -> ParameterEntry {
     let experts = param.experts.map(|info| {
         let layout = runtime.layout(info.layer);
         ExpertsEntry { info, layout: (0..layout.num_ranks()).map(|rank| layout.experts_of(rank).to_vec()).collect() }
     });
-    let state = state
+    let fields = state
+        .tensors
         .iter()
         .map(|(field, tensor)| (field.clone(), StateEntry { dtype: tensor.dtype, shape: tensor.shape.clone() }));
     ParameterEntry {
@@ -259,8 +243,8 @@ fn entry(
         dtype: param.dtype,
         shape: param.shape.clone(),
         experts,
-        state: state.collect(),
-        scalars,
+        state: fields.collect(),
+        scalars: state.scalars.keys().cloned().collect(),
     }
 }
 
@@ -268,63 +252,79 @@ type NamedTensors = Vec<(String, HostTensor)>;
 
 /// What goes into the file of the replicated parameters, and into that of the rank's experts. Scalars of the optimizer's
 /// state are equal on all ranks, those of experts, too.
-fn files_of(snapshot: Snapshot, progress: &TrainingProgress) -> (NamedTensors, NamedTensors) {
+fn files_of(params: Vec<SavedParam>, progress: &TrainingProgress) -> (NamedTensors, NamedTensors) {
     let (mut replicated, mut sharded) = (Vec::new(), Vec::new());
-    for (param, value, state) in snapshot.params {
+    for SavedParam { param, value, state } in params {
         let path = &param.path;
         for (field, scalar) in state.scalars {
-            replicated.push((scalar_name(path, &field), scalar_tensor(scalar)));
+            replicated.push((scalar_name(path, &field), HostTensor::from_scalar(scalar)));
         }
         let file = if param.experts.is_some() { &mut sharded } else { &mut replicated };
         file.push((param_name(path), value));
         file.extend(state.tensors.into_iter().map(|(field, tensor)| (state_name(path, &field), tensor)));
     }
     for (name, bytes) in &progress.records {
-        let bytes = Bytes::from_bytes_vec(bytes.clone());
-        let tensor = HostTensor { dtype: Dtype::U8, shape: vec![bytes.len()], bytes };
-        replicated.push((record_name(name), tensor));
+        replicated.push((record_name(name), HostTensor::from_bytes(bytes.clone())));
     }
     (replicated, sharded)
 }
 
-/// Checks that all ranks are about to save the same checkpoint.
+fn digest(bytes: &[u8]) -> u64 {
+    let digest = Sha256::digest(bytes);
+    u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
+}
+
+/// Checks that all ranks are about to save the same checkpoint. `parameters` is the digest of what the manifest says of them.
 fn check_equal(
     comm: &dyn Communicator,
-    manifest: &Manifest,
-    replicated: &NamedTensors,
+    parameters: u64,
+    params: &[SavedParam],
     progress: &TrainingProgress,
 ) -> Result<(), CheckpointError> {
-    let digest = |bytes: &[u8]| {
-        let digest = Sha256::digest(bytes);
-        u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
-    };
-    let parameters = serde_json::to_vec(&manifest.parameters).unwrap_or_default();
-    let compare = |names: &[&str], values: &[u64], hint| {
-        let all = all_gather_u64(comm, START, values)?;
+    let compare = |facts: &[(String, u64, &'static str)]| {
+        let values: Vec<u64> = facts.iter().map(|(_, value, _)| *value).collect();
+        let all = all_gather_u64(comm, START, &values)?;
         for (rank, theirs) in all.chunks_exact(values.len().max(1)).enumerate() {
             if let Some(place) = (0..values.len()).find(|&place| theirs[place] != all[place]) {
-                return Err(CheckpointError::Divergence { what: names[place].into(), rank, hint });
+                let (what, _, hint) = &facts[place];
+                return Err(CheckpointError::Divergence { what: what.clone(), rank, hint });
             }
         }
         Ok(())
     };
     // Before values are compared: there have to be equally many.
+    let facts = [
+        ("the step", progress.step),
+        ("the epoch", progress.epoch),
+        ("the iteration", progress.iteration),
+        ("the parameters' names, shapes or optimizer state, or the layouts", parameters),
+    ];
     compare(
-        &["the step", "the epoch", "the iteration", "the parameters' names, shapes or optimizer state, or the layouts"],
-        &[progress.step, progress.epoch, progress.iteration, digest(&parameters)],
-        "all ranks have to save the same model after the same step",
+        &facts.map(|(what, value)| (what.into(), value, "all ranks have to save the same model after the same step")),
     )?;
-    let shared = replicated.iter().filter(|(name, _)| !name.starts_with("record/"));
-    let (names, values): (Vec<&str>, Vec<u64>) =
-        shared.map(|(name, tensor)| (name.as_str(), digest(&tensor.bytes))).unzip();
-    compare(
-        &names,
-        &values,
-        "parameters have to be equal from the first step (`broadcast_parameters` after initialisation) and to stay so \
-         (`sync_gradients` in each step): making them equal now would hide what went wrong. Running statistics alone \
-         (`BatchNorm`) are each rank's own; `broadcast_parameters` before saving gives all ranks those of rank 0",
-    )
+    let mut values = Vec::new();
+    for SavedParam { param, value, state } in params {
+        let hint = if param.is_running_statistic { RUNNING_STATISTICS } else { TRAINED_APART };
+        for (field, &scalar) in &state.scalars {
+            let bytes = HostTensor::from_scalar(scalar).bytes;
+            values.push((format!("`{field}` of the optimizer's state of `{}`", param.path), digest(&bytes), hint));
+        }
+        if param.experts.is_none() {
+            values.push((format!("`{}`", param.path), digest(&value.bytes), hint));
+            for (field, tensor) in &state.tensors {
+                let what = format!("`{field}` of the optimizer's state of `{}`", param.path);
+                values.push((what, digest(&tensor.bytes), hint));
+            }
+        }
+    }
+    compare(&values)
 }
+
+const TRAINED_APART: &str = "the ranks train different models, and this checkpoint would hide it: give all of them the same \
+                             values once, before the first step (`broadcast_parameters`), and average the gradients of \
+                             each step (`sync_gradients`)";
+const RUNNING_STATISTICS: &str = "running statistics (`BatchNorm`) are each rank's own: `broadcast_parameters` before saving \
+                                  gives all ranks those of rank 0";
 
 /// Size and checksum of all ranks' files.
 fn gather_files(comm: &dyn Communicator, ours: &FileEntry) -> Result<Vec<(u64, String)>, CheckpointError> {

@@ -4,7 +4,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::tensor::{BoolStore, Bytes, DType};
+use burn::tensor::{BoolStore, Bytes, DType, TensorData};
+use burn_pack::Scalar;
 use safetensors::{
     Dtype,
     tensor::{Metadata, TensorInfo},
@@ -25,44 +26,71 @@ pub(super) struct HostTensor {
     pub bytes: Bytes,
 }
 
+impl HostTensor {
+    /// # Errors
+    ///
+    /// [`CheckpointError::Unsupported`] for a type that files do not have.
+    pub fn new(name: &str, data: TensorData) -> Result<Self, CheckpointError> {
+        let (bytes, shape, dtype) = data.into_parts();
+        let reason = || format!("tensor files have no type {dtype:?}");
+        let unsupported = || CheckpointError::Unsupported { what: name.into(), reason: reason() };
+        Ok(Self { dtype: file_dtype(dtype).ok_or_else(unsupported)?, shape: shape.to_vec(), bytes })
+    }
+
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self { dtype: Dtype::U8, shape: vec![bytes.len()], bytes: Bytes::from_bytes_vec(bytes) }
+    }
+
+    /// A tensor of no dimensions.
+    pub fn from_scalar(scalar: Scalar) -> Self {
+        let (dtype, bytes) = match scalar {
+            Scalar::Int(value) => (Dtype::I64, value.to_le_bytes().to_vec()),
+            Scalar::UInt(value) => (Dtype::U64, value.to_le_bytes().to_vec()),
+            Scalar::Float(value) => (Dtype::F64, value.to_le_bytes().to_vec()),
+            Scalar::Bool(value) => (Dtype::BOOL, vec![u8::from(value)]),
+        };
+        Self { dtype, shape: Vec::new(), bytes: Bytes::from_bytes_vec(bytes) }
+    }
+
+    /// The inverse of [`HostTensor::from_scalar`].
+    pub fn scalar(&self) -> Option<Scalar> {
+        let word = || <[u8; 8]>::try_from(&self.bytes[..]).ok();
+        match self.dtype {
+            Dtype::I64 => word().map(|word| Scalar::Int(i64::from_le_bytes(word))),
+            Dtype::U64 => word().map(|word| Scalar::UInt(u64::from_le_bytes(word))),
+            Dtype::F64 => word().map(|word| Scalar::Float(f64::from_le_bytes(word))),
+            Dtype::BOOL if self.bytes.len() == 1 => Some(Scalar::Bool(self.bytes[0] != 0)),
+            _ => None,
+        }
+    }
+}
+
+/// Types of Burn's and their names in tensor files. Of several with one name, the first is loaded.
+const DTYPES: [(DType, Dtype); 14] = [
+    (DType::F64, Dtype::F64),
+    (DType::F32, Dtype::F32),
+    (DType::F16, Dtype::F16),
+    (DType::BF16, Dtype::BF16),
+    (DType::I64, Dtype::I64),
+    (DType::I32, Dtype::I32),
+    (DType::I16, Dtype::I16),
+    (DType::I8, Dtype::I8),
+    (DType::U64, Dtype::U64),
+    (DType::U32, Dtype::U32),
+    (DType::U16, Dtype::U16),
+    (DType::U8, Dtype::U8),
+    (DType::Bool(BoolStore::Native), Dtype::BOOL),
+    (DType::Bool(BoolStore::U8), Dtype::BOOL),
+];
+
 /// The type's name in tensor files; `None` for types that they do not have.
 pub(super) fn file_dtype(dtype: DType) -> Option<Dtype> {
-    Some(match dtype {
-        DType::F64 => Dtype::F64,
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-        DType::I64 => Dtype::I64,
-        DType::I32 => Dtype::I32,
-        DType::I16 => Dtype::I16,
-        DType::I8 => Dtype::I8,
-        DType::U64 => Dtype::U64,
-        DType::U32 => Dtype::U32,
-        DType::U16 => Dtype::U16,
-        DType::U8 => Dtype::U8,
-        DType::Bool(BoolStore::Native | BoolStore::U8) => Dtype::BOOL,
-        _ => return None,
-    })
+    DTYPES.iter().find(|(burn, _)| *burn == dtype).map(|(_, file)| *file)
 }
 
 /// The inverse of [`file_dtype`].
 pub(super) fn burn_dtype(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F64 => DType::F64,
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::I64 => DType::I64,
-        Dtype::I32 => DType::I32,
-        Dtype::I16 => DType::I16,
-        Dtype::I8 => DType::I8,
-        Dtype::U64 => DType::U64,
-        Dtype::U32 => DType::U32,
-        Dtype::U16 => DType::U16,
-        Dtype::U8 => DType::U8,
-        Dtype::BOOL => DType::Bool(BoolStore::Native),
-        _ => return None,
-    })
+    DTYPES.iter().find(|(_, file)| *file == dtype).map(|(burn, _)| *burn)
 }
 
 /// Bytes of a tensor; `None` if no machine can count them.
@@ -271,5 +299,20 @@ impl TensorFile {
     pub fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), CheckpointError> {
         let failed = CheckpointError::io("read", &self.path);
         self.file.seek(SeekFrom::Start(offset)).and_then(|_| self.file.read_exact(bytes)).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scalars_keep_their_bits() {
+        for scalar in [Scalar::Int(-3), Scalar::UInt(u64::MAX), Scalar::Float(0.1), Scalar::Bool(true)] {
+            assert_eq!(HostTensor::from_scalar(scalar).scalar(), Some(scalar));
+        }
+        let nan = f64::from_bits(0x7ff8_0000_0000_1234);
+        let Some(Scalar::Float(read)) = HostTensor::from_scalar(Scalar::Float(nan)).scalar() else { panic!("a float") };
+        assert_eq!(read.to_bits(), nan.to_bits());
     }
 }

@@ -4,19 +4,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::module::Module;
+use burn::{module::Module, tensor::TensorData};
 use safetensors::Dtype;
 
 use super::{
     CheckpointError,
     agree::{Work, agree},
-    content::{Part, check_files},
+    content::{Entry, Part, check_files},
     folder::sync_folder,
     manifest::{Manifest, REPLICATED, experts_file, param_name},
-    model::{ModelParam, model_params},
-    records::load_model,
-    recut::{Cut, Piece},
-    tensors::{HostTensor, TensorFile, header},
+    model::{ModelParam, load_values, model_params},
+    reshard::{Overlap, Sharding},
+    tensors::{TensorFile, header},
 };
 use crate::{FsepRuntime, comm::Operation};
 
@@ -57,7 +56,7 @@ fn write_unsharded(checkpoint: &Path, manifest: &Manifest, partial: &Path) -> Re
             return Err(CheckpointError::Unsupported { what: entry.name.clone(), reason });
         }
         let shape = match &entry.experts {
-            Some(experts) => Cut::whole(&experts.info).shape().to_vec(),
+            Some(experts) => Sharding::whole(&experts.info).shape().to_vec(),
             None => entry.shape.clone(),
         };
         table.push((entry.name.as_str(), entry.dtype, shape));
@@ -74,17 +73,19 @@ fn write_unsharded(checkpoint: &Path, manifest: &Manifest, partial: &Path) -> Re
     for (rank, name) in sources {
         let mut source = TensorFile::open(checkpoint.join(name))?;
         for (entry, start) in manifest.parameters.iter().zip(&starts) {
-            let pieces = match (&entry.experts, rank) {
-                (None, None) => vec![Piece { from: 0, to: 0, len: entry.shape.iter().product() }],
-                (Some(saved), Some(rank)) => Cut::new(&saved.info, ranks).pieces(rank, &Cut::whole(&saved.info), 0),
+            let overlaps = match (&entry.experts, rank) {
+                (None, None) => vec![Overlap { from: 0, to: 0, len: entry.shape.iter().product() }],
+                (Some(saved), Some(rank)) => {
+                    Sharding::new(&saved.info, ranks).overlaps(rank, &Sharding::whole(&saved.info), 0)
+                }
                 _ => continue,
             };
             let from = source.expect(&param_name(&entry.path), entry.dtype, &entry.shape)?;
             let size = entry.dtype.bitsize() / 8;
-            for piece in pieces {
-                output.seek(SeekFrom::Start((start + piece.to * size) as u64)).map_err(&failed)?;
-                let end = piece.from + piece.len;
-                for chunk in (piece.from..end).step_by(CHUNK) {
+            for overlap in overlaps {
+                output.seek(SeekFrom::Start((start + overlap.to * size) as u64)).map_err(&failed)?;
+                let end = overlap.from + overlap.len;
+                for chunk in (overlap.from..end).step_by(CHUNK) {
                     let mut bytes = vec![0; (end - chunk).min(CHUNK) * size];
                     source.read_at(from + (chunk * size) as u64, &mut bytes)?;
                     output.write_all(&bytes).map_err(&failed)?;
@@ -123,7 +124,7 @@ pub fn import_unsharded<M: Module>(
         Work::start(move || read_unsharded(&path, &params, rank, ranks))
     };
     let values = reading.finish(comm, IMPORT)?;
-    agree(comm, IMPORT, load_model(model, &params, values))
+    agree(comm, IMPORT, load_values(model, &params, values))
 }
 
 fn read_unsharded(
@@ -131,7 +132,7 @@ fn read_unsharded(
     params: &[ModelParam],
     rank: usize,
     ranks: usize,
-) -> Result<Vec<HostTensor>, CheckpointError> {
+) -> Result<Vec<TensorData>, CheckpointError> {
     let mut file = TensorFile::open(path.to_path_buf())?;
     let unfit = |parameter: &str, reason: String| CheckpointError::Model {
         checkpoint: path.to_path_buf(),
@@ -143,14 +144,14 @@ fn read_unsharded(
     }
     let mut values = Vec::with_capacity(params.len());
     for param in params {
-        let (saved, pieces, shape) = match param.experts {
+        let (saved, overlaps, shape) = match param.experts {
             None => {
-                let all = Piece { from: 0, to: 0, len: param.shape.iter().product() };
+                let all = Overlap { from: 0, to: 0, len: param.shape.iter().product() };
                 (param.shape.clone(), vec![all], param.shape.clone())
             }
             Some(info) => {
-                let (whole, cut) = (Cut::whole(&info), Cut::new(&info, ranks));
-                (whole.shape().to_vec(), whole.pieces(0, &cut, rank), cut.shape().to_vec())
+                let (whole, ours) = (Sharding::whole(&info), Sharding::new(&info, ranks));
+                (whole.shape().to_vec(), whole.overlaps(0, &ours, rank), ours.shape().to_vec())
             }
         };
         match file.info(&param.name) {
@@ -162,9 +163,10 @@ fn read_unsharded(
             }
             Some(_) => {}
         }
-        let mut part = Part::zeros(None, param.name.clone(), param.dtype, &shape)?;
-        part.fill(&mut file, &saved, &pieces)?;
-        values.push(part.into_tensor());
+        let entry = Entry { field: None, name: param.name.clone(), dtype: param.dtype, shape: &saved };
+        let mut part = Part::zeros(entry, &shape)?;
+        part.fill(&mut file, &saved, &overlaps)?;
+        values.push(part.into_data()?.1);
     }
     Ok(values)
 }

@@ -10,11 +10,11 @@ use burn::tensor::Device;
 use super::{LaunchError, Rank, RankConfig, RankEnvironment, RunError, device::gpu_of, engine::Transport};
 use crate::{
     Timeline,
+    burn_compat::panic_message,
     comm::{
         CommError, Communicator, Operation, all_gather_u64,
         local::{LaunchConfig, RankError, launch},
     },
-    error::panic_message,
 };
 
 /// The ranks of a job that are in this process: all of them as threads, or one of a launcher's.

@@ -1,22 +1,11 @@
 use std::{collections::BTreeMap, sync::Arc};
 
-use burn::{
-    lr_scheduler::LrSchedulerRecord,
-    optim::OptimizerRecord,
-    store::ModuleRecord,
-    train::{
-        Learner, LearnerModel, LearningCheckpointer,
-        checkpoint::{
-            AsyncCheckpointer, Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction, CheckpointingStrategy,
-        },
-        metric::store::EventStoreClient,
-    },
-};
+use burn::train::{Learner, LearnerModel, metric::store::EventStoreClient};
 use burn_fsep_planner::Layout;
-use parking_lot::Mutex;
 
 use crate::{
     FsepError, FsepRuntime,
+    burn_compat::learner_records,
     checkpoint::{CheckpointConfig, Checkpoints, TrainingProgress},
 };
 
@@ -73,9 +62,11 @@ impl LearnerCheckpoints {
     /// Saves a checkpoint.
     pub fn save<M: LearnerModel>(&mut self, learner: &Learner<M>) -> Result<(), FsepError> {
         let Some(checkpoints) = &mut self.checkpoints else { return Ok(()) };
-        let (model, optimizer, scheduler) = records(learner, &self.event_store)?;
+        let records = learner_records(learner, &self.event_store);
+        let (optimizer, scheduler) =
+            records.ok_or_else(|| FsepError::Learner("it did not hand over its records".into()))?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
-        checkpoints.save_records(&learner.model(), model, optimizer, &progress)?;
+        checkpoints.save_records(&learner.model(), optimizer, &progress)?;
         (self.saved, self.window) = (Some(self.progress.step), None);
         Ok(())
     }
@@ -105,71 +96,5 @@ impl LearnerCheckpoints {
             checkpoints.finish()?;
         }
         Ok(())
-    }
-}
-
-/// A Learner's records. It shows its optimizer and scheduler to nobody but a `LearningCheckpointer`; so one that keeps
-/// what it gets.
-fn records<M: LearnerModel>(
-    learner: &Learner<M>,
-    event_store: &EventStoreClient,
-) -> Result<(ModuleRecord, OptimizerRecord, LrSchedulerRecord), FsepError> {
-    let (model, optimizer, scheduler) = (Kept::default(), Kept::default(), Kept::default());
-    let mut checkpointer = LearningCheckpointer::new(
-        AsyncCheckpointer::new(model.clone()),
-        AsyncCheckpointer::new(optimizer.clone()),
-        AsyncCheckpointer::new(scheduler.clone()),
-        Box::new(AlwaysSave),
-    );
-    checkpointer.checkpoint(learner, 0, event_store);
-    // Waits for the checkpointer's threads.
-    drop(checkpointer);
-    match (model.take(), optimizer.take(), scheduler.take()) {
-        (Some(model), Some(optimizer), Some(scheduler)) => Ok((model, optimizer, scheduler)),
-        _ => Err(FsepError::Learner("it did not hand over its records".into())),
-    }
-}
-
-/// A checkpointer that keeps the record in memory.
-struct Kept<R>(Arc<Mutex<Option<R>>>);
-
-impl<R> Default for Kept<R> {
-    fn default() -> Self {
-        Self(Arc::default())
-    }
-}
-
-impl<R> Clone for Kept<R> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<R> Kept<R> {
-    fn take(&self) -> Option<R> {
-        self.0.lock().take()
-    }
-}
-
-impl<R: Checkpoint> Checkpointer<R> for Kept<R> {
-    fn save(&self, _epoch: usize, record: R) -> Result<(), CheckpointerError> {
-        *self.0.lock() = Some(record);
-        Ok(())
-    }
-
-    fn delete(&self, _epoch: usize) -> Result<(), CheckpointerError> {
-        Ok(())
-    }
-
-    fn restore(&self, _epoch: usize) -> Result<R, CheckpointerError> {
-        Err(CheckpointerError::Unknown("nothing is restored from here".into()))
-    }
-}
-
-struct AlwaysSave;
-
-impl CheckpointingStrategy for AlwaysSave {
-    fn checkpointing(&mut self, _epoch: usize, _store: &EventStoreClient) -> Vec<CheckpointingAction> {
-        vec![CheckpointingAction::Save]
     }
 }

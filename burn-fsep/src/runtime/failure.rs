@@ -1,9 +1,6 @@
 //! How errors leave what cannot return them: Burn's modules and its backward pass.
 
-use crate::{
-    FsepError,
-    error::{self, panic_message},
-};
+use crate::{FsepError, burn_compat::panic_message, error};
 
 use super::{FsepRuntime, fsep_runtime::Inner};
 

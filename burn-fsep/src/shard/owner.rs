@@ -1,25 +1,23 @@
 use burn::module::ParamId;
 
 use super::mix;
-
-/// The bits of a shard's id that tell its owner. The others are random, so that ids stay unique.
-const OWNER_BITS: u64 = 0xFF_FFFF;
+use crate::burn_compat::{param_tag, tagged_param};
 
 /// A new id for a parameter that is `rank`'s part of `world_size`.
 ///
 /// All ranks' parts have the same name and, mostly, the same shape. Of what Burn's records keep of a parameter, the id is
 /// all that can tell whose part it is.
 pub(crate) fn shard_id(rank: usize, world_size: usize) -> ParamId {
-    ParamId::from(ParamId::new().val() & !OWNER_BITS | owner(rank, world_size))
+    tagged_param(owner(rank, world_size))
 }
 
 /// Whether an id is of `rank`'s part of `world_size`.
 fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
-    id.val() & OWNER_BITS == owner(rank, world_size)
+    param_tag(id) == owner(rank, world_size)
 }
 
-/// The rank other than `rank` whose part of `world_size` an id is. `None` also for ids that were not made for shards, but for
-/// one in millions.
+/// The rank other than `rank` whose part of `world_size` an id is. `None` also for ids that were not made for shards, but
+/// for `world_size` in four billion.
 pub(crate) fn foreign_owner(id: ParamId, rank: usize, world_size: usize) -> Option<usize> {
     if is_shard_of(id, rank, world_size) {
         return None;
@@ -27,8 +25,8 @@ pub(crate) fn foreign_owner(id: ParamId, rank: usize, world_size: usize) -> Opti
     (0..world_size).find(|&other| is_shard_of(id, other, world_size))
 }
 
-fn owner(rank: usize, world_size: usize) -> u64 {
-    mix(mix(0, world_size as u64), rank as u64) & OWNER_BITS
+fn owner(rank: usize, world_size: usize) -> u32 {
+    mix(mix(0, world_size as u64), rank as u64) as u32
 }
 
 #[cfg(test)]

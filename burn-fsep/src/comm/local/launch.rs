@@ -4,7 +4,7 @@ use derive_new::new;
 use thiserror::Error;
 
 use super::LocalCommunicator;
-use crate::{comm::Communicator, error::panic_message};
+use crate::{burn_compat::panic_message, comm::Communicator};
 
 /// How to start local ranks.
 #[derive(new, Debug, Clone)]

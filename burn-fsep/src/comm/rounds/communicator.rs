@@ -11,13 +11,13 @@ use burn::tensor::Bytes;
 
 use super::state::{Part, RoundKey, Rounds};
 use crate::{
+    burn_compat::panic_message,
     comm::{
         Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange,
         error::check_buffer,
         exchange_plan::{by_peer, match_blocks},
         process::{Links, message, message::Outgoing},
     },
-    error::panic_message,
 };
 
 /// A rank's handle on a group of threads or of processes that are connected by TCP.

@@ -2,9 +2,9 @@ use std::ops::Range;
 
 use crate::{moe::ExpertsInfo, ops::WeightStorage};
 
-/// How the experts of one layer are cut over ranks. All lengths in elements.
+/// How the experts of one layer are sharded over ranks. All lengths in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Cut {
+pub(super) struct Sharding {
     pub storage: WeightStorage,
     /// World size `N`.
     pub ranks: usize,
@@ -14,15 +14,15 @@ pub(super) struct Cut {
     pub params: usize,
 }
 
-/// A run of elements that goes from one tensor to another.
+/// A run of elements that two tensors of different shardings share: where it stands in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(super) struct Overlap {
     pub from: usize,
     pub to: usize,
     pub len: usize,
 }
 
-impl Cut {
+impl Sharding {
     pub fn new(info: &ExpertsInfo, ranks: usize) -> Self {
         Self { storage: info.storage, ranks, experts: info.num_experts, params: info.shape.num_params() }
     }
@@ -63,12 +63,12 @@ impl Cut {
         }
     }
 
-    /// What rank `rank` of this cut has that rank `to_rank` of another one needs, in the order of its place in the
+    /// What rank `rank` of this sharding has that rank `to_rank` of another one needs, in the order of its place in the
     /// former's tensor. Padding is never copied, except where nothing changes.
-    pub fn pieces(&self, rank: usize, to: &Cut, to_rank: usize) -> Vec<Piece> {
+    pub fn overlaps(&self, rank: usize, to: &Sharding, to_rank: usize) -> Vec<Overlap> {
         let [rows, row_len] = self.shape();
         if self == to {
-            let all = Piece { from: 0, to: 0, len: rows * row_len };
+            let all = Overlap { from: 0, to: 0, len: rows * row_len };
             return if rank == to_rank && all.len > 0 { vec![all] } else { Vec::new() };
         }
         let to_row_len = to.shape()[1];
@@ -80,7 +80,7 @@ impl Cut {
             return Vec::new();
         }
         shared
-            .map(|expert| Piece {
+            .map(|expert| Overlap {
                 from: (expert - experts.start) * row_len + start - ours.start,
                 to: (expert - wanted.start) * to_row_len + start - theirs.start,
                 len: end - start,
@@ -94,34 +94,34 @@ mod tests {
     use super::*;
 
     /// Every rank's tensor of experts whose parameters are numbers from 1, none twice.
-    fn tensors(cut: &Cut) -> Vec<Vec<u32>> {
-        let [rows, len] = cut.shape();
+    fn tensors(sharding: &Sharding) -> Vec<Vec<u32>> {
+        let [rows, len] = sharding.shape();
         let tensor = |rank: usize| {
             let mut values = vec![0; rows * len];
-            for (row, expert) in cut.experts_of(rank).enumerate() {
-                for (i, param) in cut.params_of(rank).enumerate() {
-                    values[row * len + i] = (expert * cut.params + param + 1) as u32;
+            for (row, expert) in sharding.experts_of(rank).enumerate() {
+                for (i, param) in sharding.params_of(rank).enumerate() {
+                    values[row * len + i] = (expert * sharding.params + param + 1) as u32;
                 }
             }
             values
         };
-        (0..cut.ranks).map(tensor).collect()
+        (0..sharding.ranks).map(tensor).collect()
     }
 
     #[test]
-    fn any_cut_becomes_any_other() {
+    fn any_sharding_becomes_any_other() {
         // 8 experts of 11 parameters: shards of most world sizes are padded, the last of 8 ranks has none but padding.
-        let cut = |storage, ranks| Cut { storage, ranks, experts: 8, params: 11 };
-        let sharded = [1, 2, 3, 4, 7, 8, 20].map(|ranks| cut(WeightStorage::Sharded, ranks));
-        let resident = [1, 2, 4, 8].map(|ranks| cut(WeightStorage::Resident, ranks));
-        let cuts: Vec<Cut> = sharded.into_iter().chain(resident).collect();
-        for from in &cuts {
+        let sharding = |storage, ranks| Sharding { storage, ranks, experts: 8, params: 11 };
+        let sharded = [1, 2, 3, 4, 7, 8, 20].map(|ranks| sharding(WeightStorage::Sharded, ranks));
+        let resident = [1, 2, 4, 8].map(|ranks| sharding(WeightStorage::Resident, ranks));
+        let shardings: Vec<Sharding> = sharded.into_iter().chain(resident).collect();
+        for from in &shardings {
             let sources = tensors(from);
-            for to in &cuts {
+            for to in &shardings {
                 for (rank, expected) in tensors(to).into_iter().enumerate() {
                     let mut values = vec![0; expected.len()];
                     for (source, tensor) in sources.iter().enumerate() {
-                        for Piece { from, to, len } in from.pieces(source, to, rank) {
+                        for Overlap { from, to, len } in from.overlaps(source, to, rank) {
                             assert!(values[to..to + len].iter().all(|&v| v == 0), "written twice");
                             values[to..to + len].copy_from_slice(&tensor[from..from + len]);
                         }
