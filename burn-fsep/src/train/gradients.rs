@@ -46,6 +46,7 @@ impl<M: Module> GradientStep<M> {
 
     /// Takes a batch's gradients, and returns those of its window if they are its last.
     pub fn add(&mut self, model: &M, grads: GradientsParams) -> Option<GradientsParams> {
+        self.runtime.end_step();
         if !self.accumulates() {
             return Some(grads);
         }
