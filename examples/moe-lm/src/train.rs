@@ -181,7 +181,7 @@ fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig 
     config.timeline = timeline;
     if matches!(parallel.planner, Planner::Paper | Planner::Static) {
         // As the paper has it: nothing is repaired in the step.
-        config.correction = None;
+        config.repair = None;
     }
     if parallel.no_prefetch {
         config.schedule = ScheduleConfig::off();
