@@ -1,5 +1,5 @@
 //! A layout that does not suit the step's tokens is repaired in the step; values and gradients stay those of the dense
-//! layer (`parity.rs` runs with corrections on).
+//! layer (`parity.rs` runs with repairs on).
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use burn_fsep_planner::{Layout, correction::CorrectionConfig};
 use burn_fsep_tests::{device, launch};
 
 /// Imbalance of a step on a layout with one replica of the hot expert, and how many slots changed.
-fn step(correction: Option<CorrectionConfig>) -> Vec<(f64, usize)> {
+fn step(repair: Option<CorrectionConfig>) -> Vec<(f64, usize)> {
     let results = launch(&LaunchConfig::new(4), |comm| -> Result<_, FsepError> {
-        let runtime = FsepRuntimeConfig::new().with_repair(correction).init(comm)?;
+        let runtime = FsepRuntimeConfig::new().with_repair(repair).init(comm)?;
         let layer = FSEPMoEConfig::new(4, 6, 4)
             .with_slots_per_rank(Some(2))
             .with_moe_router_topk(1)

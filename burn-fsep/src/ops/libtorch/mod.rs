@@ -16,4 +16,4 @@ mod reduce;
 mod routing;
 
 #[cfg(feature = "train")]
-pub use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
