@@ -90,7 +90,7 @@ def diagnostics(folder, target, features):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="of burn on crates.io")
-    parser.add_argument("--features", default="flex,train", help="of burn-fsep (default: %(default)s)")
+    parser.add_argument("--features", default="flex,learner", help="of burn-fsep (default: %(default)s)")
     parser.add_argument("--target-dir", type=pathlib.Path, default=ROOT / "target" / "try-burn", help="of its own build")
     parser.add_argument("--keep", type=pathlib.Path, help="copy to this folder and leave it there, to go on by hand")
     arguments = parser.parse_args()

@@ -15,7 +15,6 @@ use std::{
 use burn::{
     module::{Module, Param},
     nn::{Initializer, Linear, LinearConfig},
-    optim::GradientsParams,
     tensor::{Device, Distribution, FloatDType, IntDType, Tensor},
 };
 use burn_fsep::{
@@ -26,16 +25,14 @@ use burn_fsep::{
         local::{LaunchConfig, launch},
         nccl::NcclConfig,
     },
-    train::{FusedAdamWConfig, GradientBuckets},
+    moe::RouterForcing,
+    train::{FusedAdamWConfig, GradientBuckets, PlannerConfig, TrainerConfig},
 };
 use burn_fsep_benches::{
     Times,
     fused::{BackwardMark, BackwardSpan, attention, rms_norm},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 use clap::{Parser, ValueEnum};
 
 #[derive(Parser, Clone)]
@@ -122,8 +119,8 @@ impl Transformer {
             .with_slots_per_rank(args.slots);
         match args.routing {
             Routing::Natural => {}
-            Routing::Balanced => moe = moe.with_moe_router_force_load_balancing(true),
-            Routing::Skewed => moe = moe.with_moe_router_force_shares(Some(skewed_shares(args))),
+            Routing::Balanced => moe = moe.with_moe_router_force(Some(RouterForcing::LoadBalancing)),
+            Routing::Skewed => moe = moe.with_moe_router_force(Some(RouterForcing::Shares(skewed_shares(args)))),
         }
         if args.static_ep {
             moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
@@ -219,14 +216,15 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         Arc::new(nccl.init(control)?)
     };
     let runtime = config.init(comm)?;
-    let mut model = Transformer::new(args, &runtime, &device)?;
-    let mut optimizer = FusedAdamWConfig::new().init();
-    let mut planner = PlannerConfig::new(Strategy::MinMax).init();
-    let plans = args.ranks > 1 && !args.static_ep;
-    if plans {
-        planner.on_train_start(&runtime).map_err(|error| FsepError::Callback(error.to_string()))?;
-    }
     let buckets = (!args.no_buckets && args.ranks > 1).then(|| GradientBuckets::new(&runtime));
+    // Every rank uses every layer.
+    let mut training = TrainerConfig::new().with_connect(false);
+    training.buckets = buckets.clone();
+    if args.ranks > 1 && !args.static_ep {
+        training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
+    }
+    let model = Transformer::new(args, &runtime, &device)?;
+    let mut trainer = training.init(&runtime, model, FusedAdamWConfig::new().init())?;
     let tokens = args.sequences * args.length;
     // Batches that differ, so that routing does.
     let batches: Vec<Tensor<2>> = (0..3)
@@ -246,23 +244,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         }
         let start = Instant::now();
         let batch = batches[step % batches.len()].clone();
-        runtime.begin_step(&model)?;
-        let mut grads = runtime.run(|| {
-            let output = model.forward(batch, args.length, &runtime, buckets.as_ref());
-            let loss = output.square().mean();
-            GradientsParams::from_grads(loss.backward(), &model)
-        })?;
-        match &buckets {
-            Some(buckets) => buckets.sync(&model, &mut grads)?,
-            None => burn_fsep::train::sync_gradients(&runtime, &model, &mut grads)?,
-        }
-        let span = timeline.as_ref().and_then(|timeline| timeline.compute("optimizer"));
-        model = optimizer.step(1e-5, model, grads);
-        drop(span);
-        if plans {
-            let context = StepContext::new(1, step + 1, &runtime);
-            planner.on_step_end(&context).map_err(|error| FsepError::Callback(error.to_string()))?;
-        }
+        trainer.step(1e-5, |model| model.forward(batch, args.length, &runtime, buckets.as_ref()).square().mean())?;
         tch::Cuda::synchronize(rank as i64);
         if step >= args.warmup {
             times.push(start.elapsed());

@@ -10,12 +10,11 @@ use burn_fsep::{
         Operation,
         local::{LaunchConfig, launch},
     },
+    moe::RouterForcing,
+    train::{PlannerConfig, TrainingCallback},
 };
 use burn_fsep_benches::{Times, report};
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 
 const HIDDEN: usize = 256;
 const FFN: usize = 512;
@@ -69,7 +68,7 @@ fn skewed(parallelism: ExpertParallelism) -> FSEPMoEConfig {
     let share = |expert: usize| if expert < half { 0.8 / half as f64 } else { 0.2 / half as f64 };
     FSEPMoEConfig::new(HIDDEN, FFN, EXPERTS)
         .with_expert_parallelism(parallelism)
-        .with_moe_router_force_shares(Some((0..EXPERTS).map(share).collect()))
+        .with_moe_router_force(Some(RouterForcing::Shares((0..EXPERTS).map(share).collect())))
 }
 
 fn two_ranks_against_static() {
@@ -82,13 +81,13 @@ fn two_ranks_against_static() {
         pool.install(|| {
             let fixed = skewed(ExpertParallelism::Static).try_init(&runtime, &device())?;
             let fsep = skewed(ExpertParallelism::Fsep).try_init(&runtime, &device())?;
-            let mut planner = PlannerConfig::new(Strategy::MinMax).init();
-            planner.on_train_start(&runtime).expect("the planner starts");
+            let mut planner = PlannerConfig::new(PlannerStrategy::MinMax).init();
+            planner.on_train_start(&runtime)?;
             for round in 0..=ROUNDS + 1 {
                 let x = input();
                 let fixed_time = step(&runtime, &fixed, &x)?;
                 let fsep_time = step(&runtime, &fsep, &x)?;
-                planner.on_step_end(&StepContext::new(1, round + 1, &runtime)).expect("the planner goes on");
+                planner.step(&runtime)?;
                 if round > 1 && runtime.rank() == 0 {
                     let mut times = times.lock().expect("no rank panicked");
                     times.0.push(fixed_time);

@@ -1,4 +1,4 @@
-//! Solve times on one core: `cargo bench -p burn-fsep-planner`.
+//! Solve times on one core: `cargo bench -p burn-fsep-planner --features tools`.
 
 use std::{hint::black_box, time::Duration};
 
@@ -6,7 +6,7 @@ use burn_fsep_planner::{
     RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
     placement::{LayoutRequest, LayoutSolver, PaperSolver, RobustSolver},
-    workload::{Workload, WorkloadShape},
+    tools::workload::{Workload, WorkloadShape},
 };
 use criterion::Criterion;
 

@@ -13,46 +13,44 @@
 //! Notation, used in all shapes and docs: `N` ranks (world size), `G` ranks per node, `E` experts, `C` slots a
 //! rank, `K` experts per token, `n[s, e]` routing counts, `A[r, c]` layout, `d[s, e, r]` dispatch, `L_r` load.
 //!
+//! # Features
+//!
+//! None is on by default: a training job compiles the core alone.
+//!
+//! - `tools`: the module `tools`, to study planners without a training: traces, replay, workloads, the simulator;
+//! - `cli`: the command `fsep-planner` on top of them; implies `tools`.
+//!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 
-pub mod background;
-#[cfg(feature = "train")]
-pub mod callback;
-#[cfg(feature = "cli")]
-pub mod cli;
-pub mod correction;
+mod background;
 pub mod cost;
 pub mod dispatch;
 mod error;
+mod layer_planner;
 mod layout;
 pub mod placement;
-mod planner;
-#[cfg(feature = "train")]
-mod planner_callback;
-#[cfg(feature = "train")]
-mod planner_config;
-#[cfg(feature = "train")]
-mod planner_report;
 pub mod predictor;
-pub mod replay;
-mod rng;
+pub mod repair;
 mod routing;
-pub mod simulator;
+mod split_mix;
 mod state;
+mod strategy;
 #[cfg(test)]
 mod test_cases;
+#[cfg(feature = "tools")]
+pub mod tools;
 mod topology;
-pub mod trace;
-pub mod workload;
 
+pub use background::{AgreedLayouts, BackgroundPlanner, PlannerStates};
 pub use error::PlannerError;
+pub use layer_planner::LayerPlanner;
 pub use layout::Layout;
-pub use planner::{LayerPlanner, Strategy, UnknownStrategy};
-#[cfg(feature = "train")]
-pub use planner_callback::PlannerCallback;
-#[cfg(feature = "train")]
-pub use planner_config::PlannerConfig;
-#[cfg(feature = "train")]
-pub use planner_report::PlannerReport;
 pub use routing::RoutingCounts;
+pub use split_mix::SplitMix64;
+pub use strategy::{PlannerStrategy, UnknownStrategy};
 pub use topology::Topology;
+
+/// The README's example, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeExample;

@@ -1,4 +1,5 @@
 //! Dispatch sits in every layer of every step: once its buffers have grown, it allocates nothing.
+#![cfg(feature = "tools")]
 
 use std::{
     alloc::{GlobalAlloc, Layout as MemoryLayout, System},
@@ -8,7 +9,7 @@ use std::{
 use burn_fsep_planner::{
     Layout, Topology,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit, MinMax},
-    workload::{Workload, WorkloadShape},
+    tools::workload::{Workload, WorkloadShape},
 };
 
 struct Counting;

@@ -5,8 +5,8 @@
 use std::path::Path;
 
 use burn_fsep_planner::{
-    cli::{Cli, run},
-    trace::Trace,
+    tools::cli::{Cli, run},
+    tools::trace::Trace,
 };
 use clap::Parser;
 use proptest::prelude::*;
@@ -96,7 +96,7 @@ proptest! {
         if let Ok(trace) = Trace::from_csv(&String::from_utf8_lossy(&content)) {
             prop_assert_eq!(Trace::from_csv(&trace.to_csv()), Ok(trace), "what is written can be read");
         }
-        check("replay --trace INPUT --slots-per-rank 2 --ranks-per-node 1 --skip-steps 0 --correction", &content);
+        check("replay --trace INPUT --slots-per-rank 2 --ranks-per-node 1 --skip-steps 0 --repair", &content);
     }
 
     #[test]

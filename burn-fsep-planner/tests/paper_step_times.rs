@@ -1,11 +1,12 @@
 //! The simulator against the step times that LAER-MoE published (32 A100 GPUs, 4 nodes). Three constants are fitted on one
 //! half of the rows (wikitext) and on the profiled shares of six of them; the other half (C4) is predicted. The whole table
 //! is not part of the project: without it, eight of its rows in `tests/data` are tested, and the test says so.
-//! `cargo test --release -p burn-fsep-planner --test paper_step_times -- --nocapture` prints the errors of all rows.
+//! `cargo test --release -p burn-fsep-planner --features tools --test paper_step_times -- --nocapture` prints the errors of all rows.
+#![cfg(feature = "tools")]
 
 use std::{collections::BTreeMap, path::Path};
 
-use burn_fsep_planner::simulator::{
+use burn_fsep_planner::tools::simulator::{
     ClusterSpec,
     calibration::{Observation, fit},
 };

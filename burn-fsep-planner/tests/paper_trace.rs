@@ -1,9 +1,12 @@
 //! Quality on the routing of the paper's own run. The trace is not part of the project: without it the test says so.
+#![cfg(feature = "tools")]
 
 use burn_fsep_planner::{
-    Strategy, Topology,
-    replay::{ReplayConfig, Spread, replay},
-    trace::Trace,
+    PlannerStrategy, Topology,
+    tools::{
+        replay::{ReplayConfig, Spread, replay},
+        trace::Trace,
+    },
 };
 
 #[test]
@@ -14,16 +17,15 @@ fn replay_of_the_papers_run() {
         return;
     };
     let trace = Trace::from_csv(&text).unwrap();
-    let config =
-        ReplayConfig { topology: Topology::uniform(32, 8).unwrap(), slots_per_rank: 2, seed: 0, correction: None };
+    let config = ReplayConfig { topology: Topology::uniform(32, 8).unwrap(), slots_per_rank: 2, seed: 0, repair: None };
     let mut ours = None;
-    for strategy in Strategy::ALL {
+    for strategy in PlannerStrategy::ALL {
         let steps = replay(&trace, &config, strategy).unwrap();
         let steps: Vec<_> = steps.into_iter().filter(|step| step.step >= 2).collect();
         let spread = Spread::of(steps.iter().map(|step| step.max_over_mean)).unwrap();
         let crossing = Spread::of(steps.iter().map(|step| step.cross_node_share)).unwrap().mean;
         let moved = Spread::of(steps.iter().map(|step| step.moved_slots as f64)).unwrap().mean;
-        let us = |time: fn(&burn_fsep_planner::replay::ReplayStep) -> std::time::Duration| {
+        let us = |time: fn(&burn_fsep_planner::tools::replay::ReplayStep) -> std::time::Duration| {
             Spread::of(steps.iter().map(|step| time(step).as_secs_f64() * 1e6)).unwrap().p50
         };
         println!(
@@ -35,7 +37,7 @@ fn replay_of_the_papers_run() {
             us(|s| s.layout_time),
             us(|s| s.dispatch_time)
         );
-        if strategy == Strategy::MinMax {
+        if strategy == PlannerStrategy::MinMax {
             ours = Some((spread, crossing));
         }
     }

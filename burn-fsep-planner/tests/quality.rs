@@ -1,29 +1,25 @@
 //! How well layouts and dispatch balance, on generated counts.
 
 use burn_fsep_planner::{
-    Layout, RoutingCounts, Topology,
+    Layout, RoutingCounts, SplitMix64, Topology,
     dispatch::{DispatchPlan, Dispatcher, MinMax},
     placement::{LayoutRequest, LayoutSolver, RobustSolver},
 };
 
-/// SplitMix64.
-struct Random(u64);
+/// Random numbers of the test.
+struct Random(SplitMix64);
 
 impl Random {
-    fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+    fn new(seed: u64) -> Self {
+        Self(SplitMix64::new(seed))
     }
 
     fn below(&mut self, n: u64) -> u64 {
-        self.draw() % n
+        self.0.next_u64() % n
     }
 
     fn unit(&mut self) -> f64 {
-        self.draw() as f64 / u64::MAX as f64
+        self.0.next_u64() as f64 / u64::MAX as f64
     }
 }
 
@@ -56,7 +52,7 @@ fn one_slot_bound(ranks: usize, counts: &RoutingCounts) -> f64 {
 
 #[test]
 fn random_counts_on_the_layout_made_for_them() {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     for ranks in [32, 64, 128, 256, 512, 1024] {
         let topology = Topology::uniform(ranks, 8).unwrap();
         let counts = (0..ranks * 32).map(|_| random.below(1001) as u32).collect();
@@ -109,7 +105,7 @@ fn spread_over_sources(totals: &[f64], ranks: usize, random: &mut Random) -> Rou
 fn the_setting_of_exact_load_systems() {
     let (ranks, experts, slots) = (64, 256, 6);
     let topology = Topology::uniform(ranks, 8).unwrap();
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     for skew in [1.5, 2.0, 3.0] {
         let totals = zipf_totals(experts, ranks, (ranks * 8192 * 8) as f64, skew, &mut random);
         let counts = spread_over_sources(&totals, ranks, &mut random);

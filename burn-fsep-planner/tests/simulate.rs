@@ -3,7 +3,7 @@
 
 use std::{path::Path, process::Command};
 
-use burn_fsep_planner::{cost::CostConstants, simulator::MeasuredConstants};
+use burn_fsep_planner::{cost::CostConstants, tools::simulator::MeasuredConstants};
 
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/simulate");
 

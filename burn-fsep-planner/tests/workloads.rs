@@ -1,14 +1,17 @@
 //! Ours against every baseline and against what no layout beats, on generated workloads. Layouts come from past steps.
 //!
-//! `cargo test --release -p burn-fsep-planner --test workloads -- --nocapture` prints the tables.
+//! `cargo test --release -p burn-fsep-planner --features tools --test workloads -- --nocapture` prints the tables.
+#![cfg(feature = "tools")]
 
 use burn_fsep_planner::{
-    Strategy, Topology,
-    correction::CorrectionConfig,
-    placement::least_max_load,
-    replay::{ReplayConfig, Spread, replay},
-    trace::Trace,
-    workload::{Workload, WorkloadShape},
+    PlannerStrategy, Topology,
+    repair::RepairConfig,
+    tools::{
+        least_max_load,
+        replay::{ReplayConfig, Spread, replay},
+        trace::Trace,
+        workload::{Workload, WorkloadShape},
+    },
 };
 
 /// How much worse than a baseline, relatively, ours may be.
@@ -42,45 +45,45 @@ fn trace(workload: Workload, size: Size, steps: usize, seed: u64) -> Trace {
 
 /// Max/mean from the second step on.
 struct Comparison {
-    /// By strategy, in the order of [`Strategy::ALL`].
+    /// By strategy, in the order of [`PlannerStrategy::ALL`].
     planned: Vec<Spread>,
     /// Ours with layouts repaired in the step.
-    corrected: Spread,
+    repaired: Spread,
     /// What no layout beats.
     bound: Spread,
 }
 
 fn compare(trace: &Trace, size: Size) -> Comparison {
     let topology = Topology::uniform(size.ranks, 8).unwrap();
-    let spread = |strategy, correction| {
-        let config = ReplayConfig { topology: topology.clone(), slots_per_rank: size.slots, seed: 0, correction };
+    let spread = |strategy, repair| {
+        let config = ReplayConfig { topology: topology.clone(), slots_per_rank: size.slots, seed: 0, repair };
         let steps = replay(trace, &config, strategy).unwrap();
         Spread::of(steps.iter().filter(|step| step.step > 0).map(|step| step.max_over_mean)).unwrap()
     };
-    let planned = Strategy::ALL.map(|strategy| spread(strategy, None)).to_vec();
-    let corrected = spread(Strategy::MinMax, Some(CorrectionConfig::free()));
+    let planned = PlannerStrategy::ALL.map(|strategy| spread(strategy, None)).to_vec();
+    let repaired = spread(PlannerStrategy::MinMax, Some(RepairConfig::free()));
     let bounds = trace.steps(0).skip(1).map(|(_, counts)| {
         let least = least_max_load(counts, size.slots).unwrap();
         least as f64 * size.ranks as f64 / counts.total() as f64
     });
-    Comparison { planned, corrected, bound: Spread::of(bounds).unwrap() }
+    Comparison { planned, repaired, bound: Spread::of(bounds).unwrap() }
 }
 
 impl Comparison {
     fn print(&self, name: &str, value: fn(&Spread) -> f64) {
         print!("{name:<24}");
         self.planned.iter().for_each(|spread| print!("{:>18.4}", value(spread)));
-        println!("{:>12.4}{:>8.4}", value(&self.corrected), value(&self.bound));
+        println!("{:>12.4}{:>8.4}", value(&self.repaired), value(&self.bound));
     }
 
     /// Where a spread of ours is worse than a baseline's.
     fn losses(&self, name: &str) -> Vec<String> {
         let ours = self.ours();
-        let of = |(strategy, baseline): (&Strategy, &Spread)| {
-            let is_lost = *strategy != Strategy::MinMax && ours.mean > baseline.mean * TOLERANCE;
+        let of = |(strategy, baseline): (&PlannerStrategy, &Spread)| {
+            let is_lost = *strategy != PlannerStrategy::MinMax && ours.mean > baseline.mean * TOLERANCE;
             is_lost.then(|| format!("{name}: {:.4} against {:.4} of {strategy}", ours.mean, baseline.mean))
         };
-        Strategy::ALL.iter().zip(&self.planned).filter_map(of).collect()
+        PlannerStrategy::ALL.iter().zip(&self.planned).filter_map(of).collect()
     }
 
     fn ours(&self) -> Spread {
@@ -90,8 +93,8 @@ impl Comparison {
 
 fn print_header(first: &str) {
     print!("{first:<24}");
-    Strategy::ALL.iter().for_each(|strategy| print!("{:>18}", strategy.name()));
-    println!("{:>12}{:>8}", "corrected", "bound");
+    PlannerStrategy::ALL.iter().for_each(|strategy| print!("{:>18}", strategy.name()));
+    println!("{:>12}{:>8}", "repaired", "bound");
 }
 
 #[test]

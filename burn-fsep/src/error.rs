@@ -107,13 +107,23 @@ pub enum FsepError {
         /// Its norm, which is not finite.
         norm: f64,
     },
+    /// Replicated parameters, which have to be equal on all ranks, are not.
+    #[error("the replicated parameter `{parameter}` has other values on {} than on rank 0: {hint}", ranks_of(ranks))]
+    ReplicasDiffer {
+        /// The first of them, by its path in the model.
+        parameter: String,
+        /// The ranks whose values are not rank 0's.
+        ranks: Vec<usize>,
+        /// What was forgotten.
+        hint: &'static str,
+    },
     /// The step panicked, for a reason of its own.
     #[error("the step panicked: {0}")]
     Panicked(String),
     /// This rank's Learner stopped on an error of its own, for example of its data.
     #[error("the Learner stopped: {0}")]
     Learner(String),
-    /// A training callback failed.
+    /// A training callback failed, for a reason of its own.
     #[error("training callback: {0}")]
     Callback(String),
 }
@@ -137,4 +147,10 @@ pub(crate) fn throw(error: FsepError, rank: usize) -> ! {
         resume_unwind(Box::new(error));
     }
     panic!("rank {rank}: {error}")
+}
+
+/// "rank 3" or "ranks 1, 3".
+fn ranks_of(ranks: &[usize]) -> String {
+    let names = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    if ranks.len() == 1 { format!("rank {names}") } else { format!("ranks {names}") }
 }

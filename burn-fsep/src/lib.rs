@@ -7,9 +7,11 @@
 //!
 //! - [`FSEPMoEConfig`] and [`FSEPMoE`]: the layer;
 //! - [`FsepRuntime`]: a rank's communicators, layouts and statistics;
-//! - [`comm`]: communicators, and the launcher of local ranks;
+//! - [`comm`]: communicators, what FSEP needs from a process group;
+//! - [`launch`]: being a rank, as a thread or as a process of a launcher, with one call;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
-//! - [`train`]: what happens between backward and the optimizer, by hand or through burn-train's Learner;
+//! - [`train`]: whole training steps ([`train::Trainer`]), and the parts that they are made of;
+//! - `learner` (the feature of that name): training through burn-train's Learner;
 //! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners.
 //!
 //! Shapes use the letters `N` ranks, `E` experts, `C` slots a rank, `K` experts per token, `T` tokens of a rank, `D`
@@ -35,15 +37,15 @@ mod burn_compat;
 pub mod checkpoint;
 pub mod comm;
 mod error;
-#[cfg(all(feature = "cli", unix))]
-pub mod launcher;
+pub mod launch;
+#[cfg(feature = "learner")]
+pub mod learner;
 pub mod moe;
 mod ops;
 mod runtime;
 mod schedule;
 pub mod shard;
 mod timeline;
-#[cfg(feature = "train")]
 pub mod train;
 pub use burn_fsep_planner as planner;
 pub use error::FsepError;

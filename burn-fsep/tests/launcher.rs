@@ -120,6 +120,23 @@ fn signals_are_passed_on() {
 }
 
 #[test]
+fn ranks_that_end_as_they_were_told_are_no_failure() {
+    for (script, says) in [
+        ("trap 'exit 143' TERM; echo $$; while :; do sleep 0.05; done", false),
+        ("echo $$; exec sleep 1000", false),
+        ("trap 'exit 9' TERM; echo $$; while :; do sleep 0.05; done", true),
+    ] {
+        let (child, _lines, _) = start(2, &[], script);
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(if says { 9 } else { 128 + 15 }), "{errors}");
+        let told = ["ended with exit code", "was killed by", "did not end"].iter().any(|part| errors.contains(part));
+        assert!(errors.contains("SIGTERM: passed on") && told == says, "{errors}");
+    }
+}
+
+#[test]
 fn the_second_signal_kills() {
     let (mut child, _, pids) = start(2, &[], "trap '' TERM; echo $$; while :; do sleep 0.05; done");
     let pid = Pid::from_raw(child.id() as i32);

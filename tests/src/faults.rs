@@ -4,7 +4,9 @@ use std::sync::{
 };
 
 use burn::tensor::Bytes;
-use burn_fsep::comm::{CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp};
+use burn_fsep::comm::{
+    Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp,
+};
 
 /// What a faulty rank does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +100,12 @@ impl PendingExchange for FaultyExchange {
             recv[3] ^= 0x80;
         }
         Ok(())
+    }
+
+    /// Of collectives that are made of exchanges, which are not those of [`Fault::Corruption`].
+    fn wait_for_blocks(self: Box<Self>, take: &mut dyn FnMut(Block, &[u8])) -> Result<(), CommError> {
+        self.calls.count(self.operation)?;
+        self.inner.wait_for_blocks(take)
     }
 }
 

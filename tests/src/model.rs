@@ -11,8 +11,9 @@ use burn::{
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime,
+    learner::FsepStats,
     moe::DenseMoE,
-    train::{FsepStats, GradientBuckets, broadcast_parameters, clip_grad_norm},
+    train::{GradientBuckets, broadcast_parameters, clip_grad_norm},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 

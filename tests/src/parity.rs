@@ -178,7 +178,7 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
     let x = matrix(x).require_grad();
     let output = dense.try_forward(x.clone()).unwrap();
     let loss = (output.hidden.clone() * matrix(target)).sum() / case.tokens.len() as f32;
-    let loss = loss + auxiliary_losses(dense, x.clone(), case);
+    let loss = loss + auxiliary_losses(dense, x.clone(), &case.config);
     let grads = loss.backward();
     let or_zeros = |grad: Option<Tensor<2>>, like: Tensor<2>| floats(grad.unwrap_or_else(|| like.inner().zeros_like()));
     ParityStep {
@@ -189,31 +189,21 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
     }
 }
 
-/// The mean over ranks of their auxiliary losses, from the formulas: the load balancing loss weighs a rank's mean
-/// probabilities with the shares of all ranks' assignments.
-fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, case: &ParityCase) -> Tensor<1> {
-    let ParityCase { config, tokens, .. } = case;
-    let (experts, ranks) = (config.num_moe_experts, tokens.len() as f64);
+/// The auxiliary losses of the whole batch, from the formulas, whatever the ranks have of it.
+fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, config: &FSEPMoEConfig) -> Tensor<1> {
+    let experts = config.num_moe_experts;
+    if x.dims()[0] == 0 {
+        return Tensor::zeros([1], &device());
+    }
     let chosen: Vec<i64> = dense.router.forward(x.clone()).unwrap().experts.into_data().iter().collect();
     let mut shares = vec![0.0f32; experts];
     chosen.iter().for_each(|&e| shares[e as usize] += 1.0 / chosen.len() as f32);
     let shares = Tensor::<2>::from_data(TensorData::new(shares, [1, experts]), &device());
 
-    let mut sum = Tensor::<1>::zeros([1], &device());
-    let mut start = 0;
-    for &count in tokens {
-        let end = start + count;
-        if count > 0 {
-            let mine = x.clone().slice([start..end, 0..config.hidden_size]);
-            let logits = mine.matmul(dense.router.weight.val());
-            let mean_probs = softmax(logits.clone(), 1).mean_dim(0);
-            let balancing = (mean_probs * shares.clone()).sum() * (config.moe_aux_loss_coeff * experts as f64);
-            let log_sums = logits.exp().sum_dim(1).log();
-            sum = sum + balancing + log_sums.square().mean() * config.moe_z_loss_coeff;
-        }
-        start = end;
-    }
-    sum / ranks
+    let logits = x.matmul(dense.router.weight.val());
+    let mean_probs = softmax(logits.clone(), 1).mean_dim(0);
+    let balancing = (mean_probs * shares).sum() * (config.moe_aux_loss_coeff * experts as f64);
+    balancing + logits.exp().sum_dim(1).log().square().mean() * config.moe_z_loss_coeff
 }
 
 /// Puts the experts' gradients together from the ranks' parts. `len` is `E * P`.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use burn_fsep::comm::{TOKEN_VARIABLE, process::JobToken};
+use burn_fsep::{comm::process::JobToken, launch::TOKEN_VARIABLE};
 use tempfile::TempDir;
 
 /// Tells ranks which folder is their job's.

@@ -7,10 +7,7 @@ use std::{
 
 #[cfg(feature = "mpi")]
 use burn_fsep::comm::mpi::MpiConfig;
-use burn_fsep::{
-    FsepError,
-    comm::{Communicator, RankEnvironment},
-};
+use burn_fsep::{FsepError, comm::Communicator, launch::RankEnvironment};
 
 use crate::{Launcher, RankProcesses, rank_processes::FOLDER_VARIABLE};
 

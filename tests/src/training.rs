@@ -5,12 +5,9 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    train::{GradientBucketsConfig, clip_grad_norm, sync_gradients},
+    train::{GradientBucketsConfig, PlannerConfig, TrainerConfig, TrainingCallback, clip_grad_norm, sync_gradients},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{CallbackError, StepContext, TrainingCallback},
-};
+use burn_fsep_planner::PlannerStrategy;
 
 use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
 
@@ -18,7 +15,7 @@ use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayoutSource {
     /// The planner's callback.
-    Planner(Strategy),
+    Planner(PlannerStrategy),
     /// Every step another one at random.
     Random,
 }
@@ -64,7 +61,7 @@ pub struct Trained {
     pub overlapped: usize,
 }
 
-/// Training without a strategy: the loop that the README shows. Items are used again when there are no more.
+/// Training without a strategy or trainer: each part by hand. Items are used again when there are no more.
 ///
 /// # Errors
 ///
@@ -90,7 +87,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
     let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
     let mut layout = runtime.layout(0);
     if let Some(planner) = &mut planner {
-        planner.on_train_start(runtime).map_err(callback_failed)?;
+        planner.on_train_start(runtime)?;
     }
     for step in 0..steps {
         let start = step * batch % items.len() + runtime.rank() * share;
@@ -112,7 +109,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         let norm = clip_grad_norm(runtime, &model, &mut grads, clip)?;
         model = optimizer.step(1e-2, model, grads);
         match &mut planner {
-            Some(planner) => planner.on_step_end(&StepContext::new(1, step + 1, runtime)).map_err(callback_failed)?,
+            Some(planner) => planner.step(runtime)?,
             None => {
                 for layer in 0..runtime.num_layers() {
                     let seed = (step * runtime.num_layers() + layer) as u64;
@@ -130,17 +127,68 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
         layout = runtime.layout(0);
     }
     if let Some(planner) = &mut planner {
-        planner.on_train_end(runtime).map_err(callback_failed)?;
+        planner.on_train_end(runtime)?;
     }
     trained.replicated = model.replicated();
+    Ok(trained)
+}
+
+/// As [`train_by_hand`], by a `Trainer`. How many reductions overlapped is not known.
+///
+/// # Errors
+///
+/// Any [`FsepError`].
+///
+/// # Panics
+///
+/// Without gradient sync: a trainer cannot do that.
+pub fn train_with_trainer(
+    runtime: &FsepRuntime,
+    items: &[TaskItem],
+    training: &HandTraining,
+) -> Result<Trained, FsepError> {
+    let HandTraining { steps, batch, clip, layouts, sync } = *training;
+    let device = device();
+    let slots = small_slots(runtime.world_size());
+    let mut model = SmallMoe::fsep(runtime, slots, &device)?;
+    let mut config = TrainerConfig::new().with_max_grad_norm(clip);
+    match sync {
+        GradientSync::Off => panic!("a trainer averages gradients"),
+        GradientSync::AfterBackward => {}
+        GradientSync::Buckets(bytes) => {
+            let buckets = GradientBucketsConfig::new().with_bucket_bytes(bytes).init(runtime);
+            model = model.with_buckets(buckets.clone());
+            config = config.with_gradient_buckets(buckets);
+        }
+    }
+    if let LayoutSource::Planner(strategy) = layouts {
+        config = config.with_planner(PlannerConfig::new(strategy).with_synchronous(true));
+    }
+    let mut trainer = config.init(runtime, model, AdamWConfig::new().with_epsilon(1e-6).init())?;
+    let share = batch / runtime.world_size();
+    let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
+    let mut layout = runtime.layout(0);
+    for step in 0..steps {
+        let start = step * batch % items.len() + runtime.rank() * share;
+        let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device);
+        let done = trainer.step(1e-2, |model| model.loss(&batch))?;
+        if layouts == LayoutSource::Random {
+            for layer in 0..runtime.num_layers() {
+                let seed = (step * runtime.num_layers() + layer) as u64;
+                let experts = runtime.layout(layer).num_experts();
+                runtime.set_layout(layer, random_layout(runtime.world_size(), slots, experts, seed).into())?;
+            }
+        }
+        trained.losses.push(trainer.mean_loss(&done)? as f32);
+        trained.largest_norm = trained.largest_norm.max(done.gradient_norm.unwrap_or_default());
+        trained.layouts += usize::from(runtime.layout(0) != layout);
+        layout = runtime.layout(0);
+    }
+    trained.replicated = trainer.finish()?.replicated();
     Ok(trained)
 }
 
 /// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
 pub fn small_slots(world_size: usize) -> usize {
     8 / world_size + 1
-}
-
-fn callback_failed(error: CallbackError) -> FsepError {
-    FsepError::Callback(error.to_string())
 }

@@ -128,9 +128,9 @@ fn the_same_ranks_go_on_bit_for_bit() {
 fn the_layouts_of_a_checkpoint_count_as_no_move() {
     let folder = tempfile::tempdir().unwrap();
     let (path, _) = train_and_save(&config(3), 3, folder.path());
-    // The correction moves a slot wherever the router's choice makes it worth it.
-    let without_correction = || FsepRuntimeConfig::new().with_repair(None);
-    let moved = on_ranks_with(without_correction, 3, |runtime| {
+    // A repair moves a slot wherever the router's choice makes it worth it.
+    let without_repair = || FsepRuntimeConfig::new().with_repair(None);
+    let moved = on_ranks_with(without_repair, 3, |runtime| {
         let mut trainer = load(&config(3), runtime, &path)?;
         assert_ne!(*runtime.layout(0), Layout::static_ep(3, 3, 8)?, "that of a new layer");
         let steps = [(); 2].map(|()| trainer.train(&items(), BATCH, 1).map(|_| runtime.stats().moved_slots()));

@@ -13,6 +13,7 @@ use burn_fsep::{
         CommError, Communicator, Operation,
         local::{LaunchConfig, LocalCommunicator, RankError},
     },
+    moe::{MoeOutput, RouterForcing},
 };
 use burn_fsep_tests::{device, launch};
 
@@ -272,17 +273,48 @@ fn inputs_of_another_type_are_refused() {
     assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("element type")), "{error}");
 }
 
+/// On an input without tokens of these sizes: that its output and gradient are as empty; whether the gradients of router and
+/// experts are zero.
+fn empty_step(
+    dims: [usize; 3],
+    parameters: [Tensor<2>; 2],
+    forward: impl FnOnce(Tensor<3>) -> MoeOutput<3>,
+) -> [bool; 2] {
+    let x = Tensor::<3>::zeros(dims, &device()).require_grad();
+    let output = forward(x.clone());
+    assert_eq!(output.hidden.dims(), dims);
+    let grads = (output.hidden.sum() + output.aux_loss.expect("both losses are on")).backward();
+    assert_eq!(x.grad(&grads).expect("input gradient").dims(), dims);
+    parameters.map(|parameter| parameter.grad(&grads).is_none_or(is_zero))
+}
+
 #[test]
-fn inputs_without_tokens_are_empty_outputs_or_refused() {
-    let runtime = FsepRuntime::single();
-    let config = FSEPMoEConfig::new(HIDDEN, 6, 4);
-    let layer = config.try_init(&runtime, &device()).unwrap();
-    let output = layer.try_forward(Tensor::<3>::zeros([0, 3, HIDDEN], &device())).unwrap().hidden;
-    assert_eq!(output.dims(), [0, 3, HIDDEN]);
-    let input = || Tensor::<3>::zeros([3, 0, HIDDEN], &device());
-    let dense = config.init_dense(5, 0, &device()).unwrap();
-    for error in [layer.try_forward(input()).unwrap_err(), dense.try_forward(input()).unwrap_err()] {
-        assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("without a token")), "{error}");
+fn inputs_without_tokens_are_empty_outputs() {
+    let config = FSEPMoEConfig::new(HIDDEN, 6, 4).with_moe_aux_loss_coeff(0.1).with_moe_z_loss_coeff(0.1);
+    for dims in [[0, 3, HIDDEN], [3, 0, HIDDEN], [0, 0, HIDDEN]] {
+        let dense = config.init_dense(5, 0, &device()).unwrap();
+        let parameters = [dense.router.weight.val(), dense.weight.val()];
+        assert_eq!(empty_step(dims, parameters, |x| dense.try_forward(x).unwrap()), [true; 2]);
+        // Alone, and beside a rank that has tokens.
+        for n in [1, 2] {
+            let results = ranks(n, |comm| {
+                let (rank, runtime) = (comm.rank(), FsepRuntime::new(comm)?);
+                let layer = config.try_init(&runtime, &device())?;
+                let parameters = [layer.router.weight.val(), layer.experts.weight.val()];
+                runtime.run(|| match rank {
+                    0 => empty_step(dims, parameters, |x| layer.forward_with_losses(x)),
+                    _ => {
+                        let grads = layer.forward(input(5).require_grad()).sum().backward();
+                        parameters.map(|parameter| parameter.grad(&grads).is_none_or(is_zero))
+                    }
+                })
+            });
+            // Shards have the gradients of all ranks' tokens.
+            let expected = [[true, n == 1], [false, false]];
+            for (result, expected) in results.into_iter().zip(expected) {
+                assert_eq!(result.unwrap(), expected);
+            }
+        }
     }
 }
 
@@ -322,7 +354,7 @@ fn impossible_configurations_are_refused() {
         (base.clone().with_moe_router_topk(5), "top-k"),
         (base.clone().with_slots_per_rank(Some(5)), "slots"),
         (base.clone().with_moe_aux_loss_coeff(f64::NAN), "moe_aux_loss_coeff"),
-        (base.clone().with_moe_router_force_shares(Some(vec![1.0])), "moe_router_force_shares"),
+        (base.clone().with_moe_router_force(Some(RouterForcing::Shares(vec![1.0]))), "moe_router_force"),
     ] {
         let error = config.try_init(&FsepRuntime::single(), &device()).unwrap_err().to_string();
         assert!(error.contains(named), "{named}: {error}");

@@ -15,12 +15,9 @@ use burn_fsep::{
         CommError, Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, RankError},
     },
-    train::{clip_grad_norm, sync_gradients},
+    train::{PlannerConfig, clip_grad_norm, sync_gradients},
 };
-use burn_fsep_planner::{
-    Strategy,
-    callback::{CallbackError, PlannerHost},
-};
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{Fault, FaultMode, FaultyCommunicator, device, launch};
 
 const RANKS: usize = 3;
@@ -147,7 +144,7 @@ fn ranks_with_different_runtimes_are_told() {
     for (what, theirs) in [
         ("seed", base().with_seed(1)),
         ("topology", base().with_ranks_per_node(1)),
-        ("dispatcher", base().with_dispatcher(|| Strategy::Paper.dispatcher())),
+        ("dispatcher", base().with_dispatcher(|| PlannerStrategy::Paper.dispatcher())),
         ("repair", base().with_repair(None)),
     ] {
         let results = launch(&LaunchConfig::new(2), |comm| {
@@ -285,12 +282,12 @@ fn a_failed_group_stays_failed() {
 fn a_rank_that_fails_while_layouts_are_agreed_on_is_a_typed_error() {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<(), FsepError> {
         let runtime = FsepRuntime::new(comm)?;
+        let _layer = FSEPMoEConfig::new(4, 6, 4).try_init(&runtime, &device())?;
         if runtime.rank() == 1 {
             runtime.comm().abort("out of luck");
             return Ok(());
         }
-        let Err(CallbackError::Host(error)) = runtime.agree_min(&[1]) else { panic!("an error") };
-        let error = *error.downcast::<FsepError>().expect("the runtime's own");
+        let error = PlannerConfig::new(PlannerStrategy::MinMax).init().step(&runtime).unwrap_err();
         assert!(matches!(error, FsepError::Comm(CommError::PeerFailed { rank: 1, .. })), "{error}");
         Ok(())
     });

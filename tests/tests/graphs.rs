@@ -13,6 +13,7 @@ use burn_fsep::{
         CommError, Communicator,
         local::{LaunchConfig, RankError},
     },
+    moe::RouterForcing,
     train::sync_gradients,
 };
 use burn_fsep_tests::{assert_close, device, launch, plain_device};
@@ -155,7 +156,7 @@ fn same_or_mismatch(actual: Gradients, expected: Gradients) {
 #[test]
 fn uses_of_one_layer_in_another_order_on_one_rank_are_right_or_a_clear_error() {
     // Both uses send equally many tokens everywhere: only their numbers tell them apart.
-    let config = config().with_moe_router_force_load_balancing(true);
+    let config = config().with_moe_router_force(Some(RouterForcing::LoadBalancing));
     let gradients = |reorder: bool| {
         launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(20)), |comm| {
             let runtime = FsepRuntime::new(comm)?;

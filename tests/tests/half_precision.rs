@@ -4,7 +4,7 @@
 #![cfg(feature = "libtorch")]
 
 use burn::tensor::{Device, FloatDType, IntDType, Tensor, TensorData};
-use burn_fsep::{FSEPMoEConfig, FsepRuntime};
+use burn_fsep::{FSEPMoEConfig, FsepRuntime, moe::RouterForcing};
 use burn_fsep_tests::plain_device;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -54,7 +54,7 @@ fn bf16_is_as_exact_as_plain_operations() {
         // Forced: rounding could change which expert is chosen.
         let config = FSEPMoEConfig::new(hidden, ffn, experts)
             .with_moe_router_topk(topk)
-            .with_moe_router_force_shares(Some(shares));
+            .with_moe_router_force(Some(RouterForcing::Shares(shares)));
         let mut random = StdRng::seed_from_u64(tokens as u64);
         let mut normal = || {
             let values = (0..tokens * hidden).map(|_| random.random_range(-2.0f32..2.0)).collect::<Vec<_>>();

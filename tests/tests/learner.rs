@@ -23,16 +23,12 @@ use burn::{
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
-    train::{
-        FsepStrategy, GradientBucketsConfig, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, RankDataset,
-        SilentRenderer, StaticImbalanceMetric,
+    learner::{
+        FsepStrategy, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, SilentRenderer, StaticImbalanceMetric,
     },
+    train::{GradientBucketsConfig, OptimizerContext, PlannerConfig, RankDataset, StepContext, TrainingCallback},
 };
-use burn_fsep_planner::{
-    PlannerConfig, Strategy,
-    callback::{CallbackError, OptimizerContext, StepContext, TrainingCallback},
-};
-
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, plain_device,
     task_items, train_by_hand,
@@ -49,8 +45,8 @@ struct CountLayouts {
 }
 
 impl TrainingCallback for CountLayouts {
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
-        let layout = context.host.layout(0);
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
+        let layout = context.runtime.layout(0);
         if self.last.as_ref().is_some_and(|last| *last != layout) {
             self.changes.fetch_add(1, Ordering::Relaxed);
         }
@@ -73,7 +69,7 @@ fn the_learner_trains_on_four_ranks() {
             Ok(DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(size).build(part))
         };
         let changes = Arc::new(AtomicUsize::new(0));
-        let planner = PlannerConfig::new(Strategy::MinMax).with_synchronous(true).init();
+        let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true).init();
         let report = planner.report();
         let strategy = Arc::new(
             FsepStrategy::new(runtime.clone(), plain_device())
@@ -93,7 +89,6 @@ fn the_learner_trains_on_four_ranks() {
             ))
             .num_epochs(2)
             .with_application_logger(None)
-            .with_default_checkpointers()
             .renderer(Box::new(SilentRenderer))
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
             .launch(Learner::new(model, AdamWConfig::new().with_epsilon(1e-6).init(), 1e-2));
@@ -104,7 +99,7 @@ fn the_learner_trains_on_four_ranks() {
     });
     let results: Vec<_> = results.into_iter().map(Result::unwrap).collect();
     // A loop of one's own over the same batches, twice: the same bits.
-    let layouts = LayoutSource::Planner(Strategy::MinMax);
+    let layouts = LayoutSource::Planner(PlannerStrategy::MinMax);
     let training = HandTraining { steps: 80, batch: BATCH, clip: CLIP, layouts, sync: GradientSync::AfterBackward };
     let by_hand = launch(&LaunchConfig::new(4), |comm| {
         train_by_hand(&FsepRuntimeConfig::new().with_seed(SEED).init(comm)?, &items, &training)
@@ -151,9 +146,9 @@ fn read_metric(folder: &Path, name: &str, count: usize) -> Vec<f64> {
 struct FailOnce(usize);
 
 impl TrainingCallback for FailOnce {
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         match context.iteration == 2 && self.0 == 1 {
-            true => Err(CallbackError::Host("no more luck".into())),
+            true => Err(FsepError::Callback("no more luck".into())),
             false => Ok(()),
         }
     }
@@ -239,7 +234,7 @@ fn data_that_one_rank_cannot_read_is_an_error_on_all_ranks() {
 struct StopOne(usize, Interrupter);
 
 impl TrainingCallback for StopOne {
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         if self.0 == 1 && context.iteration == 3 {
             self.1.stop(Some("enough"));
         }
@@ -260,13 +255,13 @@ enum Event {
 struct Record(Arc<Mutex<Vec<Event>>>);
 
 impl TrainingCallback for Record {
-    fn on_optimizer_step(&mut self, context: &OptimizerContext<'_>) -> Result<(), CallbackError> {
+    fn on_optimizer_step(&mut self, context: &OptimizerContext<'_>) -> Result<(), FsepError> {
         let norm = context.gradient_norm.filter(|norm| norm.is_finite() && *norm > 0.0);
         self.0.lock().unwrap().push(Event::Optimizer(context.step, norm.is_some()));
         Ok(())
     }
 
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         self.0.lock().unwrap().push(Event::Batch(context.iteration));
         Ok(())
     }

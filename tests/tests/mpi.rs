@@ -9,9 +9,10 @@ use burn::tensor::Bytes;
 use burn_fsep::{
     FsepError,
     comm::{
-        Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, RankEnvironment, ReduceBuffer,
-        ReduceOp, mpi::MpiConfig,
+        Block, CommError, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp,
+        mpi::MpiConfig,
     },
+    launch::RankEnvironment,
 };
 use burn_fsep_tests::{
     Launcher, RankProcesses, check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions,
@@ -294,7 +295,9 @@ fn fail(ranks: usize, test: &str) -> Vec<String> {
     let mut processes = start(ranks, test);
     processes.wait(PATIENCE);
     let said: Vec<_> = (0..ranks).map(|rank| processes.said(rank)).collect();
-    said.iter().enumerate().for_each(|(rank, said)| assert!(said.contains("panicked"), "rank {rank}: {said}"));
+    for (rank, said) in said.iter().enumerate() {
+        assert!(said.contains("panicked"), "rank {rank} does not fail\n{}", processes.all_said());
+    }
     said
 }
 

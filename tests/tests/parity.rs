@@ -1,7 +1,9 @@
 //! FSEP equals the dense layer: values and all gradients, for any world size, layout and dispatch.
 
 use burn::tensor::{Tensor, TensorData};
-use burn_fsep::{ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig};
+use burn_fsep::{
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig, moe::RouterForcing,
+};
 use burn_fsep_tests::{
     Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch,
 };
@@ -89,7 +91,7 @@ fn auxiliary_losses() {
     everywhere(&config(8, 2).with_moe_aux_loss_coeff(0.1).with_moe_z_loss_coeff(0.05));
 }
 
-/// With equally many tokens on every rank, the dense layer's own auxiliary losses are the mean over ranks.
+/// The mean over ranks of their auxiliary losses is that of the dense layer; see also `auxiliary_losses.rs`.
 #[test]
 fn auxiliary_losses_are_those_of_the_dense_layer() {
     let config = config(8, 2).with_moe_aux_loss_coeff(0.1).with_moe_z_loss_coeff(0.05);
@@ -138,12 +140,13 @@ fn a_wrong_number_in_any_exchange_is_seen() {
 
 #[test]
 fn forced_routing() {
-    check_parity(&even(config(8, 2).with_moe_router_force_biased(Some(3.0)), 3, 10), TOLERANCE);
+    let forced = |forcing| config(8, 2).with_moe_router_force(Some(forcing));
+    check_parity(&even(forced(RouterForcing::Biased(3.0)), 3, 10), TOLERANCE);
     // Whole periods of tokens, so that ranks and the dense layer force the same choices.
-    check_parity(&even(config(8, 2).with_moe_router_force_load_balancing(true), 3, 12), TOLERANCE);
+    check_parity(&even(forced(RouterForcing::LoadBalancing), 3, 12), TOLERANCE);
     // Half of the experts get no token at all.
     let shares = vec![0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0];
-    check_parity(&even(config(8, 2).with_moe_router_force_shares(Some(shares)), 3, 20), TOLERANCE);
+    check_parity(&even(forced(RouterForcing::Shares(shares)), 3, 20), TOLERANCE);
 }
 
 #[test]

@@ -3,8 +3,6 @@
 #![cfg(unix)]
 
 use std::{
-    collections::VecDeque,
-    fs,
     io::Write,
     net::TcpStream,
     process::Command,
@@ -13,10 +11,10 @@ use std::{
 
 use burn_fsep::{
     FsepError, FsepRuntime,
-    comm::{TOKEN_VARIABLE, local::LaunchConfig},
-    launcher::LauncherConfig,
+    comm::local::LaunchConfig,
+    launch::{LauncherConfig, TOKEN_VARIABLE},
 };
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, Launcher, LayoutSource, RankProcesses, launch, task_items, train_by_hand,
 };
@@ -143,18 +141,8 @@ fn ranks_that_were_never_started_are_named() {
     expect_error(&mut job, 1, &["rank 0 could not be reached at `127.0.0.1:"]);
 }
 
-/// Open files and resident memory (KiB) of a process.
-#[cfg(target_os = "linux")]
-fn resources(pid: u32) -> (usize, usize) {
-    let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    (files, resident.trim().trim_end_matches(" kB").parse().unwrap())
-}
-
 #[test]
-#[cfg(target_os = "linux")]
-fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
+fn a_crowd_of_strangers_keeps_nobody_out() {
     let mut job = RankProcesses::new(3);
     job.start_rank(0, &command("meeting", &[("RENDEZVOUS_SECONDS", "120")]));
     wait_for(&mut job, 0, "meeting");
@@ -168,42 +156,21 @@ fn ten_thousand_connections_cost_little_and_keep_nobody_out() {
             }
         }
     };
-    drop(connect());
-    let pid = job.process(0).unwrap();
-    let (files, memory) = resources(pid);
-    let flood = |bytes: &'static [u8]| {
-        let mut open = VecDeque::new();
-        let mut most = (0, 0);
-        for i in 0..2_500 {
-            let mut stream = connect();
-            let _ = stream.write_all(bytes);
-            open.push_back(stream);
-            if open.len() > 200 {
-                open.pop_front();
-            }
-            if i % 100 == 0 {
-                let now = resources(pid);
-                most = (most.0.max(now.0), most.1.max(now.1));
-            }
-        }
-        (open, most)
-    };
     let kinds: [&[u8]; 4] = [b"", b"FSEPrank", b"garbage of a stranger", b"F"];
-    let floods: Vec<_> = std::thread::scope(|scope| {
-        let floods: Vec<_> = kinds.into_iter().map(|bytes| scope.spawn(move || flood(bytes))).collect();
-        floods.into_iter().map(|flood| flood.join().unwrap()).collect()
-    });
-    for (open, (most_files, most_memory)) in &floods {
-        assert_eq!(open.len(), 200);
-        assert!(*most_files <= files + 300, "{most_files} open files, {files} before");
-        assert!(*most_memory <= memory + 4096, "{most_memory} KiB, {memory} before");
-    }
-    // The last of the strangers are still there.
+    let stranger = |bytes: &[u8]| {
+        let mut stream = connect();
+        let _ = stream.write_all(bytes);
+        stream
+    };
+    // Some go at once, and some are still there when the ranks come.
+    kinds.iter().cycle().take(2000).for_each(|bytes| drop(stranger(bytes)));
+    let open: Vec<_> = kinds.iter().cycle().take(200).map(|bytes| stranger(bytes)).collect();
     (1..3).for_each(|rank| job.start_rank(rank, &command("meeting", &[])));
     for rank in 0..3 {
         let (code, said) = (job.end(rank, LIMIT), job.said(rank));
         assert_eq!(code, Some(0), "rank {rank}: {said}");
     }
+    assert_eq!(open.len(), 200);
 }
 
 #[test]
@@ -250,7 +217,7 @@ fn processes_train_as_threads_do() {
         steps: 8,
         batch: 8 * 3,
         clip: 1.0,
-        layouts: LayoutSource::Planner(Strategy::MinMax),
+        layouts: LayoutSource::Planner(PlannerStrategy::MinMax),
         sync: GradientSync::AfterBackward,
     };
     let threads = launch(&LaunchConfig::new(3), |comm| -> Result<String, FsepError> {

@@ -4,7 +4,7 @@
 use std::{path::Path, time::Duration};
 
 use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig};
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, Launcher, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, Trained,
     dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
@@ -84,7 +84,7 @@ fn train(
     train_by_hand(&runtime, &task_items(STEPS * BATCH, 1), &training)
 }
 
-const LAYOUTS: [LayoutSource; 2] = [LayoutSource::Planner(Strategy::MinMax), LayoutSource::Random];
+const LAYOUTS: [LayoutSource; 2] = [LayoutSource::Planner(PlannerStrategy::MinMax), LayoutSource::Random];
 
 #[test]
 #[ignore = "a rank of the test below"]

@@ -13,6 +13,8 @@ use burn_fsep::comm::{
 
 const LIMIT: Duration = Duration::from_secs(10);
 const OP: Operation = Operation::new("test");
+/// Of what ranks say to each other.
+const VERSION: u32 = 3;
 
 fn token(text: &str) -> JobToken {
     text.parse().unwrap()
@@ -55,17 +57,31 @@ impl Job {
     }
 }
 
-/// The bytes of a hello, as the engine's first protocol version has them.
+/// What every message begins with: who speaks, the version, the length of what follows.
+fn message(version: u32, body: &[u8]) -> Vec<u8> {
+    [b"FSEPrank".as_slice(), &version.to_le_bytes(), &(body.len() as u32).to_le_bytes(), body].concat()
+}
+
+/// The bytes of a hello: a MessagePack array of world size, rank, port and token.
 fn hello(version: u32, world_size: u32, rank: u32, token: &str) -> Vec<u8> {
-    let mut bytes = b"FSEPrank".to_vec();
-    for number in [version, world_size, rank] {
-        bytes.extend_from_slice(&number.to_le_bytes());
+    let mut body = vec![0x94];
+    for number in [world_size, rank] {
+        body.push(0xce);
+        body.extend_from_slice(&number.to_be_bytes());
     }
-    bytes.extend_from_slice(&0u16.to_le_bytes());
-    bytes.push(token.len() as u8);
-    bytes.extend_from_slice(token.as_bytes());
-    bytes.resize(8 + 12 + 2 + 1 + 64, 0);
-    bytes
+    body.extend_from_slice(&[0, 0xd9, token.len() as u8]);
+    body.extend_from_slice(token.as_bytes());
+    message(version, &body)
+}
+
+/// The body of the next message.
+fn next_body(stream: &mut TcpStream) -> Vec<u8> {
+    let mut header = [0; 16];
+    stream.read_exact(&mut header).unwrap();
+    assert_eq!(&header[..12], &message(VERSION, &[])[..12]);
+    let mut body = vec![0; u32::from_le_bytes(header[12..].try_into().unwrap()) as usize];
+    stream.read_exact(&mut body).unwrap();
+    body
 }
 
 /// Says something and returns the answer: empty if the connection was closed without one.
@@ -85,18 +101,22 @@ fn say(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 fn refusals_say_why_and_harm_nobody() {
     Job::new(3).meet_after(|address| {
         const SECRET: &str = "the secret of this test";
-        for (what, bytes, code) in [
-            ("another version", hello(9, 3, 1, SECRET), 1),
-            ("another token", hello(2, 3, 1, "the secret of that test"), 2),
-            ("a longer token", hello(2, 3, 1, "the secret of this test "), 2),
-            ("no token", hello(2, 3, 1, ""), 2),
-            ("another world size", hello(2, 4, 1, SECRET), 3),
-            ("a second rank 0", hello(2, 3, 0, SECRET), 4),
-            ("a rank out of range", hello(2, 3, 3, SECRET), 5),
-            ("the largest rank", hello(2, 3, u32::MAX, SECRET), 5),
+        for (what, bytes, refusal) in [
+            ("another version", hello(9, 3, 1, SECRET), "Version"),
+            ("another version that says other things", message(9, &[0xc1; 40]), "Version"),
+            ("another token", hello(VERSION, 3, 1, "the secret of that test"), "WrongToken"),
+            ("a longer token", hello(VERSION, 3, 1, "the secret of this test "), "WrongToken"),
+            ("no token", hello(VERSION, 3, 1, ""), "WrongToken"),
+            ("another world size", hello(VERSION, 4, 1, SECRET), "WorldSize"),
+            ("a second rank 0", hello(VERSION, 3, 0, SECRET), "DuplicateRank"),
+            ("a rank out of range", hello(VERSION, 3, 3, SECRET), "InvalidRank"),
+            ("the largest rank", hello(VERSION, 3, u32::MAX, SECRET), "InvalidRank"),
         ] {
             let answer = say(address, &bytes);
-            assert_eq!(answer.get(..9), Some([b"FSEPrank".as_slice(), &[code]].concat().as_slice()), "{what}");
+            let body =
+                answer.strip_prefix(&message(VERSION, &[])[..12]).unwrap_or_else(|| panic!("{what}: {answer:?}"));
+            let text = String::from_utf8_lossy(body);
+            assert!(text.contains("Failed") && text.contains(refusal), "{what}: {text}");
         }
     });
 }
@@ -109,6 +129,8 @@ fn strangers_get_no_answer_and_harm_nobody() {
             ("zeros", vec![0; 4096]),
             ("megabytes", vec![0xff; 8 << 20]),
             ("an almost right start", b"FSEPrunk".to_vec()),
+            ("a right start and garbage", message(VERSION, &[0xc1; 40])),
+            ("a hello of 4 GiB", [&message(VERSION, &[])[..12], &[0xff; 4], &[0; 400]].concat()),
         ] {
             assert_eq!(say(address, &bytes), b"", "{what}");
         }
@@ -120,7 +142,7 @@ fn slow_peers_keep_nobody_waiting_and_are_dropped() {
     let mut slow = Vec::new();
     let start = Instant::now();
     Job::new(3).meet_after(|address| {
-        for bytes in [b"".as_slice(), b"FSEP", b"FSEPrank\x01"] {
+        for bytes in [b"".as_slice(), b"FSEP", b"FSEPrank\x01", &message(VERSION, &[0x94, 0x03])[..17]] {
             let mut stream = TcpStream::connect(address).unwrap();
             stream.write_all(bytes).unwrap();
             slow.push(stream);
@@ -207,27 +229,64 @@ fn one_rank_needs_no_network() {
 #[test]
 fn a_member_that_sends_garbage_ends_the_group_with_an_error() {
     // A rank 1 that keeps to the protocol until all are connected.
+    // A frame is an enum's variant of the collective's key, its description and the lengths of its blocks.
+    let frame = |signature: &[u8], blocks: &[u8]| {
+        message(VERSION, &[&[0x81, 0xa5][..], b"Frame", &[0x93, 0x92, 0, 0], signature, blocks].concat())
+    };
     for (what, bytes) in [
         ("garbage", vec![0x47; 64]),
-        ("a frame of 2^63 bytes", [&[1u8, 0, 0, 0][..], &[0; 24], &(1u64 << 63).to_le_bytes()].concat()),
-        ("a description of 4 GiB", [&[1u8, 0, 0, 0][..], &[0xff; 4], &[0; 28]].concat()),
+        ("a frame of 2^63 bytes", frame(b"\xa0", &[&[0x91, 0xcf][..], &(1u64 << 63).to_be_bytes()].concat())),
+        ("a description of 4 GiB", frame(&[0xdb, 0xff, 0xff, 0xff, 0xff], &[0; 64])),
+        ("a message of 4 GiB", [&message(VERSION, &[])[..12], &[0xff; 4], &[0; 64]].concat()),
     ] {
         let job = Job::new(2);
         let (config, address) = (job.config(0), job.address());
         std::thread::scope(|scope| {
             let host = scope.spawn(move || config.run(|comm| comm.barrier(OP)));
             let mut stream = TcpStream::connect(address).unwrap();
-            stream.write_all(&hello(2, 2, 1, "the secret of this test")).unwrap();
-            // Welcome, the table of two addresses; then "ready", and "go".
-            stream.read_exact(&mut [0; 13 + 13 + 2 * 18]).unwrap();
+            stream.write_all(&hello(VERSION, 2, 1, "the secret of this test")).unwrap();
+            // Welcome, the table of addresses; then "ready", and "go".
+            assert!(next_body(&mut stream).ends_with(b"Welcome"));
+            next_body(&mut stream);
             stream.write_all(b"R").unwrap();
-            stream.read_exact(&mut [0; 13]).unwrap();
+            assert!(next_body(&mut stream).ends_with(b"Go"));
             stream.write_all(&bytes).unwrap();
             let error = host.join().unwrap().unwrap_err();
             assert!(matches!(error, CommError::PeerFailed { rank: 1, .. }), "{what}: {error}");
             assert!(error.to_string().contains("no message of this engine"), "{what}: {error}");
         });
     }
+}
+
+#[test]
+fn a_rank_that_goes_on_learns_from_one_that_does_not_who_was_lost() {
+    let job = Job::new(3);
+    // This test is rank 0, which is lost after it has told rank 1 to go, and before it tells rank 2.
+    let (listener, job) = (job.listener.try_clone().unwrap(), &job);
+    std::thread::scope(|scope| {
+        let [first, second] = [1, 2].map(|rank| scope.spawn(move || job.config(rank).run(|comm| comm.barrier(OP))));
+        let mut members = [(); 2].map(|()| {
+            let mut stream = listener.accept().unwrap().0;
+            let hello = next_body(&mut stream);
+            stream.write_all(&message(VERSION, b"\xa7Welcome")).unwrap();
+            // The array's mark, the world size, the rank, a number of two bytes.
+            (hello[2], [hello[4], hello[5]], stream)
+        });
+        members.sort_by_key(|member| member.0);
+        let address = |port: [u8; 2]| [b"\x81\xa2V4\x92\x94\x7f\x00\x00\x01\xcd".as_slice(), &port].concat();
+        let addresses = [[0, 1], members[0].1, members[1].1].map(address).concat();
+        let peers = message(VERSION, &[b"\x81\xa5Peers\x93".as_slice(), &addresses].concat());
+        let mut streams = members.map(|member| member.2);
+        streams.iter_mut().for_each(|stream| stream.write_all(&peers).unwrap());
+        streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0]).unwrap());
+        let [mut to_first, to_second] = streams;
+        to_first.write_all(&message(VERSION, b"\xa2Go")).unwrap();
+        drop(to_second);
+        let error = second.join().unwrap().unwrap_err();
+        assert!(matches!(error, CommError::Rendezvous(RendezvousError::Lost { rank: 0, .. })), "{error}");
+        let error = first.join().unwrap().unwrap_err();
+        assert!(matches!(error, CommError::PeerFailed { rank: 0, lost: true, .. }), "{error}");
+    });
 }
 
 /// A rank that nobody answers gives up after five seconds and comes again; who listened all the while finds both connections.

@@ -6,11 +6,12 @@ use burn::{
     tensor::{FloatDType, Tensor},
 };
 use burn_fsep::{
-    FsepRuntime,
+    FsepError, FsepRuntime,
     checkpoint::{TrainingProgress, load, save},
-    train::GradientBucketsConfig,
+    comm::local::LaunchConfig,
+    train::{GradientBucketsConfig, TrainerConfig},
 };
-use burn_fsep_tests::device;
+use burn_fsep_tests::{device, launch};
 
 fn norm() -> BatchNorm {
     BatchNormConfig::new(3).init(&device())
@@ -57,4 +58,20 @@ fn a_checkpoint_that_cannot_be_loaded_leaves_them() {
     assert_eq!(mean(&other), before);
     let loaded = load(&path, &runtime, &other, &optimizer).unwrap();
     assert_eq!(mean(&loaded.model), saved);
+}
+
+#[test]
+fn replicas_whose_statistics_differ_are_no_error() {
+    let means = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let config = TrainerConfig::new().with_check_replicas_every(Some(1));
+        let mut trainer = config.init(&runtime, norm(), SgdConfig::new().init())?;
+        for _ in 0..4 {
+            let input = input(1.0 + runtime.rank() as f32);
+            trainer.step(0.1, |norm| norm.forward(input).powf_scalar(3.0).sum())?;
+        }
+        Ok(mean(trainer.model()))
+    });
+    let means: Vec<_> = means.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect();
+    assert_ne!(means[0], means[1]);
 }

@@ -8,9 +8,9 @@ use burn::{
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
-    comm::local::LaunchConfig,
+    comm::local::LaunchConfig, moe::RouterForcing,
 };
-use burn_fsep_planner::correction::CorrectionConfig;
+use burn_fsep_planner::repair::RepairConfig;
 use burn_fsep_tests::{device, launch, random_layout};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -56,7 +56,7 @@ fn train(
 ) -> Vec<(Vec<Vec<f32>>, u64)> {
     let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
         // Repairs wherever there is an imbalance at all: layouts change under prefetched experts.
-        let eager = CorrectionConfig { tolerance: 1.0, ..CorrectionConfig::free() };
+        let eager = RepairConfig { tolerance: 1.0, ..RepairConfig::free() };
         let config = FsepRuntimeConfig::new().with_schedule(schedule).with_repair(Some(eager));
         let runtime = config.init(comm)?;
         let mut stack = Stack::new(&runtime)?;
@@ -193,7 +193,7 @@ fn experts_compute_in_bf16_while_parameters_stay_f32() {
         let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
             let runtime = FsepRuntime::new(comm)?;
             // Forced, since near ties are decided by rounding.
-            let config = FSEPMoEConfig::new(16, 24, 4).with_moe_router_force_load_balancing(true);
+            let config = FSEPMoEConfig::new(16, 24, 4).with_moe_router_force(Some(RouterForcing::LoadBalancing));
             let mut plain = config.try_init(&runtime, &device())?;
             let mixed = config.with_compute_dtype(Some(FloatDType::BF16)).try_init(&runtime, &device())?;
             // Layers draw values of their own: the plain one gets the mixed one's.

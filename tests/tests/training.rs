@@ -1,9 +1,24 @@
-//! Training in a loop of one's own equals that of the dense model.
+//! Training in a loop of one's own equals that of the dense model, with a `Trainer` and part by part.
 
-use burn_fsep::{FsepError, FsepRuntimeConfig, comm::local::LaunchConfig};
-use burn_fsep_planner::Strategy;
+use std::time::Duration;
+
+use burn::{
+    data::dataloader::batcher::Batcher,
+    module::Module,
+    nn::Linear,
+    optim::AdamWConfig,
+    tensor::{Device, Tensor},
+};
+use burn_fsep::{
+    FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
+    checkpoint::{self, CheckpointConfig, list},
+    comm::local::LaunchConfig,
+    train::{PlannerConfig, Trainer, TrainerConfig},
+};
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
-    GradientSync, HandTraining, LayoutSource, SplitAny, Trained, dense_loss_curve, launch, task_items, train_by_hand,
+    GradientSync, HandTraining, LayoutSource, SmallMoe, SplitAny, TaskBatcher, TaskItem, Trained, dense_loss_curve,
+    device, fixed_linear, launch, small_slots, task_items, train_by_hand, train_with_trainer,
 };
 
 const SEED: u64 = 3;
@@ -42,18 +57,18 @@ fn the_loss_curve_is_that_of_the_dense_model() {
     let after = GradientSync::AfterBackward;
     // The small model has four replicated parameters of 192, 256, 256 and 192 bytes.
     for (ranks, split, layouts, sync) in [
-        (2, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (2, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(1)),
+        (2, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (2, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(1)),
         (2, SplitAny::Random, LayoutSource::Random, after),
-        (4, SplitAny::Even, LayoutSource::Planner(Strategy::Paper), after),
-        (4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), after),
+        (4, SplitAny::Even, LayoutSource::Planner(PlannerStrategy::Paper), after),
+        (4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), after),
         (4, SplitAny::Random, LayoutSource::Random, GradientSync::Buckets(300)),
     ] {
         let results = train(ranks, split, layouts, sync);
         // The min-max planner keeps a layout that is good enough.
         let enough = match layouts {
             LayoutSource::Random => 9 * STEPS / 10,
-            LayoutSource::Planner(Strategy::Paper) => 10,
+            LayoutSource::Planner(PlannerStrategy::Paper) => 10,
             LayoutSource::Planner(_) => 2,
         };
         let first = &results[0];
@@ -86,9 +101,142 @@ fn without_gradient_sync_the_loss_curve_is_another_one() {
 
 #[test]
 fn training_again_gives_the_same_bits() {
-    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(Strategy::MinMax), GradientSync::Buckets(200));
+    let run = || train(4, SplitAny::MinMax, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(200));
     for (first, second) in run().iter().zip(run()) {
         assert_eq!(first.losses, second.losses);
         assert_eq!(first.replicated, second.replicated);
+    }
+}
+
+#[test]
+fn a_trainer_makes_the_steps_that_its_parts_make_by_hand() {
+    let items = task_items(60 * BATCH, 1);
+    for (ranks, layouts, sync) in [
+        (2, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(1)),
+        (4, LayoutSource::Random, GradientSync::AfterBackward),
+        (4, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(300)),
+    ] {
+        let training = HandTraining { steps: 60, batch: BATCH, clip: CLIP, layouts, sync };
+        type Train = fn(&FsepRuntime, &[TaskItem], &HandTraining) -> Result<Trained, FsepError>;
+        let run = |train: Train| {
+            let config = FsepRuntimeConfig::new().with_seed(SEED);
+            let results = launch(&LaunchConfig::new(ranks), |comm| train(&config.init(comm)?, &items, &training));
+            results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect::<Vec<_>>()
+        };
+        for (trainer, by_hand) in run(train_with_trainer).iter().zip(run(train_by_hand)) {
+            assert_eq!(trainer.replicated, by_hand.replicated, "{ranks} ranks, {layouts:?}, {sync:?}");
+            assert_eq!((trainer.layouts, trainer.largest_norm), (by_hand.layouts, by_hand.largest_norm));
+            let error = largest_error(&trainer.losses, &by_hand.losses);
+            assert!(error < 1e-6, "{error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_trainer_goes_on_from_its_checkpoints() {
+    let (folder, items) = (tempfile::tempdir().unwrap(), task_items(12 * BATCH, 1));
+    let program = |runtime: &FsepRuntime, steps: u64, checkpoints: bool| -> Result<Vec<f32>, FsepError> {
+        let mut model = SmallMoe::fsep(runtime, small_slots(runtime.world_size()), &device())?;
+        let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+        let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
+        let mut config = TrainerConfig::new().with_max_grad_norm(CLIP).with_accumulation_steps(2).with_planner(planner);
+        if checkpoints {
+            let checkpoints = CheckpointConfig::new(folder.path()).with_every(2).with_background(true);
+            config = config.with_checkpoints(checkpoints);
+            if let Some(newest) = list(folder.path()).unwrap_or_default().pop() {
+                let loaded = checkpoint::load(newest, runtime, &model, &optimizer)?;
+                (model, optimizer) = (loaded.model, loaded.optimizer);
+                config = config.with_start(loaded.progress);
+            }
+        }
+        let mut trainer: Trainer<SmallMoe> = config.init(runtime, model, optimizer)?;
+        let share = BATCH / runtime.world_size();
+        while trainer.progress().step < steps {
+            // Batches of which no step is made yet are done once more.
+            for batch in trainer.progress().iteration.. {
+                let start = batch as usize * BATCH + runtime.rank() * share;
+                let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device());
+                if trainer.step(1e-2, |model| model.loss(&batch))?.optimizer_step.is_some() {
+                    break;
+                }
+            }
+        }
+        if steps == 5 {
+            // In the middle of a window.
+            let batch = TaskBatcher.batch(items[..share].to_vec(), &device());
+            trainer.step(1e-2, |model| model.loss(&batch))?;
+        }
+        Ok(trainer.finish()?.replicated())
+    };
+    let run = |steps, checkpoints| {
+        let results = launch(&LaunchConfig::new(4), |comm| {
+            program(&FsepRuntimeConfig::new().with_seed(SEED).init(comm)?, steps, checkpoints)
+        });
+        results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect::<Vec<_>>()
+    };
+    let undisturbed = run(6, false);
+    assert_ne!(run(5, true), undisturbed);
+    let steps: Vec<_> = list(folder.path()).unwrap().iter().map(|path| checkpoint::verify(path).unwrap()).collect();
+    let steps: Vec<_> = steps.iter().map(|found| (found.progress.step, found.progress.iteration)).collect();
+    assert_eq!(steps, [(2, 4), (4, 8)]);
+    assert_eq!(run(6, true), undisturbed, "bit for bit from the step 4");
+}
+
+/// Experts that a rank's loss may have nothing to do with.
+#[derive(Module, Debug)]
+struct Branches {
+    moe: FSEPMoE,
+    linear: Linear,
+}
+
+impl Branches {
+    fn new(runtime: &FsepRuntime, device: &Device) -> Result<Self, FsepError> {
+        let moe = FSEPMoEConfig::new(8, 8, 4).with_slots_per_rank(Some(3)).try_init(runtime, device)?;
+        Ok(Self { moe, linear: fixed_linear(8, 8, 1, device) })
+    }
+
+    fn loss(&self, uses_experts: bool, scale: f32) -> Tensor<1> {
+        let x = Tensor::<2>::full([3, 8], scale, &self.linear.weight.device());
+        let experts = self.moe.forward(x.clone());
+        let output = self.linear.forward(x);
+        (if uses_experts { output + experts } else { output }).square().mean()
+    }
+}
+
+#[test]
+fn a_trainer_connects_layers_that_a_rank_does_not_use() {
+    let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(10));
+    let results = launch(&config, |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let model = Branches::new(&runtime, &device())?;
+        let mut trainer = TrainerConfig::new().init(&runtime, model, AdamWConfig::new().init())?;
+        for _ in 0..3 {
+            trainer.step(1e-2, |model| model.loss(runtime.rank() == 0, 1.0))?;
+        }
+        trainer.finish().map(drop)
+    });
+    results.into_iter().for_each(|result| result.unwrap_or_else(|error| panic!("{error}")));
+}
+
+#[test]
+fn a_trainer_goes_on_after_a_gradient_norm_that_is_not_finite() {
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let model = Branches::new(&runtime, &device())?;
+        let config = TrainerConfig::new().with_max_grad_norm(1.0);
+        let mut trainer = config.init(&runtime, model, AdamWConfig::new().init())?;
+        trainer.step(1e-2, |model| model.loss(true, 1.0))?;
+        let before = trainer.model().linear.weight.val().into_data();
+        // Of one rank alone: its loss is not finite, though the experts' inputs are.
+        let scale = if runtime.rank() == 1 { f32::INFINITY } else { 1.0 };
+        let error = trainer.step(1e-2, |model| model.loss(true, 1.0) * scale).unwrap_err();
+        assert_eq!(trainer.model().linear.weight.val().into_data(), before);
+        let step = trainer.step(1e-2, |model| model.loss(true, 1.0))?;
+        assert_eq!(step.optimizer_step, Some(2));
+        Ok((error, trainer.progress().iteration))
+    });
+    for (error, iteration) in results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))) {
+        assert!(matches!(error, FsepError::GradientNorm { step: 2, .. }), "{error}");
+        assert_eq!(iteration, 3, "the batch is done, though no step was made of it");
     }
 }

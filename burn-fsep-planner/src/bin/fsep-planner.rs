@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use burn_fsep_planner::cli::{Cli, run};
+use burn_fsep_planner::tools::cli::{Cli, run};
 use clap::Parser;
 
 fn main() -> ExitCode {

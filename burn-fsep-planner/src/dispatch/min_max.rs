@@ -1,15 +1,19 @@
 use super::{DispatchPlan, Dispatcher, flow::Flow};
 use crate::{Layout, PlannerError, RoutingCounts, Topology};
 
-/// The smallest possible maximum load over any layout, and then few tokens that leave their node or rank.
+/// The smallest maximum load that the layout allows, or one within a tolerance of the mean load, and then the fewest tokens
+/// that leave their node or rank.
 ///
-/// Exact: no dispatch over the layout has a smaller maximum, unless the maximum is within the tolerance of the mean load
-/// anyway. The tolerance leaves tokens on their node that would cross it for a gain that nobody could measure.
+/// - The maximum is at most `(1 + tolerance) * mean` (or the mean, rounded up) where the layout allows that; elsewhere it is
+///   the smallest that any dispatch over the layout has. So it exceeds the optimum by at most `tolerance * mean`, and with
+///   [`MinMax::exact`] by nothing.
+/// - Of all dispatches with a maximum of at most that, none has fewer tokens that cross nodes, and of those with as few none
+///   has fewer that leave their rank. This is what the tolerance is for: it leaves tokens where they are that would travel for
+///   a gain that nobody could measure.
 ///
 /// How much of an expert each of its holders computes is a flow, found as `docs/planner.md` describes. Within the flow,
 /// assignments stay on their own rank first, then on their own node: given the flow, no choice has fewer off-rank or
-/// cross-node tokens. The flow itself starts node-local and is repaired within nodes before tokens cross them; it is not
-/// searched for the fewest.
+/// cross-node tokens.
 #[derive(Debug, Clone, Default)]
 pub struct MinMax {
     tolerance: f64,
@@ -35,7 +39,7 @@ struct Cursor {
 }
 
 impl MinMax {
-    /// A dispatcher that accepts loads up to 0.4 % above the mean.
+    /// A dispatcher with a tolerance of 0.4 % of the mean load.
     pub fn new() -> Self {
         Self { tolerance: 0.004, ..Self::default() }
     }

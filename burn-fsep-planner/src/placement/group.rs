@@ -1,6 +1,6 @@
 use std::cmp::Reverse;
 
-use crate::{Layout, PlannerError, Topology, dispatch::Flow, rng::Rng};
+use crate::{Layout, PlannerError, SplitMix64, Topology, dispatch::Flow};
 
 /// Lays out experts on a group of ranks among which tokens move freely.
 ///
@@ -16,7 +16,7 @@ pub(super) struct GroupSolver {
     pub candidates: usize,
     /// How many exchanges may be tried for a group, times its slots: each costs a flow.
     pub exchanges: usize,
-    pub rng: Rng,
+    pub rng: SplitMix64,
     flow: Flow,
 }
 
@@ -45,7 +45,7 @@ const RENUMBERED: usize = 64;
 
 impl GroupSolver {
     pub fn new(seed: u64) -> Self {
-        Self { candidates: 12, exchanges: EXCHANGES, rng: Rng::new(seed), flow: Flow::default() }
+        Self { candidates: 12, exchanges: EXCHANGES, rng: SplitMix64::new(seed), flow: Flow::default() }
     }
 
     /// The layout of `ranks` ranks for experts with these totals. `before` is the layout in use, if it is one.

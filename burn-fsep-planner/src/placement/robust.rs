@@ -33,7 +33,7 @@ impl RobustSolver {
 
 impl LayoutSolver for RobustSolver {
     fn name(&self) -> &'static str {
-        "min-max"
+        "robust"
     }
 
     fn solve(&mut self, request: &LayoutRequest<'_>) -> Result<Layout, PlannerError> {

@@ -24,7 +24,7 @@ fn main() -> std::process::ExitCode {
 mod unix {
     use std::{ffi::OsString, time::Duration};
 
-    use burn_fsep::launcher::LauncherConfig;
+    use burn_fsep::launch::LauncherConfig;
     use clap::Parser;
 
     /// Starts a program as several ranks on this machine.

@@ -13,7 +13,7 @@ mod forked_graphs;
 mod lazy_params;
 #[cfg(all(test, feature = "flex"))]
 mod leaf_gradient;
-#[cfg(feature = "train")]
+#[cfg(feature = "learner")]
 mod learner_records;
 mod metadata;
 mod module_path;
@@ -24,7 +24,7 @@ mod reparameterization;
 mod reshape;
 mod running_statistics;
 
-#[cfg(feature = "train")]
+#[cfg(feature = "learner")]
 pub(crate) use learner_records::learner_records;
 pub(crate) use metadata::Metadata;
 pub(crate) use module_path::ModulePath;

@@ -14,8 +14,8 @@ pub struct CheckpointConfig {
     /// How many checkpoints are kept: the newest ones.
     #[new(value = "2")]
     pub keep: usize,
-    /// Optimizer steps between two checkpoints of [`FsepStrategy`](crate::train::FsepStrategy), which also saves at the
-    /// end of each epoch; `None` for nothing in between.
+    /// Optimizer steps between two checkpoints of [`Trainer`](crate::train::Trainer) and of `FsepStrategy`, which also saves at
+    /// the end of each epoch; `None` for nothing in between.
     #[new(default)]
     pub every: Option<u64>,
     /// Whether training goes on while files are written. Their content is copied to host memory first.

@@ -30,7 +30,7 @@ mod reshard;
 mod save;
 mod snapshot;
 mod tensors;
-#[cfg(all(test, feature = "flex", feature = "train"))]
+#[cfg(all(test, feature = "flex"))]
 mod tests;
 mod unsharded;
 

@@ -76,7 +76,8 @@ pub trait PendingDeviceExchange: Send {
     ///
     /// # Errors
     ///
-    /// The group's failure, if it is known already: where a peer is lost later, what was received is garbage and the
-    /// group's next collective says so.
+    /// The group's failure, if it is known already, also if this exchange was completed before it: NCCL does not tell what was
+    /// completed from what was ended. Where a peer is lost later, what was received is garbage and the group's next collective
+    /// says so.
     fn wait(self: Box<Self>) -> Result<(), CommError>;
 }

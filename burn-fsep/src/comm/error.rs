@@ -1,9 +1,10 @@
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::process::RendezvousError;
+use super::{Operation, process::RendezvousError};
 
 /// Why a collective did not complete. All ranks of a group get one, within the group's timeout.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CommError {
     /// Another rank failed or left; this rank was in, or came to, the named operation.
@@ -71,6 +72,16 @@ pub enum CommError {
 }
 
 impl CommError {
+    /// The failure of rank `rank`, which gives up for this reason.
+    pub(super) fn aborted(rank: usize, reason: &str) -> Self {
+        CommError::PeerFailed { rank, operation: "abort".into(), reason: reason.into(), lost: false }
+    }
+
+    /// What rank `rank` and rank `peer` do in a collective where they should do the same.
+    pub(super) fn mismatch(sequence: u64, rank: usize, peer: usize, [ours, theirs]: [String; 2]) -> Self {
+        CommError::Mismatch { sequence, rank, operation: ours, peer, peer_operation: theirs }
+    }
+
     /// A group's failure as a rank in `operation` sees it.
     pub(crate) fn seen_from(&self, operation: &str) -> Self {
         match self {
@@ -83,6 +94,18 @@ impl CommError {
             other => other.clone(),
         }
     }
+}
+
+pub(super) fn invalid_argument(operation: Operation, reason: String) -> CommError {
+    CommError::InvalidArgument { operation: operation.to_string(), reason }
+}
+
+/// Buffers are as long as the plan says; in bytes.
+pub(super) fn check_buffer(operation: Operation, what: &str, len: usize, planned: usize) -> Result<(), CommError> {
+    if len == planned {
+        return Ok(());
+    }
+    Err(invalid_argument(operation, format!("{what} buffer of {len} bytes, plan of {planned}")))
 }
 
 /// The ranks that did not come, where the engine can tell.

@@ -1,21 +1,30 @@
 //! Communicators: what FSEP needs from a process group, and the engines that provide it.
 
-mod check;
+mod agree;
+mod collectives;
 mod communicator;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod control_group;
 mod device;
-mod environment;
 mod error;
+mod exchange_plan;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod headers;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
+mod operation;
 pub mod process;
-mod reduction;
+mod reduce;
+mod rounds;
 
-pub use communicator::{
-    Block, Communicator, ExchangePlan, Operation, PendingExchange, ReduceBuffer, ReduceOp, all_gather_u64,
-};
+pub use agree::{Difference, agree};
+pub use communicator::{Communicator, PendingExchange, all_gather_u64};
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
-pub use environment::{EnvironmentError, RankEnvironment, TOKEN_VARIABLE};
 pub use error::CommError;
+pub use exchange_plan::{Block, ExchangePlan};
+pub use operation::Operation;
+pub use reduce::{ReduceBuffer, ReduceOp};
+pub use rounds::RoundsCommunicator;

@@ -3,7 +3,9 @@ use burn::{
     tensor::{Device, FloatDType},
 };
 
-use super::{DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, losses::AuxiliaryLosses};
+use super::{
+    DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, forced_router::ForcedRouter, losses::AuxiliaryLosses,
+};
 use crate::{
     FsepError, FsepRuntime,
     ops::{self, LayerSpec, WeightStorage},
@@ -45,17 +47,10 @@ pub struct FSEPMoEConfig {
     /// Weight of the router z-loss (ST-MoE, eq. 5); 0 is off.
     #[config(default = 0.0)]
     pub moe_z_loss_coeff: f64,
-    /// For throughput tests: route all experts equally many tokens, whatever the router says.
-    #[config(default = false)]
-    pub moe_router_force_load_balancing: bool,
-    /// For throughput tests: add a fixed random bias with this standard deviation to the router's logits, so that
-    /// routing is skewed.
+    /// For throughput tests: routing that does not come from the router (Megatron-Core's `moe_router_force_load_balancing` and
+    /// `moe_router_force_biased`).
     #[config(default = "None")]
-    pub moe_router_force_biased: Option<f64>,
-    /// For throughput tests: route exactly these shares of the assignments to the experts, whatever the router says.
-    /// Shape `[E]`, sum 1, none above `1 / K`.
-    #[config(default = "None")]
-    pub moe_router_force_shares: Option<Vec<f64>>,
+    pub moe_router_force: Option<RouterForcing>,
     /// Recompute the experts' activations in backward instead of keeping them.
     #[config(default = false)]
     pub moe_layer_recompute: bool,
@@ -90,8 +85,8 @@ impl FSEPMoEConfig {
     /// [`FsepError::UnsupportedDevice`] if this build has no operations for the device.
     pub fn try_init(&self, runtime: &FsepRuntime, device: &Device) -> Result<FSEPMoE, FsepError> {
         let experts = self.try_init_experts(runtime, device)?;
-        let router = self.router(runtime.seed(), experts.layer_index(), device);
-        Ok(FSEPMoE { router, experts, losses: self.losses() })
+        let (router, forced) = self.router(runtime.seed(), experts.layer_index(), device);
+        Ok(FSEPMoE { router, experts, losses: self.losses(), forced })
     }
 
     /// The experts alone, for a router of your own; see [`FsepExperts::forward`]. They are a layer of the runtime as one of
@@ -167,21 +162,11 @@ impl FSEPMoEConfig {
         AuxiliaryLosses { balancing: self.moe_aux_loss_coeff, z: self.moe_z_loss_coeff }
     }
 
-    fn router(&self, seed: u64, layer: usize, device: &Device) -> TopKRouter {
-        TopKRouter::new(self, self.forcing(seed, layer), seed, layer, device)
-    }
-
-    fn forcing(&self, seed: u64, layer: usize) -> RouterForcing {
-        let experts = self.num_moe_experts;
-        if let Some(shares) = &self.moe_router_force_shares {
-            RouterForcing::Shares(shares.clone())
-        } else if self.moe_router_force_load_balancing {
-            RouterForcing::Shares(vec![1.0 / experts as f64; experts])
-        } else if let Some(std) = self.moe_router_force_biased {
-            RouterForcing::biased(std, experts, seed, layer)
-        } else {
-            RouterForcing::Off
-        }
+    fn router(&self, seed: u64, layer: usize, device: &Device) -> (TopKRouter, Option<ForcedRouter>) {
+        let forced = self.moe_router_force.as_ref();
+        let forced = forced.map(|forcing| ForcedRouter::new(forcing, self.num_moe_experts, seed, layer));
+        let dims = [self.hidden_size, self.num_moe_experts];
+        (TopKRouter::new(dims, self.moe_router_topk, self.compute_dtype, seed, layer, device), forced)
     }
 
     fn check(&self) -> Result<(), FsepError> {
@@ -210,37 +195,14 @@ impl FSEPMoEConfig {
             }
             .into());
         }
-        for (name, value) in [
-            ("moe_aux_loss_coeff", Some(self.moe_aux_loss_coeff)),
-            ("moe_z_loss_coeff", Some(self.moe_z_loss_coeff)),
-            ("moe_router_force_biased", self.moe_router_force_biased),
-        ] {
-            if let Some(value) = value.filter(|v| !v.is_finite() || *v < 0.0) {
+        for (name, value) in
+            [("moe_aux_loss_coeff", self.moe_aux_loss_coeff), ("moe_z_loss_coeff", self.moe_z_loss_coeff)]
+        {
+            if !value.is_finite() || value < 0.0 {
                 return fail(format!("{name} must be finite and not negative, got {value}"));
             }
         }
-        let forced = [
-            self.moe_router_force_load_balancing,
-            self.moe_router_force_biased.is_some(),
-            self.moe_router_force_shares.is_some(),
-        ];
-        if forced.into_iter().filter(|on| *on).count() > 1 {
-            return fail("of the moe_router_force_* options at most one can be set".into());
-        }
-        if let Some(shares) = &self.moe_router_force_shares {
-            let largest = 1.0 / self.moe_router_topk as f64 + 1e-9;
-            let sum: f64 = shares.iter().sum();
-            if shares.len() != self.num_moe_experts
-                || (sum - 1.0).abs() > 1e-6
-                || shares.iter().any(|s| !(0.0..=largest).contains(s))
-            {
-                return fail(format!(
-                    "moe_router_force_shares needs {} shares between 0 and 1 / moe_router_topk that sum to 1, got \
-                     {shares:?}",
-                    self.num_moe_experts
-                ));
-            }
-        }
-        Ok(())
+        let force = self.moe_router_force.as_ref();
+        force.map_or(Ok(()), |forcing| forcing.check(self.num_moe_experts, self.moe_router_topk))
     }
 }

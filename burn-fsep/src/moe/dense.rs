@@ -3,7 +3,13 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::silu},
 };
 
-use super::{MoeOutput, TopKRouter, assignments::Assignments, losses::AuxiliaryLosses, tokens::token_rows};
+use super::{
+    MoeOutput, TokenMask, TopKRouter,
+    assignments::Assignments,
+    forced_router::ForcedRouter,
+    losses::AuxiliaryLosses,
+    tokens::{from_token_rows, token_rows},
+};
 use crate::{
     FsepError,
     shard::{ExpertShape, expert_parameters},
@@ -22,12 +28,14 @@ pub struct DenseMoE {
     #[module(skip)]
     losses: AuxiliaryLosses,
     #[module(skip)]
+    forced: Option<ForcedRouter>,
+    #[module(skip)]
     layer: usize,
 }
 
 impl DenseMoE {
     pub(super) fn new(
-        router: TopKRouter,
+        (router, forced): (TopKRouter, Option<ForcedRouter>),
         shape: ExpertShape,
         num_experts: usize,
         losses: AuxiliaryLosses,
@@ -38,7 +46,7 @@ impl DenseMoE {
         let expert = |expert| expert_parameters(shape, seed, layer, expert, 0..shape.num_params());
         let values: Vec<f32> = (0..num_experts).flat_map(expert).collect();
         let weight = Param::from_data(TensorData::new(values, [num_experts, shape.num_params()]), device);
-        Self { router, weight, shape, losses, layer }
+        Self { router, weight, shape, losses, forced, layer }
     }
 
     /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
@@ -56,12 +64,33 @@ impl DenseMoE {
     ///
     /// As [`TopKRouter::forward`].
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+        self.route_and_compute(hidden, None)
+    }
+
+    /// As [`DenseMoE::try_forward`], for the real tokens of a batch alone; the rows of padding are zeros.
+    ///
+    /// # Errors
+    ///
+    /// Also [`FsepError::Shape`] if the mask is one of another number of tokens.
+    pub fn try_forward_masked<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: &TokenMask,
+    ) -> Result<MoeOutput<R>, FsepError> {
+        self.route_and_compute(hidden, Some(mask))
+    }
+
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
         let dims = hidden.dims();
-        let tokens = token_rows(hidden)?;
+        let tokens = token_rows(hidden, mask)?;
         let [num_tokens, width] = tokens.dims();
         let topk = self.router.topk();
 
-        let routed = self.router.forward(tokens.clone())?;
+        let routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
         let assignments = Assignments::new(routed.experts, self.weight.dims()[0]);
         let counts = assignments.counts(self.layer)?;
         let Assignments { row_of, token_of, .. } = assignments;
@@ -77,11 +106,11 @@ impl DenseMoE {
         }
         let output = if outputs.is_empty() { rows } else { Tensor::cat(outputs, 0) };
         let by_token = output.select(0, row_of).reshape([num_tokens, topk, width]);
-        let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).reshape(dims);
+        let output = (by_token * routed.probs.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1);
 
         let totals: Vec<u64> = counts.iter().map(|&n| u64::from(n)).collect();
-        let aux_loss = self.losses.of(routed.scores, routed.logits, &totals)?;
-        Ok(MoeOutput { hidden: output, aux_loss })
+        let aux_loss = self.losses.of(routed.scores, routed.logits, &totals, topk, 1)?;
+        Ok(MoeOutput { hidden: from_token_rows(output, dims, mask), aux_loss })
     }
 
     /// `[m, D] -> [m, D]`

@@ -1,6 +1,11 @@
 use burn::{module::Module, tensor::Tensor};
 
-use super::{FsepExperts, FsepExpertsOutput, TopKRouter, losses::AuxiliaryLosses, tokens::token_rows};
+use super::{
+    FsepExperts, FsepExpertsOutput, TokenMask, TopKRouter,
+    forced_router::ForcedRouter,
+    losses::AuxiliaryLosses,
+    tokens::{from_token_rows, token_rows},
+};
 use crate::{FsepError, FsepRuntime};
 
 /// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
@@ -13,7 +18,7 @@ use crate::{FsepError, FsepRuntime};
 /// Collective: all ranks run the same layers in the same order, also with no token. Expert gradients come out of
 /// backward complete and divided by `N` (the gradient of the mean over ranks of their losses); all other parameters
 /// are replicated and need [`sync_gradients`](crate::train::sync_gradients), which
-/// [`FsepStrategy`](crate::train::FsepStrategy) calls for you.
+/// [`Trainer`](crate::train::Trainer) and `FsepStrategy` call for you.
 ///
 /// Made by [`FSEPMoEConfig`](super::FSEPMoEConfig), on each rank with the rank's own runtime: a clone or `fork` of another
 /// rank's layer has that rank's shards and speaks in its name.
@@ -27,6 +32,9 @@ pub struct FSEPMoE {
     pub experts: FsepExperts,
     #[module(skip)]
     pub(super) losses: AuxiliaryLosses,
+    /// Routes in place of `router`, with its weight.
+    #[module(skip)]
+    pub(super) forced: Option<ForcedRouter>,
 }
 
 /// Output of an MoE layer.
@@ -34,7 +42,8 @@ pub struct FSEPMoE {
 pub struct MoeOutput<const D: usize> {
     /// As the input: `[.., D]`.
     pub hidden: Tensor<D>,
-    /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the loss. `[1]`
+    /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the rank's loss as it is: the mean
+    /// over ranks is the loss of all ranks' tokens. `[1]`
     pub aux_loss: Option<Tensor<1>>,
 }
 
@@ -55,7 +64,18 @@ impl FSEPMoE {
     ///
     /// As [`FSEPMoE::forward`].
     pub fn forward_with_losses<const R: usize>(&self, hidden: Tensor<R>) -> MoeOutput<R> {
-        self.route_and_compute(hidden).unwrap_or_else(|error| self.runtime().fail(error))
+        self.route_and_compute(hidden, None).unwrap_or_else(|error| self.runtime().fail(error))
+    }
+
+    /// As [`FSEPMoE::forward_with_losses`], for the real tokens of a batch alone: output, losses, gradients, statistics and
+    /// planning are those of the batch without its padding, of which nothing is sent. The rows of padding are zeros. All of a
+    /// rank's tokens may be padding. `[.., D] -> MoeOutput`
+    ///
+    /// # Panics
+    ///
+    /// As [`FSEPMoE::forward`]; with [`FsepError::Shape`] also if the mask is one of another number of tokens.
+    pub fn forward_masked<const R: usize>(&self, hidden: Tensor<R>, mask: &TokenMask) -> MoeOutput<R> {
+        self.route_and_compute(hidden, Some(mask)).unwrap_or_else(|error| self.runtime().fail(error))
     }
 
     /// Applies the layer and returns what went wrong: short for [`FsepRuntime::run`] around
@@ -81,15 +101,20 @@ impl FSEPMoE {
         self.experts.runtime()
     }
 
-    fn route_and_compute<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
+    fn route_and_compute<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        mask: Option<&TokenMask>,
+    ) -> Result<MoeOutput<R>, FsepError> {
         let dims = hidden.dims();
         self.experts.check_input(hidden.dtype(), dims[R - 1])?;
-        let tokens = token_rows(hidden)?;
-        let mut routed = self.router.forward(tokens.clone())?;
+        let tokens = token_rows(hidden, mask)?;
+        let mut routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
         let (scores, logits) = (routed.scores.take(), routed.logits.take());
         let FsepExpertsOutput { hidden, counts } = self.experts.compute(tokens, routed)?;
-        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals())?;
-        Ok(MoeOutput { hidden: hidden.reshape(dims), aux_loss })
+        let (topk, ranks) = (self.router.topk(), self.runtime().world_size());
+        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals(), topk, ranks)?;
+        Ok(MoeOutput { hidden: from_token_rows(hidden, dims, mask), aux_loss })
     }
 }
 

@@ -1,30 +1,13 @@
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Device, FloatDType, Int, Tensor, TensorData, activation::softmax},
+    tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
-use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::{StandardNormal, Uniform};
 
-use super::{FSEPMoEConfig, RouterOutput, tokens::check_dtype};
-use crate::{FsepError, shard::mix};
-
-/// Routing that does not come from the router, for throughput tests.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RouterForcing {
-    /// The router decides.
-    Off,
-    /// Fixed biases are added to the logits. Shape `[E]`.
-    Bias(Vec<f32>),
-    /// Experts get exactly these shares of the assignments. Shape `[E]`.
-    Shares(Vec<f64>),
-}
-
-impl RouterForcing {
-    pub(super) fn biased(std: f64, experts: usize, seed: u64, layer: usize) -> Self {
-        let mut rng = StdRng::seed_from_u64(mix(mix(seed, layer as u64 + 1), u64::MAX - 1));
-        Self::Bias((0..experts).map(|_| rng.sample::<f64, _>(StandardNormal) * std).map(|b| b as f32).collect())
-    }
-}
+use super::{RouterOutput, tokens::check_dtype};
+use crate::{
+    FsepError,
+    shard::{mix, uniform},
+};
 
 /// A softmax router: each token goes to its `K` most probable experts, whose probabilities are normalised to sum 1
 /// (Mixtral). For `K = 1` the expert's output is weighted by its probability as it is (Switch Transformer, eq. 2): normalised,
@@ -36,30 +19,24 @@ pub struct TopKRouter {
     #[module(skip)]
     topk: usize,
     #[module(skip)]
-    forcing: RouterForcing,
-    #[module(skip)]
     compute_dtype: Option<FloatDType>,
 }
 
 impl TopKRouter {
     pub(super) fn new(
-        config: &FSEPMoEConfig,
-        forcing: RouterForcing,
+        [hidden, experts]: [usize; 2],
+        topk: usize,
+        compute_dtype: Option<FloatDType>,
         seed: u64,
         layer: usize,
         device: &Device,
     ) -> Self {
-        let (hidden, experts) = (config.hidden_size, config.num_moe_experts);
-        let mut rng = StdRng::seed_from_u64(mix(mix(seed, layer as u64 + 1), u64::MAX));
+        // The stream before those of the layer's experts, by position as they are.
+        let stream = mix(mix(seed, layer as u64 + 1), 0);
         let bound = 1.0 / (hidden as f32).sqrt();
-        let uniform = Uniform::new_inclusive(-bound, bound).expect("a positive hidden size gives a valid range");
-        let values: Vec<f32> = (0..hidden * experts).map(|_| rng.sample(uniform)).collect();
-        Self {
-            weight: Param::from_data(TensorData::new(values, [hidden, experts]), device),
-            topk: config.moe_router_topk,
-            forcing,
-            compute_dtype: config.compute_dtype,
-        }
+        let draw = |position: usize| bound * uniform(mix(stream, position as u64 + 1));
+        let values: Vec<f32> = (0..hidden * experts).map(draw).collect();
+        Self { weight: Param::from_data(TensorData::new(values, [hidden, experts]), device), topk, compute_dtype }
     }
 
     /// Experts per token `K`.
@@ -74,8 +51,13 @@ impl TopKRouter {
     ///
     /// [`FsepError::Shape`] if hidden size or element type are not the router's.
     pub fn forward(&self, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
-        let [num_tokens, width] = hidden.dims();
-        let [expected, num_experts] = self.weight.dims();
+        let dtype = hidden.dtype();
+        Ok(RouterOutput::top_k(self.logits(hidden)?, self.topk, dtype))
+    }
+
+    /// In single precision, as softmax and losses are, also where the product is not. `[T, D] -> [T, E]`
+    pub(super) fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>, FsepError> {
+        let (width, expected) = (hidden.dims()[1], self.weight.dims()[0]);
         if width != expected {
             return Err(FsepError::Shape {
                 what: "hidden size of the MoE layer's input".into(),
@@ -85,60 +67,15 @@ impl TopKRouter {
         }
         let dtype = hidden.dtype();
         check_dtype(dtype, self.compute_dtype.map_or(self.weight.dtype(), DType::from))?;
-        // The softmax and the losses are in single precision, also where the product is not.
-        let mut logits = hidden.matmul(self.weight.val().cast(dtype)).cast(FloatDType::F32);
-        if let RouterForcing::Bias(bias) = &self.forcing {
-            let bias = TensorData::new(bias.clone(), [1, num_experts]);
-            logits = logits.clone() + Tensor::<2>::from_data(bias, &logits.device());
-        }
-        let scores = softmax(logits.clone(), 1);
-        let (chosen, experts) = match &self.forcing {
-            RouterForcing::Shares(shares) => {
-                let data = TensorData::new(choose_by_shares(shares, num_tokens, self.topk), [num_tokens, self.topk]);
-                let chosen = Tensor::<2, Int>::from_data(data, &scores.device());
-                (chosen.clone(), chosen)
-            }
-            _ => {
-                let (best, chosen) = scores.clone().detach().topk_with_indices(self.topk, 1);
-                // Logits that are not finite give probabilities that are no numbers, and any expert: marked here, on the
-                // device, and noticed where the counts are read anyway.
-                let experts = chosen.clone().mask_fill(best.is_nan(), num_experts as i64);
-                (chosen, experts)
-            }
-        };
-        let probs = scores.clone().gather(1, chosen);
-        // Of an only choice the share is always 1, from which the router would learn nothing.
-        let probs = if self.topk == 1 { probs } else { probs.clone() / probs.sum_dim(1) };
-        let probs = probs.cast(dtype);
-        Ok(RouterOutput::new(probs, experts.inner()).with_scores(scores).with_logits(logits))
+        Ok(hidden.matmul(self.weight.val().cast(dtype)).cast(FloatDType::F32))
     }
 }
 
-/// Experts of each token such that after any number of tokens the shares are as exact as whole numbers allow.
-/// `[E] -> [T * K]`
-fn choose_by_shares(shares: &[f64], num_tokens: usize, topk: usize) -> Vec<i32> {
-    let mut owed = vec![0.0f64; shares.len()];
-    let mut order: Vec<i32> = (0..shares.len() as i32).collect();
-    let mut chosen = Vec::with_capacity(num_tokens * topk);
-    for _ in 0..num_tokens {
-        for (owed, share) in owed.iter_mut().zip(shares) {
-            *owed += share * topk as f64;
-        }
-        // Rounded, so that ties are ties whatever the rounding errors of the sums.
-        order.select_nth_unstable_by_key(topk - 1, |&e| (-(owed[e as usize] * 1e6f64).round() as i64, e));
-        for &expert in &order[..topk] {
-            owed[expert as usize] -= 1.0;
-            chosen.push(expert);
-        }
-    }
-    chosen
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
+    use crate::FSEPMoEConfig;
 
-    #[cfg(feature = "flex")]
     #[test]
     fn losses_of_a_router_in_half_precision_are_in_single_precision() {
         let device = Device::flex().autodiff();
@@ -157,7 +94,6 @@ mod tests {
         assert!(layer.router.weight.val().grad(&grads).is_some());
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn the_router_learns_from_its_only_choice() {
         let device = Device::flex().autodiff();
@@ -169,14 +105,14 @@ mod tests {
         assert!(largest > 1e-6, "{largest}");
     }
 
+    /// On every platform and in every version. These are Python's.
     #[test]
-    fn forced_shares_are_met() {
-        let shares = [0.4, 0.4, 0.1, 0.1];
-        let chosen = choose_by_shares(&shares, 1000, 2);
-        for (expert, share) in shares.iter().enumerate() {
-            let n = chosen.iter().filter(|&&e| e as usize == expert).count();
-            assert!((n as f64 - share * 2000.0).abs() <= 1.0, "expert {expert}: {n}");
-        }
-        assert!(chosen.chunks(2).all(|pair| pair[0] != pair[1]));
+    fn values_of_a_seed_are_fixed() {
+        let router = TopKRouter::new([4, 3], 2, None, 7, 2, &Device::flex());
+        let bits: Vec<u32> = router.weight.val().into_data().iter::<f32>().map(f32::to_bits).collect();
+        assert_eq!(
+            [0, 1, 2, 3, 4, 11].map(|position| bits[position]),
+            [1047866418, 3201759695, 3198862139, 1053183783, 1042784614, 3188577374]
+        );
     }
 }

@@ -30,7 +30,7 @@ pub use extension::{FsepOps, moe, plan_unshard};
 pub use gradient_hook::{GradientHook, GradientSink, gradient_hook};
 pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage};
-#[cfg(all(feature = "libtorch", feature = "train"))]
-pub use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+#[cfg(feature = "libtorch")]
+pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use pass::{Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange};
 pub use unshard::Unshard;

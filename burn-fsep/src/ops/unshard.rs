@@ -74,11 +74,15 @@ impl Unshard {
     ///
     /// What its start returns; [`FsepError::Unshard`] if it was taken or discarded.
     pub fn start(&self) -> Result<(), FsepError> {
-        self.change("started", |state| match state {
-            State::Planned(start) => Ok((State::Started(start(self.weights.clone())?), ())),
-            started @ (State::Started(_) | State::Kept(_)) => Ok((started, ())),
-            other => Err(Refused::Illegal(other)),
-        })
+        let mut state = self.state.lock();
+        match std::mem::replace(&mut *state, State::Discarded) {
+            State::Planned(start) => *state = State::Started(start(self.weights.clone())?),
+            other => *state = other,
+        }
+        match *state {
+            State::Started(_) | State::Kept(_) => Ok(()),
+            _ => Err(self.illegal("started", &state)),
+        }
     }
 
     /// Keeps experts of the forward pass for it, in place of a start.
@@ -87,10 +91,12 @@ impl Unshard {
     ///
     /// [`FsepError::Unshard`] unless it is planned.
     pub fn keep<W: Send + 'static>(&self, weights: W) -> Result<(), FsepError> {
-        self.change("kept", |state| match state {
-            State::Planned(_) => Ok((State::Kept(Box::new(weights)), ())),
-            other => Err(Refused::Illegal(other)),
-        })
+        let mut state = self.state.lock();
+        match *state {
+            State::Planned(_) => *state = State::Kept(Box::new(weights)),
+            _ => return Err(self.illegal("kept", &state)),
+        }
+        Ok(())
     }
 
     /// What it holds, for the layer that computes now.
@@ -99,10 +105,14 @@ impl Unshard {
     ///
     /// [`FsepError::Unshard`] unless it is started or kept; [`FsepError::Backend`] if what it holds is not a `W`.
     pub fn take<W: 'static>(&self) -> Result<W, FsepError> {
-        let held = self.change("taken", |state| match state {
-            State::Started(held) | State::Kept(held) => Ok((State::Taken, held)),
-            other => Err(Refused::Illegal(other)),
-        })?;
+        let mut state = self.state.lock();
+        let held = match std::mem::replace(&mut *state, State::Taken) {
+            State::Started(held) | State::Kept(held) => held,
+            other => {
+                *state = other;
+                return Err(self.illegal("taken", &state));
+            }
+        };
         held.downcast().map(|held| *held).map_err(|_| FsepError::Backend {
             operation: self.operation.to_string(),
             reason: "it was started on another backend than the layer runs on".into(),
@@ -117,35 +127,8 @@ impl Unshard {
         }
     }
 
-    fn change<T>(
-        &self,
-        action: &'static str,
-        transition: impl FnOnce(State) -> Result<(State, T), Refused>,
-    ) -> Result<T, FsepError> {
-        let mut state = self.state.lock();
-        match transition(std::mem::replace(&mut *state, State::Discarded)) {
-            Ok((next, value)) => {
-                *state = next;
-                Ok(value)
-            }
-            Err(Refused::Illegal(unchanged)) => {
-                *state = unchanged;
-                Err(FsepError::Unshard { operation: self.operation.to_string(), action, state: state.name() })
-            }
-            Err(Refused::Failed(error)) => Err(error),
-        }
-    }
-}
-
-/// Why a state does not change as asked.
-enum Refused {
-    Illegal(State),
-    Failed(FsepError),
-}
-
-impl From<FsepError> for Refused {
-    fn from(error: FsepError) -> Self {
-        Refused::Failed(error)
+    fn illegal(&self, action: &'static str, state: &State) -> FsepError {
+        FsepError::Unshard { operation: self.operation.to_string(), action, state: state.name() }
     }
 }
 

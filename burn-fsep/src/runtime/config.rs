@@ -4,9 +4,9 @@ use std::{
 };
 
 use burn_fsep_planner::{
-    Topology,
-    correction::{Correction, CorrectionConfig},
+    PlannerStrategy, Topology,
     dispatch::Dispatcher,
+    repair::{LayoutRepair, RepairConfig},
 };
 use derive_new::new;
 
@@ -33,8 +33,8 @@ pub struct FsepRuntimeConfig {
     /// Repairs layouts in the step itself, once its counts are known; `None` for no repairs. By default repairs count as
     /// free, which is right where weights are unsharded after the counts are known; where experts are prefetched in forward,
     /// only the changed slots are unsharded once more.
-    #[new(value = "Some(CorrectionConfig::free())")]
-    pub repair: Option<CorrectionConfig>,
+    #[new(value = "Some(RepairConfig::free())")]
+    pub repair: Option<RepairConfig>,
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
@@ -81,9 +81,16 @@ impl FsepRuntimeConfig {
     }
 
     /// Sets when a layout is repaired in the step itself; `None` for never.
-    pub fn with_repair(mut self, repair: Option<CorrectionConfig>) -> Self {
+    pub fn with_repair(mut self, repair: Option<RepairConfig>) -> Self {
         self.repair = repair;
         self
+    }
+
+    /// Sets dispatcher and repair to those of a strategy: only [`PlannerStrategy::MinMax`] repairs layouts in the step. With
+    /// the same strategy in [`PlannerConfig`](crate::train::PlannerConfig) it is a whole baseline; with another one, a hybrid.
+    pub fn with_strategy(self, strategy: PlannerStrategy) -> Self {
+        let repair = (strategy == PlannerStrategy::MinMax).then(RepairConfig::free);
+        self.with_dispatcher(move || strategy.dispatcher()).with_repair(repair)
     }
 
     /// Sets which communication is moved behind compute (all that can be, by default).
@@ -107,7 +114,7 @@ impl FsepRuntimeConfig {
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         let topology = self.topology_of(comm.size())?;
-        let repair = self.repair.map(Correction::new).transpose()?;
+        let repair = self.repair.map(LayoutRepair::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
         FsepRuntime::from_parts(comm, topology, repair, self)
     }

@@ -1,6 +1,6 @@
 //! How errors leave what cannot return them: Burn's modules and its backward pass.
 
-use crate::{FsepError, comm::local::panic_message, error};
+use crate::{FsepError, burn_compat::panic_message, error};
 
 use super::{FsepRuntime, fsep_runtime::Inner};
 

@@ -1,6 +1,6 @@
 use std::{fmt, sync::Arc};
 
-use burn_fsep_planner::{Topology, correction::Correction};
+use burn_fsep_planner::{Topology, repair::LayoutRepair};
 use parking_lot::RwLock;
 
 use super::{
@@ -27,14 +27,13 @@ pub(super) struct Inner {
     /// Counts, flags.
     pub control: Arc<dyn Communicator>,
     /// Gradients of replicated parameters.
-    #[cfg(feature = "train")]
     dense: Arc<dyn Communicator>,
     /// What the passes of all layers work with.
     pub context: Arc<RankContext>,
     pub topology: Topology,
     seed: u64,
     pub dispatcher: DispatcherFactory,
-    pub repair: Option<Correction>,
+    pub repair: Option<LayoutRepair>,
     pub layers: RwLock<Vec<Arc<LayerState>>>,
     pub schedule: Schedule,
     pub observed: ObservedSteps,
@@ -65,7 +64,7 @@ impl FsepRuntime {
     pub(super) fn from_parts(
         comm: Arc<dyn Communicator>,
         topology: Topology,
-        repair: Option<Correction>,
+        repair: Option<LayoutRepair>,
         config: &FsepRuntimeConfig,
     ) -> Result<Self, FsepError> {
         let context = RankContext {
@@ -76,7 +75,6 @@ impl FsepRuntime {
         };
         let inner = Inner {
             context: Arc::new(context),
-            #[cfg(feature = "train")]
             dense: comm.duplicate("dense gradients")?,
             control: comm,
             topology,
@@ -117,7 +115,6 @@ impl FsepRuntime {
     }
 
     /// For gradients of replicated parameters, which travel while backward runs.
-    #[cfg(feature = "train")]
     pub(crate) fn dense_comm(&self) -> &Arc<dyn Communicator> {
         &self.inner.dense
     }
@@ -133,7 +130,6 @@ impl FsepRuntime {
     }
 
     /// A handle for what an autodiff graph holds: it has no outputs, which would hold the graph.
-    #[cfg(feature = "train")]
     pub(crate) fn for_graph(&self) -> Self {
         Self { inner: self.inner.clone(), outputs: Arc::default() }
     }

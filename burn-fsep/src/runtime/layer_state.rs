@@ -3,8 +3,8 @@ use std::{sync::Arc, time::Instant};
 use burn::tensor::{Int, Tensor};
 use burn_fsep_planner::{
     Layout, PlannerError, Topology,
-    correction::Correction,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+    repair::LayoutRepair,
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -49,7 +49,7 @@ struct Dispatching {
     /// Whether its plans are checked: kernels rely on what they promise.
     is_checked: bool,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
-    repair: Option<Correction>,
+    repair: Option<LayoutRepair>,
     plan: DispatchPlan,
     static_plan: DispatchPlan,
 }
@@ -66,7 +66,7 @@ impl LayerState {
         spec: Arc<LayerSpec>,
         topology: &Topology,
         dispatcher: &DispatcherFactory,
-        repair: Option<Correction>,
+        repair: Option<LayoutRepair>,
     ) -> Result<Self, FsepError> {
         let (ranks, experts) = (spec.world_size, spec.num_experts);
         let layout = Layout::static_ep(ranks, spec.slots_per_rank, experts)?;

@@ -9,8 +9,6 @@ mod layers;
 mod observed_steps;
 mod outputs;
 mod passes;
-#[cfg(feature = "train")]
-mod planner_host;
 mod routing_message;
 mod stats;
 mod step;

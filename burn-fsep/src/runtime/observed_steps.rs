@@ -1,37 +1,38 @@
-#[cfg(feature = "train")]
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-#[cfg(feature = "train")]
-use burn_fsep_planner::callback::RoutingObserver;
+use burn_fsep_planner::BackgroundPlanner;
 use parking_lot::RwLock;
 
-/// Who learns the routing counts of training passes, and of which.
+/// The planner that is given the routing counts of training passes, and of which passes.
 #[derive(Default)]
 pub(super) struct ObservedSteps(RwLock<Observed>);
 
 #[derive(Default)]
 struct Observed {
-    #[cfg_attr(not(feature = "train"), allow(dead_code))]
-    is_between_steps: bool,
-    #[cfg(feature = "train")]
-    observer: Option<Arc<dyn RoutingObserver>>,
+    /// Whether a step is under way; `None` for programs that do not tell.
+    in_step: Option<bool>,
+    planner: Weak<BackgroundPlanner>,
 }
 
 impl ObservedSteps {
-    /// Between steps nothing is observed.
-    pub fn set_between_steps(&self, on: bool) {
-        self.0.write().is_between_steps = on;
+    /// A step begins: from now on, nothing is observed between steps.
+    pub fn begin(&self) {
+        self.0.write().in_step = Some(true);
     }
 
-    #[cfg(feature = "train")]
-    pub fn set_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
-        self.0.write().observer = observer;
+    /// A step ends, if one had begun.
+    pub fn end(&self) {
+        let mut observed = self.0.write();
+        observed.in_step = observed.in_step.map(|_| false);
     }
 
-    /// Who learns the counts of a training pass that runs now.
-    #[cfg(feature = "train")]
-    pub fn observer(&self) -> Option<Arc<dyn RoutingObserver>> {
+    pub fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
+        self.0.write().planner = planner;
+    }
+
+    /// The planner, if it learns from a training pass that runs now.
+    pub fn planner(&self) -> Option<Arc<BackgroundPlanner>> {
         let observed = self.0.read();
-        observed.observer.clone().filter(|_| !observed.is_between_steps)
+        if observed.in_step == Some(false) { None } else { observed.planner.upgrade() }
     }
 }

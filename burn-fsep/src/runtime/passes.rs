@@ -76,9 +76,8 @@ impl FsepRuntime {
     ) -> Result<RoutedDispatch, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
-        #[cfg(feature = "train")]
-        if let Some(observer) = self.inner.observed.observer().filter(|_| tracked.any()) {
-            observer.observe(layer, dispatch.pass, &dispatch.counts);
+        if let (true, Some(planner)) = (tracked.any(), self.inner.observed.planner()) {
+            planner.submit(layer, dispatch.pass, dispatch.counts.clone());
         }
         Ok(dispatch)
     }

@@ -1,16 +1,12 @@
 //! What a training loop tells the runtime of its steps.
 
-use std::collections::HashMap;
-
-#[cfg(feature = "train")]
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Weak};
 
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::Tensor,
 };
-#[cfg(feature = "train")]
-use burn_fsep_planner::callback::RoutingObserver;
+use burn_fsep_planner::BackgroundPlanner;
 
 use super::FsepRuntime;
 use crate::FsepError;
@@ -18,7 +14,7 @@ use crate::FsepError;
 impl FsepRuntime {
     /// Tells the schedule which parameters the coming forward pass will use, so that each layer's experts can be unsharded
     /// behind the compute of the layer before; the first layer's unshard starts now. Collective, once before each training
-    /// forward pass; [`FsepStrategy`](crate::train::FsepStrategy) calls it for you.
+    /// forward pass; [`Trainer`](crate::train::Trainer) and `FsepStrategy` call it for you.
     ///
     /// Without it, layers unshard their experts when they come to them, and the result is the same. The order of layers is
     /// learned from the step before. A step that runs layers in another order, or with other parameters than `model` has now,
@@ -28,7 +24,7 @@ impl FsepRuntime {
     ///
     /// [`FsepError::Comm`] if the unshard cannot be started.
     pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
-        self.inner.observed.set_between_steps(false);
+        self.inner.observed.begin();
         let schedule = &self.inner.schedule;
         if !schedule.config().prefetch_forward || self.world_size() == 1 {
             return Ok(());
@@ -47,10 +43,11 @@ impl FsepRuntime {
     }
 
     /// Ends a step: until the next [`begin_step`](Self::begin_step), forward passes that track gradients (a look at a loss, a
-    /// gradient check) are no part of what the planner learns. On all ranks, after backward; a program that never calls it has
-    /// all its training forward passes observed.
+    /// gradient check) are no part of what the planner learns. On all ranks, after backward;
+    /// [`PlannerCallback::step`](crate::train::PlannerCallback::step) calls it. Without effect in a program that never calls
+    /// `begin_step`, all of whose training forward passes are observed.
     pub fn end_step(&self) {
-        self.inner.observed.set_between_steps(true);
+        self.inner.observed.end();
     }
 
     /// Experts that were prefetched for nothing: the step ran other layers, or with other parameters, than was expected.
@@ -58,9 +55,9 @@ impl FsepRuntime {
         self.inner.schedule.missed()
     }
 
-    #[cfg(feature = "train")]
-    pub(super) fn set_routing_observer(&self, observer: Option<Arc<dyn RoutingObserver>>) {
-        self.inner.observed.set_observer(observer);
+    /// Sets the planner that is given the counts of each training forward pass, for as long as it lives.
+    pub(crate) fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
+        self.inner.observed.set_planner(planner);
     }
 }
 

@@ -57,7 +57,7 @@ pub fn expert_parameters(
 }
 
 /// A number between -1 and 1 from random bits: the middle of one of 2^24 equal parts, all of which `f32` has exactly.
-fn uniform(bits: u64) -> f32 {
+pub(crate) fn uniform(bits: u64) -> f32 {
     const PARTS: i32 = 1 << 24;
     let part = (bits >> 40) as i32;
     (2 * part + 1 - PARTS) as f32 / PARTS as f32

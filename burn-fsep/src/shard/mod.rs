@@ -6,10 +6,8 @@ mod gauge;
 mod owner;
 mod plan;
 
-pub(crate) use expert::mix;
 pub use expert::{ExpertShape, expert_parameters};
+pub(crate) use expert::{mix, uniform};
 pub use gauge::{UnshardedGauge, UnshardedGuard};
-#[cfg(feature = "train")]
-pub(crate) use owner::is_shard_of;
 pub(crate) use owner::{foreign_owner, shard_id};
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

@@ -12,7 +12,7 @@ pub(crate) fn shard_id(rank: usize, world_size: usize) -> ParamId {
 }
 
 /// Whether an id is of `rank`'s part of `world_size`.
-pub(crate) fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
+fn is_shard_of(id: ParamId, rank: usize, world_size: usize) -> bool {
     param_tag(id) == owner(rank, world_size)
 }
 

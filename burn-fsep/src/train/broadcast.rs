@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, Tensor, TensorData},
 };
 
-use super::params::{ParamVisitor, Placement, PlacementPath, visit_params};
+use super::params::{ModulePath, ParamVisitor, Placement, visit_params};
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, all_gather_u64},
@@ -17,7 +17,8 @@ const VALUES: Operation = Operation::new("initial values of the replicated param
 
 /// Gives all ranks rank 0's values of the replicated parameters, bit for bit. Collective.
 ///
-/// Needed once, after initialisation, unless all ranks draw the same values anyway. Parameters travel one by one, so the
+/// Needed once, after initialisation, unless all ranks draw the same values anyway;
+/// [`TrainerConfig::init`](super::TrainerConfig::init) does it. Parameters travel one by one, so the
 /// host holds no more than the largest one at a time.
 ///
 /// # Errors
@@ -29,10 +30,8 @@ pub fn broadcast_parameters<M: Module>(runtime: &FsepRuntime, model: M) -> Resul
     if runtime.world_size() == 1 {
         return Ok(model);
     }
-    let mut forms = Forms(Vec::new());
-    visit_params(&model, &mut forms);
-    check_equal(runtime, &forms.0)?;
-    let mut broadcast = Broadcast { runtime, path: PlacementPath::default(), error: None };
+    check_forms(runtime, &model)?;
+    let mut broadcast = Broadcast { runtime, path: ModulePath::default(), error: None };
     let model = model.map(&mut broadcast);
     match broadcast.error {
         None => Ok(model),
@@ -43,9 +42,11 @@ pub fn broadcast_parameters<M: Module>(runtime: &FsepRuntime, model: M) -> Resul
     }
 }
 
-/// Checks that all ranks have parameters of the same forms.
-fn check_equal(runtime: &FsepRuntime, forms: &[Form]) -> Result<(), FsepError> {
-    let comm = runtime.comm();
+/// Checks that all ranks have parameters of the same forms. Collective.
+pub(super) fn check_forms<M: Module>(runtime: &FsepRuntime, model: &M) -> Result<(), FsepError> {
+    let mut forms = Forms(Vec::new());
+    visit_params(model, &mut forms);
+    let (forms, comm) = (forms.0, runtime.comm());
     let counts = all_gather_u64(comm, COUNT, &[forms.len() as u64])?;
     if let Some(rank) = counts.iter().position(|&theirs| theirs != counts[0]) {
         return Err(FsepError::Config(format!(
@@ -96,8 +97,8 @@ impl Form {
 struct Forms(Vec<Form>);
 
 impl ParamVisitor for Forms {
-    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
-        if placement == Placement::Replicated {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
+        if path.placement() == Placement::Replicated {
             let value = param.val();
             self.0.push(Form { shape: value.shape().to_vec(), dtype: value.dtype() });
         }
@@ -107,7 +108,7 @@ impl ParamVisitor for Forms {
 /// Sends or receives each parameter where it is met.
 struct Broadcast<'a> {
     runtime: &'a FsepRuntime,
-    path: PlacementPath,
+    path: ModulePath,
     error: Option<FsepError>,
 }
 
@@ -126,8 +127,8 @@ impl Broadcast<'_> {
 }
 
 impl ModuleMapper for Broadcast<'_> {
-    fn enter_module(&mut self, _name: &str, container: &str) {
-        self.path.enter(container);
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {

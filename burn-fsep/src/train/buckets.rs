@@ -9,7 +9,7 @@ use derive_new::new;
 
 use super::{
     collector::Collector,
-    params::{Placement, PlacementPath},
+    params::{BATCH_NORM, ModulePath, Placement},
     sync::sync,
 };
 use crate::{
@@ -73,6 +73,9 @@ impl GradientBucketsConfig {
 /// accumulated), is reduced by the sync as it finds it. So several backward passes before one sync are right; call
 /// [`GradientBuckets::pause`] before each of them to not start reductions in vain, or sync each pass and add the results.
 ///
+/// Only over NCCL do reductions overlap with backward. Over TCP, MPI and between threads each one waits for all ranks, so
+/// they all happen in the sync.
+///
 /// Gradients are reduced in single precision. A bucket is a copy, so all replicated gradients exist twice for a while.
 ///
 /// ```
@@ -126,7 +129,7 @@ impl GradientBuckets {
     /// for good. Prepare the modules beside it.
     pub fn prepare<M: Module, const D: usize>(&self, module: &M, input: &Tensor<D>) -> M {
         let input_served = Arc::new(AtomicBool::new(false));
-        module.clone().map(&mut Prepare { buckets: self, input, input_served, path: PlacementPath::default() })
+        module.clone().map(&mut Prepare { buckets: self, input, input_served, path: ModulePath::default() })
     }
 
     /// Lets no reduction start before the next sync: gradients are accumulated over several backward passes.
@@ -149,24 +152,21 @@ impl GradientBuckets {
     }
 }
 
-/// The container of Burn's one module with running statistics.
-const RUNNING_STATISTICS: &str = "Struct:BatchNorm";
-
 struct Prepare<'a, const D: usize> {
     buckets: &'a GradientBuckets,
     input: &'a Tensor<D>,
     input_served: Arc<AtomicBool>,
-    path: PlacementPath,
+    path: ModulePath,
 }
 
 impl<const I: usize> ModuleMapper for Prepare<'_, I> {
-    fn enter_module(&mut self, _name: &str, container: &str) {
+    fn enter_module(&mut self, name: &str, container: &str) {
         assert!(
-            self.buckets.compute_dtype.is_none() || container != RUNNING_STATISTICS,
+            self.buckets.compute_dtype.is_none() || container != BATCH_NORM,
             "GradientBuckets::prepare: a BatchNorm cannot compute in another type than its running statistics; prepare the modules \
              beside it"
         );
-        self.path.enter(container);
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {

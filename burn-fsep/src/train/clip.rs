@@ -6,7 +6,7 @@ use burn::{
     tensor::{DType, Tensor},
 };
 
-use super::params::{ParamVisitor, Placement, visit_params};
+use super::params::{ModulePath, ParamVisitor, Placement, visit_params};
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
@@ -17,7 +17,7 @@ use crate::{
 /// The norm is that of the unsharded model: replicated parameters count once, shards are summed over ranks. So
 /// clipping does not depend on the world size, which Burn's own clipping (of each tensor by itself) would. Call it
 /// after [`sync_gradients`](super::sync_gradients). A norm that is not finite scales nothing: check for it,
-/// as [`FsepStrategy`](super::FsepStrategy) does.
+/// as [`Trainer`](super::Trainer) does.
 ///
 /// # Errors
 ///
@@ -35,13 +35,19 @@ pub fn clip_grad_norm<M: Module>(
     visit_params(model, &mut squares);
     let (replicated, sharded) =
         read_sums(squares.sums).inspect_err(|error| runtime.comm().abort(&error.to_string()))?;
-    let mut sharded = [sharded];
-    runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut sharded), ReduceOp::Sum)?;
-    let norm = (replicated + sharded[0]).sqrt();
+    // Of the replicated parameters rank 0's: devices that add in another order must not clip by another norm.
+    let mut square = [if runtime.rank() == 0 { replicated + sharded } else { sharded }];
+    runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut square), ReduceOp::Sum)?;
+    let norm = square[0].sqrt();
     if norm.is_finite() && norm > max_norm {
-        visit_params(model, &mut Scale { grads, seen: HashSet::new(), factor: max_norm / norm });
+        scale(model, grads, max_norm / norm);
     }
     Ok(norm)
+}
+
+/// Multiplies all gradients of a model.
+pub(super) fn scale<M: Module>(model: &M, grads: &mut GradientsParams, factor: f64) {
+    visit_params(model, &mut Scale { grads, seen: HashSet::new(), factor });
 }
 
 struct Squares<'a> {
@@ -52,10 +58,11 @@ struct Squares<'a> {
 }
 
 impl ParamVisitor for Squares<'_> {
-    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
         if self.seen.insert(param.id)
             && let Some(grad) = self.grads.get::<D>(param.id)
         {
+            let placement = path.placement();
             self.sums.extend(sums_of_squares(grad).map(|sums| (placement, sums)));
         }
     }
@@ -113,7 +120,7 @@ struct Scale<'a> {
 }
 
 impl ParamVisitor for Scale<'_> {
-    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _placement: Placement) {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _path: &ModulePath) {
         if !self.seen.insert(param.id) {
             return;
         }

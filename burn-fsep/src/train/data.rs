@@ -19,13 +19,24 @@ impl<D> RankDataset<D> {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] if `global_batch` is 0 or cannot be split evenly over the ranks.
-    pub fn new(dataset: D, global_batch: usize, runtime: &FsepRuntime) -> Result<Self, FsepError> {
+    /// [`FsepError::Config`] if `global_batch` is 0 or cannot be split evenly over the ranks, or if there are not enough items
+    /// for one.
+    pub fn new<I>(dataset: D, global_batch: usize, runtime: &FsepRuntime) -> Result<Self, FsepError>
+    where
+        D: Dataset<I>,
+    {
         let world_size = runtime.world_size();
         if global_batch == 0 || !global_batch.is_multiple_of(world_size) {
             return Err(FsepError::Config(format!(
                 "a global batch of {global_batch} cannot be split evenly over {world_size} ranks; use a positive \
                  multiple of {world_size}"
+            )));
+        }
+        if dataset.len() < global_batch {
+            return Err(FsepError::Config(format!(
+                "{} items make no global batch of {global_batch}: no rank would get anything; use more data or a smaller \
+                 global batch",
+                dataset.len()
             )));
         }
         Ok(Self { inner: dataset, global_batch, rank: runtime.rank(), world_size })
@@ -91,5 +102,16 @@ mod tests {
     fn a_batch_that_does_not_divide_is_refused() {
         let runtime = FsepRuntime::single();
         assert!(RankDataset::new(InMemDataset::new(vec![1]), 0, &runtime).is_err());
+    }
+
+    #[test]
+    fn data_for_less_than_one_global_batch_is_refused() {
+        let runtime = FsepRuntime::single();
+        let part = |items: usize| RankDataset::new(InMemDataset::new(vec![0; items]), 4, &runtime);
+        for items in [0, 3] {
+            let Err(FsepError::Config(reason)) = part(items) else { panic!("{items} items are taken") };
+            assert!(reason.contains(&format!("{items} items make no global batch of 4")), "{reason}");
+        }
+        assert_eq!(Dataset::<i32>::len(&part(4).unwrap()), 4);
     }
 }

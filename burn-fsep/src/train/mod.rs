@@ -1,26 +1,41 @@
-//! Training: what has to happen between backward and the optimizer, by hand or in burn-train's Learner.
+//! Training: one object that makes whole steps ([`Trainer`]), and the parts that it is made of. Needs nothing of burn-train.
 
+mod accumulation;
 mod adamw;
 mod broadcast;
 mod buckets;
-mod burn_checkpoints;
+mod callback;
 mod clip;
 mod collector;
+#[cfg(feature = "dataset")]
 mod data;
-mod learner_checkpoints;
-mod metrics;
+mod gradients;
 mod params;
+mod planner_callback;
+mod planner_config;
+mod planner_report;
 mod reduction;
-mod renderer;
-mod strategy;
+mod replicas;
 mod sync;
+mod tokens;
+mod trainer;
+mod trainer_config;
 
+pub use accumulation::Accumulation;
 pub use adamw::{FusedAdamW, FusedAdamWConfig, FusedAdamWState};
 pub use broadcast::broadcast_parameters;
 pub use buckets::{GradientBuckets, GradientBucketsConfig};
+pub use callback::{OptimizerContext, StepContext, TrainingCallback};
 pub use clip::clip_grad_norm;
+#[cfg(feature = "dataset")]
 pub use data::RankDataset;
-pub use metrics::{FsepStats, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, StaticImbalanceMetric};
-pub use renderer::SilentRenderer;
-pub use strategy::FsepStrategy;
+#[cfg(feature = "learner")]
+pub(crate) use gradients::GradientStep;
+pub use planner_callback::PlannerCallback;
+pub use planner_config::PlannerConfig;
+pub use planner_report::PlannerReport;
+pub use replicas::check_replicas;
 pub use sync::sync_gradients;
+pub use tokens::{token_mean, try_token_mean};
+pub use trainer::{Trainer, TrainerStep};
+pub use trainer_config::TrainerConfig;

@@ -13,12 +13,12 @@ use burn::{
 use super::{
     buckets::GradientBucketsConfig,
     collector::{Collected, Collector, StartedBucket, split},
-    params::{ParamVisitor, Placement, visit_params},
+    params::{ModulePath, ParamVisitor, Placement, visit_params},
     reduction::{Part, Reduction},
 };
 use crate::{
     FsepError, FsepRuntime,
-    comm::{Operation, ReduceBuffer, ReduceOp},
+    comm::{Operation, all_gather_u64},
     ops::FsepDeviceOps,
 };
 
@@ -126,43 +126,56 @@ struct Agreed {
 }
 
 impl Agreed {
-    /// `fingerprint`: what has to be equal on all ranks, in 24 bits. Collective.
+    /// `fingerprint`: what has to be equal on all ranks. Collective.
     fn on(
         runtime: &FsepRuntime,
         gradients: &Gradients,
         started: &[StartedBucket],
-        fingerprint: u32,
+        fingerprint: u64,
     ) -> Result<Self, FsepError> {
         let count = gradients.len();
-        let mut flags: Vec<f32> = (0..count).map(|i| f32::from(u8::from(gradients.get(i).is_some()))).collect();
-        flags.resize(2 * count, 0.0);
+        let mut stale = vec![false; count];
         for (id, used) in started.iter().flat_map(|bucket| &bucket.gradients) {
             let i = gradients.index[id];
             let is_same = |now: &DispatchTensor| <Dispatch as FsepDeviceOps>::fsep_is_same(used.clone(), now.clone());
-            let is_current = gradients.get(i).is_some_and(is_same);
-            flags[count + i] = f32::from(u8::from(!is_current));
+            stale[i] = !gradients.get(i).is_some_and(is_same);
         }
-        // Whole numbers of 24 bits are exact. The largest of the negative tells the smallest.
-        flags.extend([started.len() as f32, fingerprint as f32, -(fingerprint as f32)]);
-        runtime.comm().all_reduce(
-            Operation::new("presence of gradients"),
-            ReduceBuffer::F32(&mut flags),
-            ReduceOp::Max,
-        )?;
-        if flags[2 * count + 1] != -flags[2 * count + 2] {
-            return Err(FsepError::Config(
-                "the ranks' models or gradient buckets differ: replicated parameters have to be of the same shapes in \
-                 the same order, and buckets of the same configuration and used from the same step on"
-                    .into(),
-            ));
+        let present = (0..count).map(|i| gradients.get(i).is_some()).chain(stale);
+        let mut ours = vec![fingerprint, started.len() as u64];
+        ours.extend(to_bits(present));
+        let all = all_gather_u64(runtime.comm(), Operation::new("presence of gradients"), &ours)?;
+        let mut flags = vec![0; ours.len() - 2];
+        let mut most = 0;
+        for theirs in all.chunks_exact(ours.len()) {
+            if theirs[0] != all[0] {
+                return Err(FsepError::Config(
+                    "the ranks' models or gradient buckets differ: replicated parameters have to be of the same shapes \
+                     in the same order, and buckets of the same configuration and used from the same step on"
+                        .into(),
+                ));
+            }
+            most = most.max(theirs[1] as usize);
+            flags.iter_mut().zip(&theirs[2..]).for_each(|(flags, theirs)| *flags |= theirs);
         }
-        let is_set = |flags: &[f32]| flags.iter().map(|&flag| flag > 0.0).collect();
+        let is_set = |i: usize| flags[i / 64] >> (i % 64) & 1 == 1;
         Ok(Self {
-            present: is_set(&flags[..count]),
-            stale: is_set(&flags[count..2 * count]),
-            started: flags[2 * count] as usize,
+            present: (0..count).map(is_set).collect(),
+            stale: (count..2 * count).map(is_set).collect(),
+            started: most,
         })
     }
+}
+
+/// 64 flags a number.
+fn to_bits(flags: impl Iterator<Item = bool>) -> Vec<u64> {
+    let mut bits = Vec::new();
+    for (i, flag) in flags.enumerate() {
+        if i % 64 == 0 {
+            bits.push(0);
+        }
+        bits[i / 64] |= u64::from(flag) << (i % 64);
+    }
+    bits
 }
 
 /// Makes buckets of the parameters that were hooked, in the order in which their gradients came on rank 0. Collective.
@@ -231,14 +244,14 @@ impl Gradients {
         self.entries[index].shape.num_elements()
     }
 
-    /// 24 bits that depend on all shapes and buckets.
-    fn fingerprint(&self, bucket_bytes: usize, buckets: &[Vec<usize>]) -> u32 {
+    /// A number that depends on all shapes and buckets.
+    fn fingerprint(&self, bucket_bytes: usize, buckets: &[Vec<usize>]) -> u64 {
         let mut hasher = DefaultHasher::new();
         (bucket_bytes, buckets).hash(&mut hasher);
         for entry in &self.entries {
             entry.shape.as_slice().hash(&mut hasher);
         }
-        (hasher.finish() & 0xFF_FFFF) as u32
+        hasher.finish()
     }
 
     fn indices(&self, buckets: &[Vec<ParamId>]) -> Result<Vec<Vec<usize>>, FsepError> {
@@ -274,9 +287,9 @@ struct Collect<'a> {
 }
 
 impl ParamVisitor for Collect<'_> {
-    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, placement: Placement) {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
         let found = &mut self.found;
-        if placement == Placement::Sharded || found.index.contains_key(&param.id) {
+        if path.placement() == Placement::Sharded || found.index.contains_key(&param.id) {
             return;
         }
         let gradient = self.grads.get::<D>(param.id).map(Tensor::into_dispatch);
@@ -291,7 +304,7 @@ struct PutBack<'a> {
 }
 
 impl ParamVisitor for PutBack<'_> {
-    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _placement: Placement) {
+    fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, _path: &ModulePath) {
         if let Some(mean) = self.means.remove(&param.id) {
             self.grads.register::<D>(param.id, mean.reshape(param.shape()).cast(param.dtype()));
         }

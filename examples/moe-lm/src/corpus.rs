@@ -3,6 +3,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use sha2::{Digest, Sha256};
+
 use crate::MoeLmError;
 
 /// Text, split into a part to train on and a held-out part.
@@ -121,6 +123,12 @@ fn folder(path: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(path).map(|entries| entries.flatten().map(|e| e.path()).collect()).unwrap_or_default()
 }
 
+/// Checksum (SHA-256) of a corpus, by which trainings on other texts are told apart.
+pub(crate) fn digest(corpus: &Corpus) -> String {
+    let hasher = Sha256::new_with_prefix((corpus.train.len() as u64).to_le_bytes());
+    format!("{:x}", hasher.chain_update(&corpus.train).chain_update(&corpus.valid).finalize())
+}
+
 /// Entropy of the bytes' distribution in nat a byte: the loss of the best model that knows no context.
 pub fn unigram_entropy(bytes: impl Iterator<Item = u8>) -> f64 {
     let mut counts = [0u64; 256];
@@ -138,6 +146,15 @@ mod tests {
     fn entropy_of_known_distributions() {
         assert_eq!(unigram_entropy([7u8; 9].into_iter()), 0.0);
         assert!((unigram_entropy(0..=255u8) - 256f64.ln()).abs() < 1e-12);
+    }
+
+    /// It is kept in checkpoints, so no version of anything may change it.
+    #[test]
+    fn the_digest_of_a_text_stays() {
+        let corpus = |train: &str, valid: &str| Corpus { train: train.into(), valid: valid.into() };
+        // printf '\3\0\0\0\0\0\0\0abcd' | sha256sum
+        assert_eq!(digest(&corpus("abc", "d")), "b9acc4937ee7d9aead8056ce46e8fe1e57d12f08f78e3c63b88985640e9829dc");
+        assert_ne!(digest(&corpus("abc", "d")), digest(&corpus("ab", "cd")));
     }
 
     #[test]

@@ -1,7 +1,4 @@
-use std::{
-    hash::{Hash, Hasher},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use burn::{
     data::{
@@ -10,6 +7,7 @@ use burn::{
     },
     tensor::{Device, Int, Tensor, TensorData},
 };
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 /// Windows of `context + 1` bytes of a text, in an order that depends on the seed alone.
 #[derive(Debug, Clone)]
@@ -43,14 +41,12 @@ impl Windows {
     fn start(&self, index: usize) -> usize {
         let places = self.text.len() - self.context;
         match self.order {
-            Order::Random { seed } => (scramble(seed, index as u64) % places as u64) as usize,
+            // A function of seed and index alone, since a training that goes on begins anywhere.
+            Order::Random { seed } => {
+                StdRng::seed_from_u64(seed.rotate_left(32) ^ index as u64).random_range(0..places)
+            }
             Order::Spread => (index as u128 * places as u128 / self.count as u128) as usize,
         }
-    }
-
-    /// Feeds the text to a hasher.
-    pub fn hash_text(&self, hasher: &mut impl Hasher) {
-        self.text.hash(hasher);
     }
 
     /// The bytes to be predicted.
@@ -69,14 +65,6 @@ impl Dataset<Vec<u8>> for Windows {
     fn len(&self) -> usize {
         self.count
     }
-}
-
-/// The finaliser of SplitMix64.
-fn scramble(seed: u64, value: u64) -> u64 {
-    let mut z = seed.wrapping_add(value.wrapping_mul(0x9E37_79B9_7F4A_7C15)).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 /// Bytes and the bytes that follow them.

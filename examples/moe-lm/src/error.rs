@@ -2,7 +2,8 @@ use std::path::{Path, PathBuf};
 
 use burn_fsep::{
     FsepError,
-    comm::{CommError, EnvironmentError},
+    comm::CommError,
+    launch::{LaunchError, RunError},
 };
 use thiserror::Error;
 
@@ -13,12 +14,9 @@ pub enum MoeLmError {
     /// An option that cannot work.
     #[error("{0}")]
     Option(String),
-    /// Launcher variables that do not make a rank.
+    /// Launcher variables or devices that do not make a rank.
     #[error(transparent)]
-    Environment(#[from] EnvironmentError),
-    /// A device that cannot be used.
-    #[error("{0}")]
-    Device(String),
+    Launch(#[from] LaunchError),
     /// A file that cannot be read or written.
     #[error("{}: {source}", path.display())]
     File {
@@ -33,20 +31,23 @@ pub enum MoeLmError {
     /// Training failed.
     #[error(transparent)]
     Fsep(#[from] FsepError),
-    /// Training was told to stop, and saved a checkpoint.
-    #[error("stopped after a checkpoint; --resume auto goes on from it")]
-    Stopped,
-    /// Training failed on some ranks.
+    /// Training failed otherwise.
     #[error("{0}")]
-    Ranks(String),
-    /// This rank, a process, ended with an error that the first rank reports, too.
+    Training(String),
+    /// A rank failed.
     #[error("{0}")]
-    ReportedByFirst(Box<MoeLmError>),
+    Run(Box<RunError<MoeLmError>>),
 }
 
 impl From<CommError> for MoeLmError {
     fn from(error: CommError) -> Self {
         Self::Fsep(error.into())
+    }
+}
+
+impl From<RunError<MoeLmError>> for MoeLmError {
+    fn from(error: RunError<MoeLmError>) -> Self {
+        Self::Run(Box::new(error))
     }
 }
 

@@ -3,12 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use moe_lm::{Args, JobEnd, MoeLmError, run};
 
 fn main() -> ExitCode {
-    let args = moe_lm::Args::parse();
-    match moe_lm::run(&args) {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(moe_lm::MoeLmError::ReportedByFirst(_)) => ExitCode::FAILURE,
+    match run(&Args::parse()) {
+        Ok(JobEnd::Finished) => ExitCode::SUCCESS,
+        // As of a process that SIGTERM ended: whoever waits for the training sees that it is not done.
+        Ok(JobEnd::Stopped) => ExitCode::from(128 + 15),
+        Err(MoeLmError::Run(error)) => error.report(),
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

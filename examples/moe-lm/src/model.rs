@@ -3,9 +3,8 @@ use burn::{
     nn::{
         Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig,
         attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask},
-        loss::CrossEntropyLossConfig,
     },
-    tensor::{Device, FloatDType, Int, Tensor},
+    tensor::{Device, FloatDType, Int, Tensor, activation::log_softmax, ops::PadMode},
     train::{
         InferenceStep, ItemLazy, TrainOutput, TrainStep,
         metric::{Adaptor, LossInput},
@@ -13,14 +12,17 @@ use burn::{
 };
 use burn_fsep::{
     FSEPMoE, FsepError, FsepRuntime,
+    learner::FsepStats,
     moe::DenseMoE,
-    train::{FsepStats, GradientBuckets},
+    train::{GradientBuckets, token_mean},
 };
 
 use crate::{Args, data::LmBatch, record::StepRecorder};
 
 /// Values of a byte.
 const VOCABULARY: usize = 256;
+/// Bytes whose embeddings are summed at each place: its own and those before it.
+const NEIGHBOURS: usize = 4;
 
 /// The feed-forward layer of a block.
 #[derive(Module, Debug)]
@@ -53,7 +55,8 @@ pub(crate) struct Block {
 /// A decoder-only transformer over bytes.
 #[derive(Module, Debug)]
 pub(crate) struct MoeLm {
-    embedding: Embedding,
+    /// Of each byte and of those just before it, so that a short training soon gets beyond single bytes.
+    embeddings: Vec<Embedding>,
     positions: Embedding,
     blocks: Vec<Block>,
     norm: RmsNorm,
@@ -97,7 +100,7 @@ impl MoeLm {
             EmbeddingConfig::new(rows, model.hidden).with_initializer(initializer).init(device)
         };
         Ok(Self {
-            embedding: embedding(VOCABULARY),
+            embeddings: (0..NEIGHBOURS).map(|_| embedding(VOCABULARY)).collect(),
             positions: embedding(training.context),
             blocks: (0..model.layers).map(block).collect::<Result<_, _>>()?,
             norm: RmsNormConfig::new(model.hidden).init(device),
@@ -115,7 +118,11 @@ impl MoeLm {
         let device = bytes.device();
         let places = Tensor::<1, Int>::arange(0..context as i64, &device).unsqueeze::<2>();
         let mask = generate_autoregressive_mask(batch, context, &device);
-        let mut hidden = self.embedding.forward(bytes) + self.positions.forward(places);
+        let mut hidden = self.positions.forward(places).repeat_dim(0, batch);
+        for (distance, embedding) in self.embeddings.iter().enumerate().take(context) {
+            let earlier = bytes.clone().slice([0..batch, 0..context - distance]);
+            hidden = hidden + embedding.forward(earlier.pad([(0, 0), (distance, 0)], PadMode::Constant(0.0)));
+        }
         hidden = hidden.cast(self.compute_dtype);
         let mut aux_loss: Option<Tensor<1>> = None;
         for block in &self.blocks {
@@ -134,14 +141,13 @@ impl MoeLm {
         (self.head.forward(self.norm.forward(hidden.cast(FloatDType::F32))), aux_loss)
     }
 
-    /// Mean loss of a batch in nat a byte, and the auxiliary loss.
+    /// The rank's loss in nat a byte, whose mean over ranks is the mean over all bytes, and the auxiliary loss.
     fn loss(&self, batch: LmBatch) -> (Tensor<1>, Option<Tensor<1>>) {
         let (logits, aux_loss) = self.forward(batch.inputs);
         let [b, l, v] = logits.dims();
-        let loss = CrossEntropyLossConfig::new()
-            .init(&logits.device())
-            .forward(logits.reshape([b * l, v]), batch.targets.reshape([b * l]));
-        (loss, aux_loss)
+        let log_probs = log_softmax(logits.reshape([b * l, v]), 1);
+        let loss = -log_probs.gather(1, batch.targets.reshape([b * l, 1])).sum();
+        (token_mean(&self.runtime, loss, b * l), aux_loss)
     }
 }
 

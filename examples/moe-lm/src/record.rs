@@ -11,10 +11,8 @@ use burn::tensor::Tensor;
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    planner::{
-        PlannerReport, RoutingCounts,
-        callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
-    },
+    planner::RoutingCounts,
+    train::{PlannerReport, StepContext, TrainingCallback},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -88,7 +86,7 @@ pub(crate) struct StepRow {
 
 /// Results of a run.
 #[derive(Debug, Clone, Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Mean training loss of the last tenth of the steps, nat a byte.
     pub train_loss: f64,
     /// Loss on held-out text, nat a byte.
@@ -113,7 +111,6 @@ pub struct Summary {
 
 /// Records every step on all ranks; the first rank also shows progress and writes `metrics.jsonl`.
 pub(crate) struct Recorder {
-    runtime: FsepRuntime,
     losses: StepRecorder,
     planner: PlannerReport,
     tokens_per_step: usize,
@@ -152,8 +149,8 @@ impl Output {
         self.file.flush()
     }
 
-    fn failed(&self, error: std::io::Error) -> CallbackError {
-        CallbackError::Host(format!("{}: {error}", self.path.display()).into())
+    fn failed(&self, error: std::io::Error) -> FsepError {
+        FsepError::Callback(format!("{}: {error}", self.path.display()))
     }
 
     fn write(&mut self, row: &StepRow) -> std::io::Result<()> {
@@ -176,7 +173,7 @@ impl Output {
 impl Recorder {
     /// `rows` are those of the steps before the checkpoint that training goes on from.
     pub fn new(
-        runtime: FsepRuntime,
+        runtime: &FsepRuntime,
         losses: StepRecorder,
         planner: PlannerReport,
         tokens_per_step: usize,
@@ -190,7 +187,7 @@ impl Recorder {
         }
         let now = Instant::now();
         let rows = Arc::new(Mutex::new(rows));
-        Ok(Self { runtime, losses, planner, tokens_per_step, rows, trace: None, output, last: now })
+        Ok(Self { losses, planner, tokens_per_step, rows, trace: None, output, last: now })
     }
 
     /// Also keeps the routing counts of all steps, in the place returned.
@@ -205,18 +202,16 @@ impl Recorder {
 }
 
 impl TrainingCallback for Recorder {
-    fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+    fn on_train_start(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
         self.last = Instant::now();
         Ok(())
     }
 
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
-        let mut loss = [self.losses.last_train_loss().map_err(|error| CallbackError::Host(Box::new(error)))?];
-        self.runtime
-            .comm()
-            .all_reduce(Operation::new("mean loss"), ReduceBuffer::F64(&mut loss), ReduceOp::Mean)
-            .map_err(|error| CallbackError::Host(Box::new(FsepError::from(error))))?;
-        let stats = self.runtime.stats();
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
+        let mut loss = [self.losses.last_train_loss()?];
+        let comm = context.runtime.comm();
+        comm.all_reduce(Operation::new("mean loss"), ReduceBuffer::F64(&mut loss), ReduceOp::Mean)?;
+        let stats = context.runtime.stats();
         if let Some(trace) = &self.trace {
             let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
             trace.extend(stats.layers.iter().map(|l| ((l.layer, context.iteration - 1), l.counts.as_ref().clone())));
@@ -248,14 +243,14 @@ impl TrainingCallback for Recorder {
     }
 
     /// A job that goes on from the checkpoint keeps the rows up to there.
-    fn on_checkpoint(&mut self, _: &mut BTreeMap<String, Vec<u8>>) -> Result<(), CallbackError> {
+    fn on_checkpoint(&mut self, _: &mut BTreeMap<String, Vec<u8>>) -> Result<(), FsepError> {
         match &mut self.output {
             Some(output) => output.file.flush().map_err(|error| output.failed(error)),
             None => Ok(()),
         }
     }
 
-    fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+    fn on_train_end(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
         if let Some(output) = &mut self.output {
             output.bar.finish();
             output.file.flush().map_err(|error| output.failed(error))?;

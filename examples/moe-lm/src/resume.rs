@@ -1,5 +1,4 @@
 use std::{
-    hash::{DefaultHasher, Hasher},
     io::ErrorKind,
     path::{Path, PathBuf},
     sync::{
@@ -12,7 +11,7 @@ use burn::{optim::ModuleOptimizer, train::Interrupter};
 use burn_fsep::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, Loaded, TrainingProgress, load},
-    planner::callback::{CallbackError, StepContext, TrainingCallback},
+    train::{StepContext, TrainingCallback},
 };
 
 use crate::{Args, ModelArgs, MoeLmError, TrainingArgs, model::MoeLm, record::StepRow, train::TrainingData};
@@ -95,8 +94,6 @@ fn options(args: &Args, data: &TrainingData) -> String {
         mixed_precision,
         dense: _,
     } = &args.training;
-    let mut hasher = DefaultHasher::new();
-    data.train.hash_text(&mut hasher);
     let mut options = format!(
         "--batch {batch} --context {context} --steps {steps} --heads {heads} --top-k {top_k} --lr {lr} --clip {clip} \
          --aux-loss {aux_loss} --seed {seed}"
@@ -110,7 +107,7 @@ fn options(args: &Args, data: &TrainingData) -> String {
     if let Some(shares) = force_shares {
         options += &format!(" --force-shares {shares:?}");
     }
-    options + &format!(" and the text {:016x}", hasher.finish())
+    options + &format!(" and the text {}", data.digest)
 }
 
 /// The rows of `metrics.jsonl` up to the step that training goes on from.
@@ -150,7 +147,7 @@ impl StopOnSignal {
 }
 
 impl TrainingCallback for StopOnSignal {
-    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, _: &StepContext<'_>) -> Result<(), FsepError> {
         if self.told.load(Ordering::Relaxed) {
             self.interrupter.stop(Some("SIGTERM"));
         }

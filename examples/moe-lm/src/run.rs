@@ -1,29 +1,39 @@
 use std::{fmt::Write as _, sync::Arc};
 
-use burn_fsep::planner::trace::Trace;
+use burn_fsep_planner::tools::trace::Trace;
+use serde::Serialize;
 
 use crate::{
-    Args, Corpus, MoeLmError, Summary,
+    Args, Corpus, MoeLmError,
+    corpus::digest,
     data::Windows,
     files::write_whole,
-    page,
-    record::StepRow,
+    record::{StepRow, Summary},
     train::{Trained, TrainingData, train_rank},
     unigram_entropy,
 };
 
-/// Runs the whole job, or, as a process of a launcher, one rank of it; returns its summary where the first rank is.
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobEnd {
+    /// Its training is done.
+    Finished,
+    /// It was told to stop (SIGTERM), and saved a checkpoint.
+    Stopped,
+}
+
+/// Runs the whole job, or, as a process of a launcher, one rank of it.
 ///
 /// # Errors
 ///
 /// [`MoeLmError`] if an option cannot work, a file cannot be read or written, or training fails.
-pub fn run(args: &Args) -> Result<Option<Summary>, MoeLmError> {
-    let Args { model, training, parallel, output } = args;
-    let ranks = args.check(|variable| std::env::var(variable).ok())?;
-    let devices = ranks.devices(parallel)?;
+pub fn run(args: &Args) -> Result<JobEnd, MoeLmError> {
+    let Args { model, training, output, .. } = args;
+    let ranks = args.check()?;
     let corpus = Corpus::load(&training.text)?;
     corpus.check(training.context)?;
 
+    let digest = digest(&corpus);
     let (train, valid) = (Arc::new(corpus.train), Arc::new(corpus.valid));
     if ranks.has_first() {
         println!(
@@ -41,21 +51,22 @@ pub fn run(args: &Args) -> Result<Option<Summary>, MoeLmError> {
     let data = TrainingData {
         train: Windows::random(train, training.context, training.steps * training.batch, training.seed),
         valid: Windows::spread(valid, training.context, training.valid_batches * training.batch),
+        digest,
         prompt,
     };
     let entropy = unigram_entropy(data.valid.targets());
 
-    let trained = ranks.run(parallel, |comm, index| train_rank(args, &data, &ranks, comm, devices[index].clone()))?;
+    let Some(trained) = ranks.run(|rank| train_rank(args, &data, rank))? else { return Ok(JobEnd::Stopped) };
     if !ranks.has_first() {
-        return Ok(None);
+        return Ok(JobEnd::Finished);
     }
     let summary = summarise(ranks.world_size(), &trained, entropy);
     let title = format!("moe-lm: {} ranks, {} experts, {} steps", summary.ranks, model.experts, summary.steps);
     let curves = output.out.join("curves.html");
-    write_whole(&curves, page::curves(&title, &trained.rows, entropy).as_bytes())?;
+    write_whole(&curves, Curves::of(&title, &trained.rows, entropy).page()?.as_bytes())?;
     if let Some(path) = &output.record_trace {
         let trace = Trace::new(trained.trace.clone())
-            .map_err(|error| MoeLmError::Ranks(format!("there is no routing to record: {error}")))?;
+            .map_err(|error| MoeLmError::Training(format!("there is no routing to record: {error}")))?;
         write_whole(path, trace.to_csv().as_bytes())?;
     }
     if let Some(path) = &output.summary {
@@ -63,7 +74,7 @@ pub fn run(args: &Args) -> Result<Option<Summary>, MoeLmError> {
     }
     print!("{}", report(&summary, &data.prompt, &trained.sample));
     println!("metrics: {}\ncurves:  {}", output.out.join("metrics.jsonl").display(), curves.display());
-    Ok(Some(summary))
+    Ok(JobEnd::Finished)
 }
 
 fn summarise(ranks: usize, trained: &Trained, unigram_entropy: f64) -> Summary {
@@ -106,6 +117,35 @@ fn report(summary: &Summary, prompt: &[u8], sample: &[u8]) -> String {
     text
 }
 
-fn to_json(summary: &Summary) -> Result<String, MoeLmError> {
-    serde_json::to_string_pretty(summary).map_err(|error| MoeLmError::Ranks(format!("summary: {error}")))
+/// What the page of curves draws: numbers of each step, and one for all.
+#[derive(Serialize)]
+struct Curves<'a> {
+    title: &'a str,
+    unigram_entropy: f64,
+    loss: Vec<f64>,
+    imbalance_static: Vec<f64>,
+    imbalance: Vec<f64>,
+    imbalance_max: Vec<f64>,
+}
+
+impl<'a> Curves<'a> {
+    fn of(title: &'a str, rows: &[StepRow], unigram_entropy: f64) -> Self {
+        let all = |value: fn(&StepRow) -> f64| rows.iter().map(value).collect();
+        Self {
+            title,
+            unigram_entropy,
+            loss: all(|row| row.loss),
+            imbalance_static: all(|row| row.imbalance_static),
+            imbalance: all(|row| row.imbalance),
+            imbalance_max: all(|row| row.imbalance_max),
+        }
+    }
+
+    fn page(&self) -> Result<String, MoeLmError> {
+        Ok(include_str!("curves.html").replacen("RUN", &to_json(self)?, 1))
+    }
+}
+
+fn to_json(value: &impl Serialize) -> Result<String, MoeLmError> {
+    serde_json::to_string_pretty(value).map_err(|error| MoeLmError::Training(format!("summary: {error}")))
 }

@@ -1,32 +1,14 @@
 use std::path::{Path, PathBuf};
 
 use burn_fsep::{
-    FsepError, Timeline,
-    planner::callback::{CallbackError, PlannerHost, StepContext, TrainingCallback},
+    FsepError, FsepRuntime, Timeline,
+    train::{StepContext, TrainingCallback},
 };
 
-use crate::{Args, MoeLmError, files::write_whole};
+use crate::{MoeLmError, files::write_whole};
 
 /// How many steps are recorded, the last ones.
 const STEPS: usize = 3;
-
-/// The timeline of a rank, which records nothing yet.
-///
-/// # Errors
-///
-/// [`FsepError::Device`] if the GPU cannot be timed.
-pub(crate) fn timeline(args: &Args, gpu: Option<usize>) -> Result<Option<Timeline>, FsepError> {
-    if args.output.timeline.is_none() {
-        return Ok(None);
-    }
-    let timeline = match gpu {
-        #[cfg(feature = "libtorch")]
-        Some(gpu) => Timeline::of_gpu(gpu)?,
-        _ => Timeline::new(),
-    };
-    timeline.set_recording(false);
-    Ok(Some(timeline))
-}
 
 /// Records the last steps and writes them to the rank's file.
 pub(crate) struct TimelineWriter {
@@ -49,19 +31,19 @@ impl TimelineWriter {
 }
 
 impl TrainingCallback for TimelineWriter {
-    fn on_train_start(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
+    fn on_train_start(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
         self.timeline.set_recording(self.done + STEPS >= self.steps);
         Ok(())
     }
 
-    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), CallbackError> {
+    fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
         // Validation is not of interest.
         self.timeline.set_recording((self.steps.saturating_sub(STEPS)..self.steps).contains(&context.iteration));
         Ok(())
     }
 
-    fn on_train_end(&mut self, _: &dyn PlannerHost) -> Result<(), CallbackError> {
-        self.write().map_err(|error| CallbackError::Host(Box::new(error)))
+    fn on_train_end(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
+        self.write().map_err(|error| FsepError::Callback(error.to_string()))
     }
 }
 

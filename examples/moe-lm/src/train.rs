@@ -1,5 +1,4 @@
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -13,31 +12,32 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
-    comm::{Communicator, Operation, ReduceBuffer, ReduceOp, all_gather_u64},
-    planner::{PlannerConfig, Strategy},
+    comm::{Communicator, Operation, ReduceBuffer, ReduceOp},
+    launch::Rank,
+    learner::{FsepStrategy, ImbalanceMetric, SilentRenderer, StaticImbalanceMetric},
+    planner::PlannerStrategy,
     train::{
-        FsepStrategy, FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, ImbalanceMetric, RankDataset,
-        SilentRenderer, StaticImbalanceMetric, broadcast_parameters,
+        FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, PlannerConfig, RankDataset, broadcast_parameters,
     },
 };
+use sha2::{Digest, Sha256};
 
 use crate::{
     Args, DeviceArg, MoeLmError, Planner,
     data::{LmBatch, LmBatcher, Windows},
-    device::RankDevice,
-    engine,
     generate::generate,
     model::MoeLm,
-    ranks::Ranks,
     record::{Recorder, StepRecorder, StepRow, TraceCounts},
     resume,
-    timeline::{TimelineWriter, timeline},
+    timeline::TimelineWriter,
 };
 
 /// What all ranks train on.
 pub(crate) struct TrainingData {
     pub train: Windows,
     pub valid: Windows,
+    /// Checksum of the text.
+    pub digest: String,
     /// What the generated sample continues.
     pub prompt: Vec<u8>,
 }
@@ -52,33 +52,23 @@ pub(crate) struct Trained {
     pub trace: TraceCounts,
 }
 
-/// The program of one rank, over the group in which the ranks met.
-pub(crate) fn train_rank(
-    args: &Args,
-    data: &TrainingData,
-    ranks: &Ranks,
-    control: Arc<dyn Communicator>,
-    RankDevice { device, gpu }: RankDevice,
-) -> Result<Trained, MoeLmError> {
-    check_equal(args, data, control.as_ref())?;
-    let timeline = timeline(args, gpu)?;
-    let mut config = runtime_config(args, timeline.clone());
-    if config.ranks_per_node.is_none() {
-        config.topology = ranks.topology(control.as_ref()).map_err(FsepError::from)?;
+/// The program of one rank. `None` if it was told to stop and saved a checkpoint.
+pub(crate) fn train_rank(args: &Args, data: &TrainingData, rank: Rank) -> Result<Option<Trained>, MoeLmError> {
+    check_equal(args, data, rank.comm.as_ref())?;
+    if let Some(timeline) = &rank.timeline {
+        timeline.set_recording(false);
     }
-    engine::run(&args.parallel, control, gpu, timeline.as_ref(), |comm| {
-        train(args, data, config.init(comm)?, device, timeline.clone())
-    })
+    let runtime = rank.runtime(runtime_config(args))?;
+    train(args, data, runtime, rank.device, rank.timeline)
 }
 
-/// Trains over the communicator that was asked for.
 fn train(
     args: &Args,
     data: &TrainingData,
     runtime: FsepRuntime,
     device: Device,
     timeline: Option<Timeline>,
-) -> Result<Trained, MoeLmError> {
+) -> Result<Option<Trained>, MoeLmError> {
     let Args { training, parallel, output, .. } = args;
     let losses = StepRecorder::default();
     let buckets = GradientBucketsConfig::new().with_compute_dtype(args.compute_dtype()).init(&runtime);
@@ -105,15 +95,8 @@ fn train(
     let metrics = output.out.join("metrics.jsonl");
     let tokens_per_step = training.tokens_per_step();
     let rows = if runtime.rank() == 0 { resume::rows_before(&metrics, progress.step)? } else { Vec::new() };
-    let mut recorder = Recorder::new(
-        runtime.clone(),
-        losses.clone(),
-        planner.report(),
-        tokens_per_step,
-        training.steps,
-        &metrics,
-        rows,
-    )?;
+    let mut recorder =
+        Recorder::new(&runtime, losses.clone(), planner.report(), tokens_per_step, training.steps, &metrics, rows)?;
     let rows = recorder.rows();
     let trace = (output.record_trace.is_some() && runtime.rank() == 0).then(|| recorder.record_trace());
     let done = progress.step;
@@ -150,10 +133,15 @@ fn train(
         return Err(error.into());
     }
     if let Some(error) = result.error {
-        return Err(MoeLmError::Ranks(error.to_string()));
+        return Err(MoeLmError::Training(error.to_string()));
     }
     if result.interrupted.is_some() {
-        return Err(MoeLmError::Stopped);
+        if runtime.rank() == 0 {
+            eprintln!("stopped after a checkpoint; --resume auto goes on from it");
+        }
+        // Launchers may kill the others as soon as one has ended.
+        runtime.comm().barrier(Operation::new("end of a stopped training")).map_err(FsepError::from)?;
+        return Ok(None);
     }
 
     let sample = runtime
@@ -166,23 +154,18 @@ fn train(
     let rows = take(&rows);
     let seconds: f64 = rows.iter().map(|row| tokens_per_step as f64 / row.tokens_per_second).sum();
     let trace = trace.map(|trace| take(&trace)).unwrap_or_default();
-    Ok(Trained { rows, valid_loss: valid_loss[0], seconds, sample, trace })
+    Ok(Some(Trained { rows, valid_loss: valid_loss[0], seconds, sample, trace }))
 }
 
-fn runtime_config(args: &Args, timeline: Option<Timeline>) -> FsepRuntimeConfig {
+fn runtime_config(args: &Args) -> FsepRuntimeConfig {
     let parallel = &args.parallel;
-    let dispatch = match parallel.planner {
-        Planner::MinMax | Planner::Random => Strategy::MinMax,
-        Planner::Paper | Planner::Static => Strategy::Paper,
+    // The paper dispatches as static expert parallelism does, and nothing is repaired in the step.
+    let strategy = match parallel.planner {
+        Planner::MinMax | Planner::Random => PlannerStrategy::MinMax,
+        Planner::Paper | Planner::Static => PlannerStrategy::Paper,
     };
-    let mut config =
-        FsepRuntimeConfig::new().with_seed(args.training.seed).with_dispatcher(move || dispatch.dispatcher());
+    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_strategy(strategy);
     config.ranks_per_node = parallel.ranks_per_node;
-    config.timeline = timeline;
-    if matches!(parallel.planner, Planner::Paper | Planner::Static) {
-        // As the paper has it: nothing is repaired in the step.
-        config.correction = None;
-    }
     if parallel.no_prefetch {
         config.schedule = ScheduleConfig::off();
     }
@@ -198,12 +181,10 @@ fn check_equal(args: &Args, data: &TrainingData, comm: &dyn Communicator) -> Res
     args.training.text.clear();
     args.output.out = PathBuf::new();
     (args.output.summary, args.output.record_trace, args.output.timeline) = (None, None, None);
-    let mut hasher = DefaultHasher::new();
-    format!("{args:?}").hash(&mut hasher);
-    data.train.hash_text(&mut hasher);
-    data.valid.hash_text(&mut hasher);
-    let all = all_gather_u64(comm, Operation::new("options of the ranks"), &[hasher.finish()])?;
-    match all.iter().position(|theirs| *theirs != all[0]) {
+    let ours = Sha256::digest(format!("{args:?}, text {}", data.digest));
+    let mut all = vec![0; ours.len() * comm.size()];
+    comm.all_gather(Operation::new("options of the ranks"), &ours, &mut all)?;
+    match all.chunks_exact(ours.len()).position(|theirs| *theirs != all[..ours.len()]) {
         Some(rank) => Err(MoeLmError::Option(format!(
             "ranks 0 and {rank} were started with other options, another text or another build: give all the same"
         ))),

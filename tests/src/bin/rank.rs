@@ -7,9 +7,10 @@ use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
 use burn::tensor::Bytes;
 use burn_fsep::{
     FsepError, FsepRuntime,
-    comm::{Block, CommError, Communicator, ExchangePlan, Operation, RankEnvironment, ReduceBuffer, ReduceOp},
+    comm::{Block, CommError, Communicator, ExchangePlan, Operation, ReduceBuffer, ReduceOp},
+    launch::RankEnvironment,
 };
-use burn_fsep_planner::Strategy;
+use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{GradientSync, HandTraining, LayoutSource, task_items, train_by_hand};
 
 fn main() -> ExitCode {
@@ -85,7 +86,7 @@ fn perform(task: &str, comm: Arc<dyn Communicator>) -> Result<(), FsepError> {
         }
         "training" | "endless training" => {
             let steps = if task == "training" { 8 } else { usize::MAX };
-            let layouts = LayoutSource::Planner(Strategy::MinMax);
+            let layouts = LayoutSource::Planner(PlannerStrategy::MinMax);
             let training =
                 HandTraining { steps, batch: 8 * comm.size(), clip: 1.0, layouts, sync: GradientSync::AfterBackward };
             say(&format!("at {task}"));

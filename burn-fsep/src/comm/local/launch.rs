@@ -1,16 +1,10 @@
-use std::{
-    any::Any,
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use derive_new::new;
 use thiserror::Error;
 
 use super::LocalCommunicator;
-use crate::comm::Communicator;
+use crate::{burn_compat::panic_message, comm::Communicator};
 
 /// How to start local ranks.
 #[derive(new, Debug, Clone)]
@@ -119,31 +113,8 @@ fn run_rank<T, E: fmt::Display>(
     comm: Arc<LocalCommunicator>,
     program: &(impl Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync),
 ) -> Result<T, RankError<E>> {
-    match catch_unwind(AssertUnwindSafe(|| program(comm.clone()))) {
-        Ok(Ok(value)) => {
-            // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
-            comm.leave();
-            Ok(value)
-        }
-        Ok(Err(error)) => {
-            comm.abort(&error.to_string());
-            Err(RankError::Failed { rank, error })
-        }
-        Err(payload) => {
-            let message = panic_message(payload.as_ref());
-            comm.abort(&format!("panicked: {message}"));
-            Err(RankError::Panicked { rank, message })
-        }
-    }
-}
-
-/// The text of a panic.
-pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> String {
-    if let Some(text) = payload.downcast_ref::<&str>() {
-        (*text).to_string()
-    } else if let Some(text) = payload.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "a panic without a message".to_string()
+    match comm.run(program) {
+        Ok(result) => result.map_err(|error| RankError::Failed { rank, error }),
+        Err(panic) => Err(RankError::Panicked { rank, message: panic_message(panic.as_ref()) }),
     }
 }

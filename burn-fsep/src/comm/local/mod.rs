@@ -1,9 +1,7 @@
 //! The local engine: ranks are threads of one process. Needs nothing installed and runs everywhere.
 
 mod communicator;
-mod group;
 mod launch;
 
 pub use communicator::LocalCommunicator;
-pub(crate) use launch::panic_message;
 pub use launch::{LaunchConfig, RankError, launch};

@@ -2,13 +2,13 @@ use std::{sync::Arc, time::Duration};
 
 use derive_new::new;
 
-use super::{MpiCommunicator, MpiUniverse, group::Group, group::engine};
-use crate::comm::{CommError, Communicator, Operation};
+use super::{MpiCommunicator, MpiUniverse, group::Group};
+use crate::comm::{CommError, Communicator, Operation, control_group::engine_error};
 
 /// Configuration of a rank's [`MpiCommunicator`].
 ///
 /// ```no_run
-/// use burn_fsep::{FsepError, FsepRuntime, comm::{RankEnvironment, mpi::MpiConfig}};
+/// use burn_fsep::{FsepError, FsepRuntime, comm::mpi::MpiConfig, launch::RankEnvironment};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// RankEnvironment::from_env()?.process_config()?.run(|control| {
@@ -53,8 +53,10 @@ impl MpiConfig {
     ///
     /// # Errors
     ///
-    /// [`CommError::Engine`] if the ranks are not the same or MPI fails; the control group's errors.
+    /// [`CommError::Engine`] if the ranks are not the same or MPI fails, [`CommError::InvalidArgument`] if only some ranks
+    /// compare signatures; the control group's errors.
     pub fn init(&self, universe: &MpiUniverse, control: Arc<dyn Communicator>) -> Result<MpiCommunicator, CommError> {
+        let operation = Operation::new("start of MPI");
         let (ours, theirs) = ([control.rank(), control.size()], [universe.rank, universe.size]);
         let group = Group::new(control, universe.library.clone(), self.timeout, self.check_signatures);
         if ours != theirs {
@@ -63,8 +65,9 @@ impl MpiConfig {
                  and WORLD_SIZE if another launcher left them",
                 ours[0], ours[1], theirs[0], theirs[1]
             );
-            return Err(group.fail(engine(Operation::new("start of MPI"), reason)));
+            return Err(group.control.fail(engine_error(operation, reason)));
         }
+        group.control.check_config(operation, self.check_signatures)?;
         MpiCommunicator::connect(group, "control")
     }
 

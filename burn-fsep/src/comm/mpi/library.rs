@@ -52,6 +52,15 @@ unsafe impl Send for RawComm {}
 // SAFETY: as above; a handle by itself does nothing.
 unsafe impl Sync for RawComm {}
 
+impl Request {
+    fn start(call: &str, start: impl FnOnce(&mut ffi::MPI_Request) -> i32) -> Result<Self, Fault> {
+        // SAFETY: the null request is a constant.
+        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
+        check(call, start(&mut request))?;
+        Ok(Self(request))
+    }
+}
+
 impl Library {
     pub fn new() -> Self {
         Self { mpi: Mutex::default(), woken: Condvar::new() }
@@ -158,14 +167,11 @@ impl Mpi {
         runs: &[Range<usize>],
     ) -> Result<Request, Fault> {
         let layout = Layout::of(runs)?;
-        // SAFETY: the null request is a constant.
-        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         // SAFETY: the caller vouches for the memory.
-        check("MPI_Isend", unsafe {
+        Request::start("MPI_Isend", |request| unsafe {
             let start = base.add(layout.start).cast();
-            ffi::MPI_Isend(start, layout.count, layout.raw, peer as i32, tag, comm.0, &mut request)
-        })?;
-        Ok(Request(request))
+            ffi::MPI_Isend(start, layout.count, layout.raw, peer as i32, tag, comm.0, request)
+        })
     }
 
     /// Starts to receive a message of at most `len` bytes.
@@ -182,29 +188,10 @@ impl Mpi {
         len: usize,
     ) -> Result<Request, Fault> {
         let layout = Layout::of(std::slice::from_ref(&(0..len)))?;
-        // SAFETY: the null request is a constant.
-        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         // SAFETY: the caller vouches for the memory.
-        check("MPI_Irecv", unsafe {
-            ffi::MPI_Irecv(to.cast(), layout.count, layout.raw, peer as i32, tag, comm.0, &mut request)
-        })?;
-        Ok(Request(request))
-    }
-
-    /// Starts to copy rank `root`'s memory to all ranks.
-    ///
-    /// # Safety
-    ///
-    /// The `len` bytes at `at` may be read and written until the request is complete.
-    pub unsafe fn broadcast(&mut self, comm: RawComm, at: *mut u8, len: usize, root: usize) -> Result<Request, Fault> {
-        let layout = Layout::of(std::slice::from_ref(&(0..len)))?;
-        // SAFETY: the null request is a constant.
-        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        // SAFETY: the caller vouches for the memory.
-        check("MPI_Ibcast", unsafe {
-            ffi::MPI_Ibcast(at.cast(), layout.count, layout.raw, root as i32, comm.0, &mut request)
-        })?;
-        Ok(Request(request))
+        Request::start("MPI_Irecv", |request| unsafe {
+            ffi::MPI_Irecv(to.cast(), layout.count, layout.raw, peer as i32, tag, comm.0, request)
+        })
     }
 
     /// Starts to duplicate a communicator.
@@ -213,11 +200,8 @@ impl Mpi {
     ///
     /// `to` may be written until the request is complete.
     pub unsafe fn duplicate(&mut self, comm: RawComm, to: *mut RawComm) -> Result<Request, Fault> {
-        // SAFETY: the null request is a constant.
-        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         // SAFETY: the caller vouches for the memory; a `RawComm` begins with the handle.
-        check("MPI_Comm_idup", unsafe { ffi::MPI_Comm_idup(comm.0, &raw mut (*to).0, &mut request) })?;
-        Ok(Request(request))
+        Request::start("MPI_Comm_idup", |request| unsafe { ffi::MPI_Comm_idup(comm.0, &raw mut (*to).0, request) })
     }
 
     /// Gives up a communicator. Transfers on it that are under way go on.

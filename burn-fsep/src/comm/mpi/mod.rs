@@ -2,7 +2,7 @@
 //!
 //! MPI carries the data. It cannot say which rank was lost, so a second communicator over the same ranks, the control group,
 //! does: a [`ProcessCommunicator`](super::process::ProcessCommunicator) made from
-//! [`RankEnvironment`](super::RankEnvironment).
+//! [`RankEnvironment`](crate::launch::RankEnvironment).
 //!
 //! **Progress.** MPI moves data only within its calls, and a prefetched restore has to travel while the rank computes. A thread
 //! therefore calls MPI as long as any exchange is under way, and sleeps otherwise; a rank that waits polls by itself, so small
@@ -17,10 +17,9 @@
 
 mod communicator;
 mod config;
-mod exchange;
 mod group;
-mod header;
 mod library;
+mod pending;
 mod transfer;
 mod universe;
 

@@ -9,10 +9,9 @@ use mpi::environment::{Threading, Universe, initialize_with_threading};
 
 use super::{
     MpiCommunicator,
-    group::engine,
     library::{Fault, Library},
 };
-use crate::comm::{CommError, Operation};
+use crate::comm::{CommError, Operation, control_group::engine_error};
 
 const START: Operation = Operation::new("start of MPI");
 const END: Operation = Operation::new("end of MPI");
@@ -53,7 +52,7 @@ impl MpiUniverse {
 
     /// As [`init`](Self::init), given up when a group has a `failure`.
     pub(super) fn init_unless(timeout: Duration, failure: impl Fn() -> Option<CommError>) -> Result<Self, CommError> {
-        let failed = |reason: &str| engine(START, reason.into());
+        let failed = |reason: &str| engine_error(START, reason.into());
         let start = || initialize_with_threading(Threading::Serialized);
         let (universe, threading) = bounded(START, timeout, failure, start)?
             .ok_or_else(|| failed("this process has initialized MPI before, which is possible once"))?;
@@ -63,10 +62,11 @@ impl MpiUniverse {
             return Err(failed("this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)"));
         }
         let place = this.library.lock().ok_or_else(|| failed("it has ended"))?.setup();
-        [this.rank, this.size] = place.map_err(|Fault { reason, .. }| engine(START, reason))?;
+        [this.rank, this.size] = place.map_err(|Fault { reason, .. }| engine_error(START, reason))?;
         let library = this.library.clone();
         let progress = std::thread::Builder::new().name("mpi-progress".into()).spawn(move || library.progress());
-        this.progress = Some(progress.map_err(|error| engine(START, format!("no thread for its progress: {error}")))?);
+        this.progress =
+            Some(progress.map_err(|error| engine_error(START, format!("no thread for its progress: {error}")))?);
         Ok(this)
     }
 
@@ -80,10 +80,10 @@ impl MpiUniverse {
     pub fn finalize(mut self, comm: &MpiCommunicator) -> Result<(), CommError> {
         let group = comm.group();
         group.drain(END)?;
-        group.control.barrier(END)?;
+        group.control.comm.barrier(END)?;
         self.library.end();
         let universe = self.universe.take();
-        bounded(END, group.timeout, || group.failure(), move || drop(universe))
+        bounded(END, group.control.timeout, || group.control.failure(), move || drop(universe))
     }
 }
 
@@ -107,13 +107,13 @@ fn bounded<T: Send + 'static>(
 ) -> Result<T, CommError> {
     let (sender, receiver) = mpsc::channel();
     let thread = std::thread::Builder::new().name("mpi".into()).spawn(move || drop(sender.send(call())));
-    thread.map_err(|error| engine(operation, format!("no thread to call MPI: {error}")))?;
+    thread.map_err(|error| engine_error(operation, format!("no thread to call MPI: {error}")))?;
     let start = Instant::now();
     loop {
         match receiver.recv_timeout(WATCH) {
             Ok(value) => return Ok(value),
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(engine(operation, "the call of MPI panicked".into()));
+                return Err(engine_error(operation, "the call of MPI panicked".into()));
             }
             Err(mpsc::RecvTimeoutError::Timeout) => {}
         }

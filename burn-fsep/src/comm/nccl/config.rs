@@ -3,13 +3,13 @@ use std::{sync::Arc, time::Duration};
 use cudarc::driver::CudaContext;
 use derive_new::new;
 
-use super::{
-    NcclCommunicator,
-    group::{Group, engine},
-};
+use super::{NcclCommunicator, watchdog::Group};
 use crate::{
     Timeline,
-    comm::{CommError, Communicator, Operation},
+    comm::{
+        CommError, Communicator, Operation,
+        control_group::{ControlGroup, engine_error},
+    },
 };
 
 /// Configuration of a rank's [`NcclCommunicator`].
@@ -56,14 +56,12 @@ impl NcclConfig {
     ///
     /// # Errors
     ///
-    /// [`CommError::Engine`] where there is no NCCL, no such GPU, or NCCL cannot connect the ranks; the control group's
-    /// errors.
+    /// [`CommError::Engine`] where there is no NCCL, no such GPU, or NCCL cannot connect the ranks,
+    /// [`CommError::InvalidArgument`] if only some ranks compare signatures; the control group's errors.
     pub fn init(&self, control: Arc<dyn Communicator>) -> Result<NcclCommunicator, CommError> {
         let operation = Operation::new("start of NCCL");
-        let fail = |reason: String| {
-            control.abort(&reason);
-            engine(operation, reason)
-        };
+        let control = ControlGroup::new(control, self.timeout);
+        let fail = |reason: String| control.fail(engine_error(operation, reason));
         // cudarc panics where a library is missing.
         // SAFETY: these only ask whether the libraries can be loaded.
         let [has_driver, has_nccl] =
@@ -78,7 +76,8 @@ impl NcclConfig {
         }
         let context =
             CudaContext::new(self.gpu).map_err(|error| fail(format!("GPU {} cannot be used: {error}", self.gpu)))?;
-        let group = Group::new(control, context, self.timeout, self.timeline.clone())?;
+        control.check_config(operation, self.check_signatures)?;
+        let group = Group::new(control, context, self.timeline.clone())?;
         NcclCommunicator::connect(group, "control", self.check_signatures)
     }
 }

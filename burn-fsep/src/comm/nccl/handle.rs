@@ -49,8 +49,8 @@ pub(super) fn unique_id() -> Result<UniqueId, Fault> {
 }
 
 impl Handle {
-    /// Starts to connect; [`Handle::is_ready`] tells when it is done.
-    pub fn connect(id: &UniqueId, size: usize, rank: usize, patience: Duration) -> Result<Self, Fault> {
+    /// Starts to connect; [`Handle::is_ready`] tells when it is done. A kernel has at most so many `blocks`.
+    pub fn connect(id: &UniqueId, size: usize, rank: usize, blocks: usize, patience: Duration) -> Result<Self, Fault> {
         const UNDEFINED: i32 = i32::MIN;
         let mut config = sys::ncclConfig_t {
             size: size_of::<sys::ncclConfig_t>(),
@@ -60,7 +60,7 @@ impl Handle {
             blocking: 0,
             cgaClusterSize: UNDEFINED,
             minCTAs: UNDEFINED,
-            maxCTAs: UNDEFINED,
+            maxCTAs: blocks as i32,
             netName: std::ptr::null(),
             splitShare: UNDEFINED,
             trafficClass: UNDEFINED,

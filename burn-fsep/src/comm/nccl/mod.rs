@@ -5,9 +5,9 @@
 
 mod communicator;
 mod config;
-mod exchange;
-mod group;
 mod handle;
+mod pending;
+mod watchdog;
 
 pub use communicator::NcclCommunicator;
 pub use config::NcclConfig;

@@ -1,26 +1,17 @@
 use std::{
-    collections::VecDeque,
-    io::{ErrorKind, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
     time::{Duration, Instant},
 };
 
-use socket2::SockRef;
-
 use super::{
     JobToken, RendezvousError,
+    config::MAX_WORLD_SIZE,
     error::system,
-    handshake::{Hello, MAGIC, VERSION},
-    notice::{Notice, Refusal},
+    handshake::{Hello, Notice},
+    wire,
 };
 
-/// How many connections may be waiting to say who they are. A rank says it at once, so whoever is pushed out is a stranger
-/// or, in a flood, tries again.
-const MAX_WAITING: usize = 256;
-/// How many connections the operating system keeps until they are taken; beyond, peers have to try again.
-const BACKLOG: i32 = 1024;
-/// How many connections are taken before those waiting are looked at again.
-const BATCH: usize = 64;
 /// How long a connection may take to say who it is.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -29,117 +20,106 @@ pub(super) struct Acceptor<'a> {
     listener: TcpListener,
     token: &'a JobToken,
     world_size: usize,
-    waiting: VecDeque<Waiting>,
+    /// Connections that have not said yet who they are.
+    waiting: Vec<(TcpStream, Instant)>,
     /// Why the last hello was refused.
     pub refused: Option<String>,
-}
-
-struct Waiting {
-    stream: TcpStream,
-    hello: [u8; Hello::LEN],
-    read: usize,
-    since: Instant,
-}
-
-enum Progress {
-    Reading,
-    Gone,
-    Complete,
-}
-
-impl Waiting {
-    fn advance(&mut self) -> Progress {
-        if self.since.elapsed() > PATIENCE {
-            return Progress::Gone;
-        }
-        match self.stream.read(&mut self.hello[self.read..]) {
-            Ok(0) => return Progress::Gone,
-            Ok(read) => self.read += read,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(_) => return Progress::Gone,
-        }
-        let start = self.read.min(MAGIC.len());
-        match self.hello[..start] == MAGIC[..start] {
-            false => Progress::Gone,
-            true if self.read == Hello::LEN => Progress::Complete,
-            true => Progress::Reading,
-        }
-    }
 }
 
 impl<'a> Acceptor<'a> {
     pub fn new(listener: TcpListener, token: &'a JobToken, world_size: usize) -> Result<Self, RendezvousError> {
         listener.set_nonblocking(true).map_err(system("listening for other ranks"))?;
-        // All ranks may come at once, and strangers with them.
-        SockRef::from(&listener).listen(BACKLOG).map_err(system("listening for other ranks"))?;
-        Ok(Self { listener, token, world_size, waiting: VecDeque::new(), refused: None })
+        Ok(Self { listener, token, world_size, waiting: Vec::new(), refused: None })
     }
 
-    /// Goes on with what can go on now. `admit` says whether a rank of this job is expected here, and gets its connection,
-    /// which does not block; whether anything happened.
-    pub fn turn(&mut self, mut admit: impl FnMut(&Hello, TcpStream) -> Result<(), (Refusal, TcpStream)>) -> bool {
-        let mut busy = false;
-        for _ in 0..BATCH {
-            // An error is that of the connection, or passes: too many open files.
-            let Ok((stream, _)) = self.listener.accept() else { break };
-            busy = true;
-            if stream.set_nonblocking(true).is_err() {
-                continue;
+    /// Goes on with what can go on now. `admit` gets the connection of a rank of this job, which does not block, or gives it
+    /// back if that rank has come before; whether anything happened.
+    pub fn turn(&mut self, mut admit: impl FnMut(&Hello, TcpStream) -> Result<(), TcpStream>) -> bool {
+        let before = self.waiting.len();
+        // An error is that of the connection, or passes: too many open files.
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_ok() {
+                self.waiting.push((stream, Instant::now()));
             }
-            if self.waiting.len() == MAX_WAITING {
-                self.waiting.pop_front();
-            }
-            let hello = [0; Hello::LEN];
-            self.waiting.push_back(Waiting { stream, hello, read: 0, since: Instant::now() });
         }
-        for _ in 0..self.waiting.len() {
-            let Some(mut waiting) = self.waiting.pop_front() else { break };
-            match waiting.advance() {
-                Progress::Reading => self.waiting.push_back(waiting),
-                Progress::Gone => busy = true,
-                Progress::Complete => {
-                    busy = true;
-                    let Some(hello) = Hello::decode(&waiting.hello) else { continue };
-                    let answer = match self.check(&hello) {
-                        Ok(()) => admit(&hello, waiting.stream),
-                        Err(refusal) => Err((refusal, waiting.stream)),
-                    };
-                    if let Err((refusal, mut stream)) = answer {
-                        self.refused = Some(self.describe(&hello, refusal));
-                        // Fits any socket's buffer; whoever does not read it has to guess.
-                        let _ = stream.write_all(&Notice::Refused(refusal).encode());
-                    }
+        let mut is_busy = self.waiting.len() > before;
+        for (mut stream, since) in std::mem::take(&mut self.waiting) {
+            let hello = match hear(&mut stream) {
+                Ok(Some(hello)) => hello,
+                Ok(None) if since.elapsed() <= PATIENCE => {
+                    self.waiting.push((stream, since));
+                    continue;
                 }
+                Ok(None) | Err(_) => continue,
+            };
+            is_busy = true;
+            let admitted = match self.check(hello) {
+                Ok(hello) => admit(&hello, stream).map_err(|stream| {
+                    let rank = hello.rank as usize;
+                    ((RendezvousError::DuplicateRank { rank }, format!("a second rank {rank}.")), stream)
+                }),
+                Err(refusal) => Err((refusal, stream)),
+            };
+            if let Err(((error, note), mut stream)) = admitted {
+                self.refused = Some(note);
+                // Fits any socket's buffer; whoever does not read it has to guess.
+                let _ = stream.write_all(&wire::encode(&Notice::Failed(error)));
             }
         }
-        busy
+        is_busy
     }
 
-    fn check(&self, hello: &Hello) -> Result<(), Refusal> {
-        if hello.version != VERSION {
-            return Err(Refusal::Version(VERSION));
+    /// Whether it is a rank of this job; else its error and, for this rank's own, who it was.
+    fn check(&self, hello: Result<Hello, OtherVersion>) -> Result<Hello, (RendezvousError, String)> {
+        let (token, size, version) = (self.token.reveal(), self.world_size, wire::VERSION);
+        let other_version = |OtherVersion(ours)| {
+            let note = format!("protocol version {ours}, this one has {version}.");
+            (RendezvousError::Version { ours, theirs: version }, note)
+        };
+        let hello = hello.map_err(other_version)?;
+        let (rank, theirs) = (hello.rank as usize, hello.world_size as usize);
+        if hello.token != token {
+            return Err((RendezvousError::WrongToken, "a wrong job token.".into()));
         }
-        if !hello.has_token(self.token) {
-            return Err(Refusal::Token);
+        if theirs != size {
+            let note = format!("rank {rank} of {theirs} ranks, this one expects {size}.");
+            return Err((RendezvousError::WorldSize { ours: theirs, theirs: size }, note));
         }
-        if hello.world_size as usize != self.world_size {
-            return Err(Refusal::WorldSize(self.world_size as u32));
+        if rank >= size {
+            let error = RendezvousError::InvalidRank { rank, world_size: size, max: MAX_WORLD_SIZE };
+            return Err((error, format!("rank {rank}, which is not expected here.")));
         }
-        if hello.rank as usize >= self.world_size {
-            return Err(Refusal::UnexpectedRank);
-        }
-        Ok(())
+        Ok(hello)
     }
+}
 
-    fn describe(&self, hello: &Hello, refusal: Refusal) -> String {
-        match refusal {
-            Refusal::Version(ours) => format!("protocol version {}, this one has {ours}.", hello.version),
-            Refusal::Token => "a wrong job token.".into(),
-            Refusal::WorldSize(ours) => {
-                format!("rank {} of {} ranks, this one expects {ours}.", hello.rank, hello.world_size)
-            }
-            Refusal::DuplicateRank => format!("a second rank {}.", hello.rank),
-            Refusal::UnexpectedRank => format!("rank {}, which is not expected here.", hello.rank),
-        }
+/// The version of a rank that another build started: its hello may look differently.
+struct OtherVersion(u32);
+
+/// Takes a hello from a connection that does not block; `None` if it has not come yet.
+///
+/// # Errors
+///
+/// If the connection has ended, or says something else.
+fn hear(stream: &mut TcpStream) -> io::Result<Option<Result<Hello, OtherVersion>>> {
+    let mut bytes = [0; wire::HEADER + Hello::LIMIT];
+    let peeked = match stream.peek(&mut bytes) {
+        Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+        Ok(peeked) => peeked,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Some((version, len)) = wire::header(&bytes[..peeked])? else { return Ok(None) };
+    let end = wire::HEADER + len;
+    if end > bytes.len() {
+        return Err(wire::garbled());
     }
+    if peeked < end {
+        return Ok(None);
+    }
+    stream.read_exact(&mut bytes[..end])?;
+    if version != wire::VERSION {
+        return Ok(Some(Err(OtherVersion(version))));
+    }
+    wire::decode(&bytes[wire::HEADER..end]).map(|hello| Some(Ok(hello)))
 }

@@ -9,11 +9,13 @@ use std::{
 use super::{
     ProcessConfig, RendezvousError,
     acceptor::Acceptor,
+    connection::{Connections, POLL, Peek, READY, peek},
     error::system,
-    handshake::{Hello, VERSION},
-    link::{Links, POLL, Peek, READY, peek},
-    notice::{Notice, Refusal},
+    handshake::{Hello, Notice},
+    message::Outgoing,
+    wire,
 };
+use crate::comm::CommError;
 
 /// How long one attempt to connect, or an answer, may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
@@ -26,7 +28,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 enum Attempt {
     /// It may succeed later.
     Again(String),
-    Refused(Refusal),
+    Refused(RendezvousError),
 }
 
 impl From<io::Error> for Attempt {
@@ -36,15 +38,27 @@ impl From<io::Error> for Attempt {
 }
 
 /// Connects to rank 0, learns from it where the others listen, and connects to each of them.
-pub(super) fn join(config: &ProcessConfig) -> Result<Links, RendezvousError> {
+pub(super) fn join(config: &ProcessConfig) -> Result<Connections, RendezvousError> {
     let (control, listener) = reach_rank_0(config)?;
     let mut client = Client { config, control };
-    let Notice::Peers(addresses) = client.notice()? else { return Err(client.confused()) };
-    let links = client.mesh(listener, &addresses)?;
+    let Notice::Peers(addresses) = client.notice()? else { return Err(confused()) };
+    let mut peers = client.connect_peers(listener, &addresses)?;
     client.control.write_all(&[READY]).map_err(|error| lost(0, error.to_string()))?;
-    let Notice::Go = client.notice()? else { return Err(client.confused()) };
+    let go = client.notice().and_then(|notice| if notice == Notice::Go { Ok(()) } else { Err(confused()) });
+    go.inspect_err(|error| tell_peers(&mut peers, error))?;
     let control = std::iter::once(Some(client.control));
-    Ok(control.chain(links.into_iter().skip(1)).collect())
+    Ok(control.chain(peers.into_iter().skip(1)).collect())
+}
+
+/// Peers may have heard already that all are connected: then they take this rank's end for a loss, unless it says whose it was.
+fn tell_peers(peers: &mut Connections, error: &RendezvousError) {
+    let RendezvousError::Lost { rank, reason } = error else { return };
+    let (rank, operation, reason) = (*rank, "waiting for its peers".into(), reason.clone());
+    let end = Outgoing::end(&CommError::PeerFailed { rank, operation, reason, lost: true });
+    for peer in peers.iter_mut().flatten() {
+        // Fits any socket's buffer.
+        let _ = end.write(peer);
+    }
 }
 
 fn reach_rank_0(config: &ProcessConfig) -> Result<(TcpStream, TcpListener), RendezvousError> {
@@ -55,7 +69,7 @@ fn reach_rank_0(config: &ProcessConfig) -> Result<(TcpStream, TcpListener), Rend
         for address in &addresses {
             match attempt(config, *address) {
                 Ok(connected) => return Ok(connected),
-                Err(Attempt::Refused(refusal)) => return Err(refused(config, refusal)),
+                Err(Attempt::Refused(error)) => return Err(error),
                 Err(Attempt::Again(reason)) => last = reason,
             }
         }
@@ -79,10 +93,10 @@ fn attempt(config: &ProcessConfig, address: SocketAddr) -> Result<(TcpStream, Tc
     let listener = TcpListener::bind((own.ip(), 0))?;
     let hello = Hello::new(config.rank, config.world_size, listener.local_addr()?.port(), &config.token);
     stream.set_read_timeout(Some(ATTEMPT))?;
-    stream.write_all(&hello.encode())?;
+    stream.write_all(&wire::encode(&hello))?;
     match Notice::read(&mut stream, config.world_size) {
         Ok(Notice::Welcome) => Ok((stream, listener)),
-        Ok(Notice::Refused(refusal)) => Err(Attempt::Refused(refusal)),
+        Ok(Notice::Failed(error)) => Err(Attempt::Refused(error)),
         Ok(_) => Err(Attempt::Again("it answered out of turn".into())),
         Err(error) => Err(match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Attempt::Again("it does not answer".into()),
@@ -92,26 +106,10 @@ fn attempt(config: &ProcessConfig, address: SocketAddr) -> Result<(TcpStream, Tc
     }
 }
 
-fn refused(config: &ProcessConfig, refusal: Refusal) -> RendezvousError {
-    match refusal {
-        Refusal::Version(theirs) => RendezvousError::Version { ours: VERSION, theirs },
-        Refusal::Token => RendezvousError::WrongToken,
-        Refusal::WorldSize(theirs) => RendezvousError::WorldSize { ours: config.world_size, theirs: theirs as usize },
-        Refusal::DuplicateRank | Refusal::UnexpectedRank => RendezvousError::DuplicateRank { rank: config.rank },
-    }
-}
-
 /// A rank that rank 0 has welcomed.
 struct Client<'a> {
     config: &'a ProcessConfig,
     control: TcpStream,
-}
-
-/// How far the connection to a lower rank is.
-enum Lower {
-    Absent(String),
-    Greeted(TcpStream),
-    Welcomed(TcpStream),
 }
 
 impl Client<'_> {
@@ -121,11 +119,7 @@ impl Client<'_> {
         self.control.set_nonblocking(false).map_err(system("connection to rank 0"))?;
         self.control.set_read_timeout(Some(limit)).map_err(system("connection to rank 0"))?;
         match Notice::read(&mut self.control, self.config.world_size) {
-            Ok(Notice::Lost(rank)) => Err(lost(rank, "rank 0 says so".into())),
-            Ok(Notice::Missing(missing)) => {
-                let waited = self.config.rendezvous_timeout;
-                Err(RendezvousError::Missing { missing, waited, refused: None })
-            }
+            Ok(Notice::Failed(error)) => Err(error),
             Ok(notice) => Ok(notice),
             Err(error) => Err(match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut => lost(0, format!("it was silent for {limit:?}")),
@@ -139,119 +133,73 @@ impl Client<'_> {
     fn check_rank_0(&mut self) -> Result<(), RendezvousError> {
         match peek(&self.control) {
             Peek::Silent => Ok(()),
-            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| self.confused())),
+            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| confused())),
         }
     }
 
-    fn confused(&self) -> RendezvousError {
-        lost(0, "it spoke out of turn".into())
-    }
-
-    /// Connects to the lower ranks and is connected to by the higher ones.
-    fn mesh(&mut self, listener: TcpListener, addresses: &[SocketAddr]) -> Result<Links, RendezvousError> {
-        let config = self.config;
-        let start = Instant::now();
-        let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
-        let mut higher: Links = addresses.iter().map(|_| None).collect();
-        let mut lower: Vec<Lower> = (1..config.rank).map(|_| Lower::Absent(String::new())).collect();
-        // The lower rank that is looked at first.
-        let mut first = 0;
+    /// Connects to the lower ranks and is connected to by the higher ones. All of them listen already.
+    fn connect_peers(
+        &mut self,
+        listener: TcpListener,
+        addresses: &[SocketAddr],
+    ) -> Result<Connections, RendezvousError> {
+        let (config, start) = (self.config, Instant::now());
         self.control.set_nonblocking(true).map_err(system("connection to rank 0"))?;
+        let mut peers: Connections = addresses.iter().map(|_| None).collect();
+        for rank in 1..config.rank {
+            peers[rank] = Some(self.connect_peer(rank, addresses[rank], start)?);
+        }
+        let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
         loop {
-            let busy = acceptor.turn(|hello, mut stream| {
+            let is_busy = acceptor.turn(|hello, stream| {
                 let rank = hello.rank as usize;
-                if rank <= config.rank {
-                    return Err((Refusal::UnexpectedRank, stream));
+                if rank <= config.rank || peers[rank].is_some() {
+                    return Err(stream);
                 }
-                if higher[rank].is_some() {
-                    return Err((Refusal::DuplicateRank, stream));
-                }
-                // Fits any socket's buffer.
-                if stream.write_all(&Notice::Welcome.encode()).is_ok() {
-                    higher[rank] = Some(stream);
-                }
+                peers[rank] = Some(stream);
                 Ok(())
             });
-            let left = config.rendezvous_timeout.saturating_sub(start.elapsed());
-            // An attempt that fails may take long: after it, first look at everything else, and next time at the ranks after it.
-            let (begin, mut has_failed) = (first, false);
-            for index in (0..lower.len()).map(|i| (begin + i) % (config.rank - 1)) {
-                if has_failed && matches!(lower[index], Lower::Absent(_)) {
-                    continue;
-                }
-                let now = std::mem::replace(&mut lower[index], Lower::Absent(String::new()));
-                let limit = left.clamp(POLL, ATTEMPT);
-                lower[index] =
-                    self.advance(now, addresses[index + 1], limit).map_err(|refusal| refused(config, refusal))?;
-                if !has_failed && matches!(lower[index], Lower::Absent(_)) {
-                    (has_failed, first) = (true, index + 1);
-                }
-            }
-            let is_late = |rank: usize| match rank < config.rank {
-                true => !matches!(lower[rank - 1], Lower::Welcomed(_)),
-                false => higher[rank].is_none(),
-            };
             let missing: Vec<usize> =
-                (1..config.world_size).filter(|&rank| rank != config.rank && is_late(rank)).collect();
+                (config.rank + 1..config.world_size).filter(|&rank| peers[rank].is_none()).collect();
             if missing.is_empty() {
                 self.control.set_nonblocking(false).map_err(system("connection to rank 0"))?;
-                for (i, state) in lower.into_iter().enumerate() {
-                    if let Lower::Welcomed(stream) = state {
-                        higher[i + 1] = Some(stream);
-                    }
-                }
-                return Ok(higher);
+                return Ok(peers);
             }
             self.check_rank_0()?;
             if start.elapsed() >= config.rendezvous_timeout {
                 let waited = config.rendezvous_timeout;
-                let absent = |(i, state): (usize, &Lower)| match state {
-                    Lower::Absent(reason) => Some((i + 1, reason.clone())),
-                    Lower::Greeted(_) | Lower::Welcomed(_) => None,
-                };
-                return Err(match lower.iter().enumerate().find_map(absent) {
-                    Some((rank, reason)) => {
-                        RendezvousError::Unreachable { rank, address: addresses[rank].to_string(), waited, reason }
-                    }
-                    None => RendezvousError::Missing { missing, waited, refused: acceptor.refused },
-                });
+                return Err(RendezvousError::Missing { missing, waited, refused: acceptor.refused });
             }
-            if !busy {
+            if !is_busy {
                 std::thread::sleep(POLL);
             }
         }
     }
 
-    /// Goes on with the connection to a lower rank; an attempt to connect takes at most `limit`.
-    fn advance(&self, state: Lower, address: SocketAddr, limit: Duration) -> Result<Lower, Refusal> {
+    /// Connects to a lower rank and says hello. It does not answer: rank 0 tells when all ranks have found each other.
+    fn connect_peer(&mut self, rank: usize, address: SocketAddr, start: Instant) -> Result<TcpStream, RendezvousError> {
         let config = self.config;
-        let greet = || -> io::Result<TcpStream> {
-            let mut stream = TcpStream::connect_timeout(&address, limit)?;
-            stream.set_read_timeout(Some(ATTEMPT))?;
-            stream.write_all(&Hello::new(config.rank, config.world_size, 0, &config.token).encode())?;
-            stream.set_nonblocking(true)?;
-            Ok(stream)
-        };
-        Ok(match state {
-            Lower::Absent(_) => greet().map_or_else(|error| Lower::Absent(error.to_string()), Lower::Greeted),
-            Lower::Greeted(mut stream) => match peek(&stream) {
-                Peek::Silent => Lower::Greeted(stream),
-                Peek::Ended(reason) => Lower::Absent(reason),
-                Peek::Spoke => {
-                    let answer =
-                        stream.set_nonblocking(false).and_then(|()| Notice::read(&mut stream, config.world_size));
-                    match answer {
-                        Ok(Notice::Welcome) => Lower::Welcomed(stream),
-                        Ok(Notice::Refused(refusal)) => return Err(refusal),
-                        Ok(_) => Lower::Absent("it answered out of turn".into()),
-                        // A flood of strangers pushed this rank out, or the other one is lost, which rank 0 tells.
-                        Err(error) => Lower::Absent(error.to_string()),
-                    }
-                }
-            },
-            Lower::Welcomed(stream) => Lower::Welcomed(stream),
-        })
+        let hello = wire::encode(&Hello::new(config.rank, config.world_size, 0, &config.token));
+        loop {
+            let left = config.rendezvous_timeout.saturating_sub(start.elapsed());
+            let connected = TcpStream::connect_timeout(&address, left.clamp(POLL, ATTEMPT));
+            let greeted = connected.and_then(|mut stream| stream.write_all(&hello).map(|()| stream));
+            let reason = match greeted {
+                Ok(stream) => return Ok(stream),
+                Err(error) => error.to_string(),
+            };
+            self.check_rank_0()?;
+            if left.is_zero() {
+                let (address, waited) = (address.to_string(), config.rendezvous_timeout);
+                return Err(RendezvousError::Unreachable { rank, address, waited, reason });
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
+}
+
+fn confused() -> RendezvousError {
+    lost(0, "it spoke out of turn".into())
 }
 
 fn lost(rank: usize, reason: String) -> RendezvousError {

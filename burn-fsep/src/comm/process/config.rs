@@ -1,19 +1,15 @@
 use std::{
-    any::Any,
-    fmt,
     net::{SocketAddr, TcpListener, ToSocketAddrs},
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
     time::Duration,
 };
 
-use super::{JobToken, ProcessCommunicator, RendezvousError, client, server};
-use crate::comm::{CommError, Communicator, local::panic_message};
+use super::{JobToken, RendezvousError};
 
 /// Every pair of ranks has a connection and every connection two threads.
-const MAX_WORLD_SIZE: usize = 1024;
+pub(super) const MAX_WORLD_SIZE: usize = 1024;
 
-/// Configuration of a rank's [`ProcessCommunicator`].
+/// Configuration of a rank's [`ProcessCommunicator`](super::ProcessCommunicator).
 #[derive(Debug, Clone)]
 pub struct ProcessConfig {
     /// This rank, `0..world_size`.
@@ -62,56 +58,6 @@ impl ProcessConfig {
     pub fn with_listener(mut self, listener: TcpListener) -> Self {
         self.listener = Some(Arc::new(listener));
         self
-    }
-
-    /// Meets the other ranks and connects to each of them. Collective.
-    ///
-    /// # Errors
-    ///
-    /// Any [`RendezvousError`], on every rank within twice the rendezvous timeout and a few seconds; most of them at once.
-    pub fn init(&self) -> Result<ProcessCommunicator, RendezvousError> {
-        let Self { rank, world_size, .. } = *self;
-        if rank >= world_size || world_size > MAX_WORLD_SIZE {
-            return Err(RendezvousError::InvalidRank { rank, world_size, max: MAX_WORLD_SIZE });
-        }
-        let links = match rank {
-            _ if world_size == 1 => vec![None],
-            0 => server::gather(self)?,
-            _ => client::join(self)?,
-        };
-        ProcessCommunicator::connect(rank, links, self.timeout)
-    }
-
-    /// Meets the other ranks, runs `program` as this rank, and leaves the group.
-    ///
-    /// If the program returns an error or panics, every other rank's current or next collective returns an error that
-    /// says so; without this function they are told that this rank left, but not why.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`init`](Self::init) and of `program`. Panics go on.
-    pub fn run<T, E>(&self, program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, E>) -> Result<T, E>
-    where
-        E: fmt::Display + From<CommError>,
-    {
-        let comm = Arc::new(self.init().map_err(CommError::from)?);
-        match catch_unwind(AssertUnwindSafe(|| program(comm.clone()))) {
-            Ok(Ok(value)) => {
-                // Not left to the last handle: autodiff graphs that no backward pass consumed may hold one for ever.
-                comm.leave();
-                Ok(value)
-            }
-            Ok(Err(error)) => {
-                comm.abort(&error.to_string());
-                comm.leave();
-                Err(error)
-            }
-            Err(payload) => {
-                comm.abort(&format!("panicked: {}", panic_message(payload.as_ref() as &(dyn Any + Send))));
-                comm.leave();
-                resume_unwind(payload)
-            }
-        }
     }
 
     /// The address of rank 0, for messages.

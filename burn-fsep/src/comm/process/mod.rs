@@ -18,19 +18,21 @@
 
 mod acceptor;
 mod client;
-mod communicator;
 mod config;
+mod connection;
 mod error;
-mod exchange;
-mod frame;
-mod group;
 mod handshake;
-mod link;
-mod notice;
+mod links;
+pub(super) mod message;
+mod rendezvous;
 mod server;
 mod token;
+mod wire;
 
-pub use communicator::ProcessCommunicator;
 pub use config::ProcessConfig;
 pub use error::RendezvousError;
+pub(super) use links::Links;
 pub use token::{JobToken, TokenError};
+
+/// A rank's handle on a group of processes. See [`ProcessConfig`].
+pub type ProcessCommunicator = super::RoundsCommunicator;

@@ -9,10 +9,10 @@ use std::{
 use super::{
     ProcessConfig, RendezvousError,
     acceptor::Acceptor,
+    connection::{Connections, POLL, Peek, READY, peek},
     error::system,
-    handshake::Hello,
-    link::{Links, POLL, Peek, READY, peek},
-    notice::{Notice, Refusal},
+    handshake::{Hello, Notice},
+    wire,
 };
 
 /// How long a rank may take to receive a notice.
@@ -31,7 +31,7 @@ struct Member {
 }
 
 /// Waits for all other ranks, tells them of each other, and waits until they are connected.
-pub(super) fn gather(config: &ProcessConfig) -> Result<Links, RendezvousError> {
+pub(super) fn gather(config: &ProcessConfig) -> Result<Connections, RendezvousError> {
     let listener = config.listen()?;
     let own = listener.local_addr().map_err(system("address of the listening socket"))?;
     let mut acceptor = Acceptor::new(listener, &config.token, config.world_size)?;
@@ -47,11 +47,11 @@ pub(super) fn gather(config: &ProcessConfig) -> Result<Links, RendezvousError> {
 
 /// Tells all ranks, also those that come a little later, why the rendezvous is off.
 fn call_off(error: &RendezvousError, acceptor: &mut Acceptor<'_>, members: &mut [Option<Member>]) {
-    let (notice, linger) = match error {
-        RendezvousError::Missing { missing, .. } => (Notice::Missing(missing.clone()), Duration::ZERO),
-        RendezvousError::Lost { rank, .. } => (Notice::Lost(*rank), LINGER),
-        _ => (Notice::Lost(0), Duration::ZERO),
-    };
+    let linger = if matches!(error, RendezvousError::Lost { .. }) { LINGER } else { Duration::ZERO };
+    let notice = Notice::Failed(match error {
+        RendezvousError::Missing { .. } | RendezvousError::Lost { .. } => error.clone(),
+        own => lost(0, own.to_string()),
+    });
     let start = Instant::now();
     let mut told = vec![false; members.len()];
     loop {
@@ -93,7 +93,7 @@ fn wait_for_ranks(
     }
 }
 
-fn admit(hello: &Hello, stream: TcpStream, members: &mut [Option<Member>]) -> Result<(), (Refusal, TcpStream)> {
+fn admit(hello: &Hello, stream: TcpStream, members: &mut [Option<Member>]) -> Result<(), TcpStream> {
     let rank = hello.rank as usize;
     // Only what was seen is believed: a rank cannot send its peers to another machine.
     let Ok(from) = stream.peer_addr() else { return Ok(()) };
@@ -103,7 +103,7 @@ fn admit(hello: &Hello, stream: TcpStream, members: &mut [Option<Member>]) -> Re
         return Ok(());
     }
     if rank == 0 || members[rank].is_some() {
-        return Err((Refusal::DuplicateRank, stream));
+        return Err(stream);
     }
     let address = SocketAddr::new(from.ip().to_canonical(), hello.port);
     let member = members[rank].insert(Member { stream, address, ready: false });
@@ -124,7 +124,7 @@ fn introduce(
     tell_all(members, &peers)?;
     let start = Instant::now();
     loop {
-        acceptor.turn(|_, stream| Err((Refusal::DuplicateRank, stream)));
+        acceptor.turn(|_, stream| Err(stream));
         let mut missing = Vec::new();
         for (rank, member) in members.iter_mut().enumerate() {
             let Some(member) = member.as_mut().filter(|member| !member.ready) else { continue };
@@ -170,7 +170,7 @@ fn tell_all(members: &mut [Option<Member>], notice: &Notice) -> Result<(), Rende
 fn tell(member: &mut Member, notice: &Notice) -> std::io::Result<()> {
     member.stream.set_nonblocking(false)?;
     member.stream.set_write_timeout(Some(DELIVERY))?;
-    member.stream.write_all(&notice.encode())?;
+    member.stream.write_all(&wire::encode(notice))?;
     member.stream.set_nonblocking(true)
 }
 

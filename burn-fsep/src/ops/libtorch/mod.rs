@@ -4,7 +4,6 @@
 //! once over all slots. On an NVIDIA GPU in bf16, SwiGLU and the combination of the experts' outputs are kernels of our
 //! own, since LibTorch has no fused ones: apart they take a sixth of a layer's time.
 
-#[cfg(feature = "train")]
 mod adamw;
 mod combine;
 mod cuda;
@@ -15,5 +14,4 @@ mod kernels;
 mod reduce;
 mod routing;
 
-#[cfg(feature = "train")]
-pub use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub(crate) use adamw::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};

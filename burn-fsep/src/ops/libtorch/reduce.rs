@@ -1,5 +1,5 @@
 use burn_tch::TchTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 use crate::{
     FsepError,

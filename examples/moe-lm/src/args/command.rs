@@ -1,9 +1,9 @@
 use burn::tensor::FloatDType;
-use burn_fsep::{ExpertParallelism, FSEPMoEConfig};
+use burn_fsep::{ExpertParallelism, FSEPMoEConfig, launch::Ranks, moe::RouterForcing};
 use clap::Parser;
 
 use super::{ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
-use crate::{MoeLmError, ranks::Ranks};
+use crate::MoeLmError;
 
 /// Trains a byte-level Mixture-of-Experts language model with fully sharded expert parallelism.
 #[derive(Parser, Debug, Clone)]
@@ -29,7 +29,7 @@ impl Args {
     /// # Errors
     ///
     /// [`MoeLmError`] naming the first option or variable that cannot work.
-    pub(crate) fn check(&self, environment: impl Fn(&str) -> Option<String>) -> Result<Ranks, MoeLmError> {
+    pub(crate) fn check(&self) -> Result<Ranks, MoeLmError> {
         self.parallel.check()?;
         self.model.check()?;
         self.training.check()?;
@@ -44,9 +44,29 @@ impl Args {
                     .into(),
             );
         }
-        let ranks = Ranks::of(&self.parallel, self.training.dense, environment)?;
+        let threads = if self.training.dense { 1 } else { self.parallel.ranks.unwrap_or(4) };
+        let config = self.parallel.rank_config(threads).with_timeline(self.output.timeline.is_some());
+        let ranks = config.init()?;
+        self.check_launcher(&ranks)?;
         self.check_ranks(ranks.world_size())?;
         Ok(ranks)
+    }
+
+    /// What has to fit the launcher, which says how many ranks there are.
+    fn check_launcher(&self, ranks: &Ranks) -> Result<(), MoeLmError> {
+        let (is_launched, world_size) = (ranks.environment().is_some(), ranks.world_size());
+        match (self.parallel.ranks, self.training.dense) {
+            (Some(asked), _) if is_launched && asked != world_size => refuse(format!(
+                "--ranks {asked} contradicts the launcher, which says that there are {world_size}; leave --ranks out"
+            )),
+            (Some(asked @ 2..), true) => {
+                refuse(format!("--ranks {asked} contradicts --dense, which trains on one rank"))
+            }
+            (_, true) if world_size > 1 => {
+                refuse(format!("--dense trains on one rank, but the launcher started {world_size}; start one process"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What has to fit the number of ranks.
@@ -90,13 +110,13 @@ impl Args {
     pub(crate) fn moe_config(&self) -> FSEPMoEConfig {
         let (model, parallel) = (&self.model, &self.parallel);
         let is_static = parallel.planner == Planner::Static;
+        let shares = model.force_shares.clone().map(RouterForcing::Shares);
         FSEPMoEConfig::new(model.hidden, model.ffn, model.experts)
             .with_moe_router_topk(model.top_k)
             .with_slots_per_rank(if is_static { None } else { parallel.slots })
             .with_expert_parallelism(if is_static { ExpertParallelism::Static } else { ExpertParallelism::Fsep })
             .with_moe_aux_loss_coeff(self.training.aux_loss)
-            .with_moe_router_force_biased(model.force_biased)
-            .with_moe_router_force_shares(model.force_shares.clone())
+            .with_moe_router_force(shares.or(model.force_biased.map(RouterForcing::Biased)))
             .with_compute_dtype(self.compute_dtype())
     }
 }

@@ -8,7 +8,7 @@ use crate::MoeLmError;
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Transformer layers.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     pub layers: usize,
     /// Hidden size.
     #[arg(long, default_value_t = 128)]

@@ -21,7 +21,8 @@ pub struct OutputArgs {
     /// Also write what ran when in the last three steps, for Perfetto or Chrome: FILE.json becomes FILE.rank0.json and so on.
     #[arg(long, value_name = "FILE")]
     pub timeline: Option<PathBuf>,
-    /// Save a checkpoint to OUT/checkpoints every so many steps, and when the job is told to stop (SIGTERM).
+    /// Save a checkpoint to OUT/checkpoints every so many steps, and when the job is told to stop (SIGTERM): it then ends with
+    /// exit code 143, as what SIGTERM ends.
     #[arg(long, value_name = "STEPS")]
     pub checkpoint_every: Option<u64>,
     /// Checkpoints to keep.

@@ -1,6 +1,10 @@
 use std::{str::FromStr, time::Duration};
 
-use burn_fsep::planner::Strategy;
+use burn::tensor::Device;
+use burn_fsep::{
+    launch::{Engine, RankConfig, RankDevice},
+    planner::PlannerStrategy,
+};
 use clap::{Args, ValueEnum};
 
 use super::command::{check_positive, refuse};
@@ -15,7 +19,7 @@ pub struct ParallelArgs {
     #[arg(long)]
     pub ranks: Option<usize>,
     /// How ranks exchange, and whether they are threads of this process or processes of a launcher.
-    #[arg(long, value_enum, default_value_t = Comm::Local)]
+    #[arg(long, value_enum, default_value_t = Comm::Auto)]
     pub comm: Comm,
     /// What computes.
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
@@ -50,6 +54,8 @@ pub struct ParallelArgs {
 /// How ranks exchange.
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Comm {
+    /// Threads of this process, or processes over TCP if a launcher started it; NCCL with --device cuda in a build with it.
+    Auto,
     /// Threads of this process, through its memory.
     Local,
     /// Processes of a launcher (fsep-launch, torchrun, mpirun, srun), over TCP.
@@ -107,12 +113,12 @@ pub enum Planner {
 }
 
 impl Planner {
-    pub(crate) fn strategy(self) -> Strategy {
+    pub(crate) fn strategy(self) -> PlannerStrategy {
         match self {
-            Planner::Paper => Strategy::Paper,
-            Planner::MinMax => Strategy::MinMax,
-            Planner::Random => Strategy::Random,
-            Planner::Static => Strategy::Static,
+            Planner::Paper => PlannerStrategy::Paper,
+            Planner::MinMax => PlannerStrategy::MinMax,
+            Planner::Random => PlannerStrategy::Random,
+            Planner::Static => PlannerStrategy::Static,
         }
     }
 }
@@ -121,12 +127,32 @@ impl Planner {
 const MAX_RANKS: usize = 1025;
 
 impl ParallelArgs {
-    pub(crate) fn timeout(&self) -> Duration {
-        Duration::from_secs(self.timeout.into())
+    /// How this process becomes a rank, or `threads` ranks without a launcher.
+    pub(crate) fn rank_config(&self, threads: usize) -> RankConfig {
+        RankConfig::new()
+            .with_threads(threads)
+            .with_engine(match self.comm {
+                Comm::Auto => Engine::Auto,
+                Comm::Local => Engine::Local,
+                Comm::Process => Engine::Process,
+                Comm::Mpi => Engine::Mpi,
+                Comm::Nccl => Engine::Nccl,
+            })
+            .with_device(self.rank_device())
+            .with_timeout(Duration::from_secs(self.timeout.into()))
+            .with_rendezvous_timeout(Duration::from_secs(self.rendezvous_timeout.into()))
     }
 
-    pub(crate) fn rendezvous_timeout(&self) -> Duration {
-        Duration::from_secs(self.rendezvous_timeout.into())
+    fn rank_device(&self) -> RankDevice {
+        match (self.backend, self.device) {
+            #[cfg(feature = "libtorch")]
+            (Backend::Libtorch, DeviceArg::Cpu) => RankDevice::Given(Device::libtorch()),
+            #[cfg(feature = "libtorch")]
+            (Backend::Libtorch, DeviceArg::CudaAt(index)) => RankDevice::Given(Device::libtorch_cuda(index)),
+            (_, DeviceArg::Cuda) => RankDevice::Gpu,
+            // What was not built was refused before.
+            _ => RankDevice::Given(Device::flex()),
+        }
     }
 
     pub(super) fn check(&self) -> Result<(), MoeLmError> {

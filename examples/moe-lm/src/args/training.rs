@@ -19,13 +19,13 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 128)]
     pub context: usize,
     /// Optimizer steps.
-    #[arg(long, default_value_t = 900)]
+    #[arg(long, default_value_t = 300)]
     pub steps: usize,
     /// Batches of held-out text that the model is validated on.
     #[arg(long, default_value_t = 16)]
     pub valid_batches: usize,
     /// Highest learning rate; it falls to a tenth along a cosine.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 3e-3)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.5e-3)]
     pub lr: f64,
     /// Largest global gradient norm.
     #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]

@@ -170,8 +170,12 @@ const ENVIRONMENT: &[(&str, &str, &str)] = &[
     ("WORLD_SIZE=2", "--comm process --dense", "--dense trains on one rank, but the launcher started 2"),
     ("WORLD_SIZE=2", "--comm process --slots 1", "--slots 1 on 2 ranks"),
     ("WORLD_SIZE=2", "--comm process --ranks-per-node 4", "--ranks-per-node 4"),
-    ("WORLD_SIZE=2", "", "a launcher started several processes (WORLD_SIZE=2)"),
-    ("OMPI_COMM_WORLD_SIZE=4", "--ranks 4", "a launcher started several processes"),
+    ("WORLD_SIZE=2", "--comm local", "a launcher started several processes (WORLD_SIZE=2)"),
+    ("OMPI_COMM_WORLD_SIZE=4", "--comm local --ranks 4", "a launcher started several processes"),
+    // Without --comm a launcher makes processes.
+    ("RANK=", "", "a launcher started several processes (WORLD_SIZE=2)"),
+    ("WORLD_SIZE=3", "", "--batch 4 cannot be split evenly over 3 ranks"),
+    ("BURN_FSEP_TOKEN=", "", "BURN_FSEP_TOKEN is not set"),
     // Ranks that do not meet.
     ("WORLD_SIZE=2", "--comm process --rendezvous-timeout 1", "rank 0 could not be reached at `127.0.0.1:1`"),
     (

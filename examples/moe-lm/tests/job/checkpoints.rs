@@ -1,7 +1,7 @@
 //! Jobs that stop and go on.
 
 #[cfg(unix)]
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use crate::common::{losses, small_job, summary};
 
@@ -50,12 +50,33 @@ fn a_job_that_was_stopped_goes_on_also_with_other_ranks() {
     }
 }
 
+/// What a job says and leaves that was told to stop.
+#[cfg(unix)]
+pub fn assert_stopped(folder: &Path, output: &std::process::Output) {
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(128 + 15), "{message}");
+    let told = message.lines().filter(|line| line.contains("stopped after a checkpoint")).count();
+    assert!(told == 1 && !message.contains("error: ") && !message.contains("panicked"), "{message}");
+    let saved = burn_fsep::checkpoint::list(folder.join("out/checkpoints")).unwrap();
+    assert_eq!(saved.len(), 1);
+    let step = burn_fsep::checkpoint::verify(&saved[0]).unwrap().progress.step;
+    let metrics = std::fs::read_to_string(folder.join("out/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.lines().count() as u64, step);
+}
+
+/// Waits until the ranks of a job train.
+#[cfg(unix)]
+pub fn wait_for_training(folder: &Path, ranks: usize, job: &mut std::process::Child) {
+    let trains = |rank: usize| folder.join(format!("out/rank-{rank}/train")).is_dir();
+    while !(0..ranks).all(trains) && job.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn a_job_that_is_told_to_stop_saves_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    let metrics = folder.path().join("out/metrics.jsonl");
-    let started = || std::fs::read_dir(folder.path().join("out/rank-0/train")).is_ok();
     // More steps than can be done before the signal comes.
     let options = ["--ranks", "2", "--steps", "100000", "--checkpoint-every", "90000"];
     let mut job = small_job(folder.path(), &options)
@@ -63,16 +84,8 @@ fn a_job_that_is_told_to_stop_saves_a_checkpoint() {
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    while !started() && job.try_wait().unwrap().is_none() {
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+    wait_for_training(folder.path(), 2, &mut job);
     let killed = Command::new("kill").arg(job.id().to_string()).status().unwrap();
     assert!(killed.success());
-    let output = job.wait_with_output().unwrap();
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && message.contains("stopped after a checkpoint"), "{message}");
-    let saved = burn_fsep::checkpoint::list(folder.path().join("out/checkpoints")).unwrap();
-    assert_eq!(saved.len(), 1);
-    let step = burn_fsep::checkpoint::verify(&saved[0]).unwrap().progress.step;
-    assert_eq!(std::fs::read_to_string(metrics).unwrap().lines().count() as u64, step);
+    assert_stopped(folder.path(), &job.wait_with_output().unwrap());
 }

@@ -71,7 +71,9 @@ impl Phase {
     ];
 
     /// What comes before these operations.
-    const OPERATIONS: [(&str, Phase); 17] = [
+    const OPERATIONS: [(&str, Phase); 19] = [
+        ("engine of the ranks", Phase::StartUp),
+        ("places of ranks", Phase::StartUp),
         ("options of the ranks", Phase::StartUp),
         ("start of MPI", Phase::StartUp),
         ("connection of MPI", Phase::StartUp),

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use burn_fsep::comm::RankEnvironment;
+use burn_fsep::launch::RankEnvironment;
 use clap::Parser;
 use moe_lm::{Args, Comm};
 use yaml_rust2::{Yaml, YamlLoader};

@@ -2,12 +2,15 @@
 
 use std::{
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
-use burn_fsep::launcher::LauncherConfig;
+use burn_fsep::launch::LauncherConfig;
 
-use crate::common::{curve, losses, small_job, summary};
+use crate::{
+    checkpoints::{assert_stopped, wait_for_training},
+    common::{curve, losses, small_job, summary},
+};
 
 /// Not a test: what `fsep-launch` does, in a process of its own.
 #[test]
@@ -147,5 +150,31 @@ fn a_rank_that_is_killed_ends_the_job() {
             assert!(errors.iter().any(is_told), "rank {survivor}: {text}");
         }
         std::fs::remove_dir_all(folder.path().join("out")).unwrap();
+    }
+}
+
+#[test]
+fn processes_that_are_told_to_stop_save_a_checkpoint() {
+    for told in [None, Some(1)] {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let job = process_job(folder, &["--batch", "6", "--steps", "100000", "--checkpoint-every", "90000"]);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("echo $$ > '{}'/pid-$RANK; exec \"$@\"", folder.display()), "sh"]);
+        shell.arg(job.get_program()).args(job.get_args());
+        let mut launcher = launcher_of(3, &shell).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_training(folder, 3, &mut launcher);
+        // The launcher, which passes it on to all ranks; or one rank, which stops all.
+        let pid = match told {
+            None => launcher.id().to_string(),
+            Some(rank) => std::fs::read_to_string(folder.join(format!("pid-{rank}"))).unwrap(),
+        };
+        assert!(Command::new("kill").arg(pid.trim()).status().unwrap().success());
+        let output = launcher.wait_with_output().unwrap();
+        assert_stopped(folder, &output);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("[rank 0] stopped after a checkpoint"), "{text}");
+        // They ended as the launcher told them.
+        assert!(told.is_some() || !text.contains("ended with exit code"), "{text}");
     }
 }

@@ -1,6 +1,6 @@
 //! The number of ranks, the planner and the schedule change nothing but the speed.
 
-use burn_fsep::planner::trace::Trace;
+use burn_fsep_planner::tools::trace::Trace;
 
 use crate::common::{losses, summary};
 

@@ -1,0 +1,11 @@
+//! Tools that study planners without a training: traces, replay, workloads, the simulator and the command line.
+
+mod bound;
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod replay;
+pub mod simulator;
+pub mod trace;
+pub mod workload;
+
+pub use bound::least_max_load;

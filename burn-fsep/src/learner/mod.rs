@@ -1,0 +1,10 @@
+//! Training through burn-train's Learner: its strategy, metrics of load balancing, and checkpoints of it.
+
+mod checkpoints;
+mod metrics;
+mod renderer;
+mod strategy;
+
+pub use metrics::{FsepStats, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, StaticImbalanceMetric};
+pub use renderer::SilentRenderer;
+pub use strategy::FsepStrategy;

@@ -1,0 +1,118 @@
+use burn::{
+    module::Module,
+    optim::{GradientsAccumulator, GradientsParams},
+};
+
+use super::{Accumulation, TrainerConfig, clip::scale, clip_grad_norm, replicas, sync_gradients};
+use crate::{FsepError, FsepRuntime};
+
+/// What has to happen between backward and the optimizer: accumulation, the check of replicas, averaging, clipping.
+///
+/// The one place where gradients become those of an optimizer step, for [`Trainer`](super::Trainer) and the Learner.
+pub(crate) struct GradientStep<M> {
+    runtime: FsepRuntime,
+    config: TrainerConfig,
+    accumulator: GradientsAccumulator<M>,
+    /// Batches in the accumulator.
+    accumulated: usize,
+    /// Optimizer steps made here.
+    done: u64,
+}
+
+impl<M: Module> GradientStep<M> {
+    /// # Errors
+    ///
+    /// [`FsepError::Config`] if the configuration cannot work.
+    pub fn new(runtime: &FsepRuntime, config: &TrainerConfig) -> Result<Self, FsepError> {
+        for (name, value) in [
+            ("accumulation_steps", config.accumulation_steps as u64),
+            ("check_replicas_every", config.check_replicas_every.unwrap_or(1)),
+        ] {
+            if value == 0 {
+                return Err(FsepError::Config(format!("`{name}` must be at least 1")));
+            }
+        }
+        let (runtime, config) = (runtime.clone(), config.clone());
+        Ok(Self { runtime, config, accumulator: GradientsAccumulator::new(), accumulated: 0, done: 0 })
+    }
+
+    /// Before the forward pass of a batch. Collective.
+    pub fn begin(&self, model: &M) -> Result<(), FsepError> {
+        if let (true, Some(buckets)) = (self.accumulates(), &self.config.buckets) {
+            buckets.pause();
+        }
+        self.runtime.begin_step(model)
+    }
+
+    /// Takes a batch's gradients, and returns those of its window if they are its last.
+    pub fn add(&mut self, model: &M, grads: GradientsParams) -> Option<GradientsParams> {
+        self.runtime.end_step();
+        if !self.accumulates() {
+            return Some(grads);
+        }
+        self.accumulator.accumulate(model, grads);
+        self.accumulated += 1;
+        if self.accumulated == self.config.accumulation_steps { self.end_window(model) } else { None }
+    }
+
+    /// The gradients of the batches since the last window; `None` if there was none.
+    pub fn end_window(&mut self, model: &M) -> Option<GradientsParams> {
+        let count = std::mem::take(&mut self.accumulated);
+        let mut grads = (count > 0).then(|| self.accumulator.grads())?;
+        if count > 1 && self.config.accumulation == Accumulation::Mean {
+            scale(model, &mut grads, 1.0 / count as f64);
+        }
+        Some(grads)
+    }
+
+    /// Forgets the batches since the last window.
+    pub fn discard_window(&mut self) {
+        self.accumulated = 0;
+        self.accumulator.grads();
+    }
+
+    /// Whether a step takes more than one batch.
+    pub fn accumulates(&self) -> bool {
+        self.config.accumulation_steps > 1
+    }
+
+    /// Whether some batches wait for the rest of their window.
+    pub fn is_in_window(&self) -> bool {
+        self.accumulated > 0
+    }
+
+    /// Makes a window's gradients those of all ranks, for the training's optimizer step `step`, and returns their norm if they are
+    /// clipped. Collective.
+    pub fn reduce(&mut self, model: &M, grads: &mut GradientsParams, step: u64) -> Result<Option<f64>, FsepError> {
+        self.check_replicas(model)?;
+        match &self.config.buckets {
+            Some(buckets) => buckets.sync(model, grads)?,
+            None => sync_gradients(&self.runtime, model, grads)?,
+        }
+        self.done += 1;
+        let Some(max_norm) = self.config.max_grad_norm else { return Ok(None) };
+        let norm = clip_grad_norm(&self.runtime, model, grads, max_norm)?;
+        if norm.is_finite() { Ok(Some(norm)) } else { Err(FsepError::GradientNorm { step, norm }) }
+    }
+
+    /// Before the first step, which finds initial values that differ; before the second, which finds a step that was not the same
+    /// everywhere; and from time to time.
+    fn check_replicas(&self, model: &M) -> Result<(), FsepError> {
+        let Some(every) = self.config.check_replicas_every else { return Ok(()) };
+        match self.done {
+            0 => replicas::check(
+                &self.runtime,
+                model,
+                "this is before the first optimizer step, so initial values differ: call `broadcast_parameters` on all ranks \
+                 after initialisation, or load the same checkpoint",
+            ),
+            done if done == 1 || done.is_multiple_of(every) => replicas::check(
+                &self.runtime,
+                model,
+                "it was equal when training began: a rank has changed it by itself, its gradients were not averaged \
+                 (`sync_gradients`), or optimizers or learning rates differ",
+            ),
+            _ => Ok(()),
+        }
+    }
+}
