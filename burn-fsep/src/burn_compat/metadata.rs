@@ -1,3 +1,5 @@
+use std::fmt::{Debug, Display};
+
 use burn::{
     module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
     tensor::Device,
@@ -12,13 +14,13 @@ use serde::{Serialize, de::DeserializeOwned};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Metadata<T>(pub T);
 
-/// Values of metadata.
-pub(crate) trait Value: Serialize + DeserializeOwned + Clone + std::fmt::Debug + Send {}
+/// Values of metadata. How they are displayed is what a model shows of them when it is printed.
+pub(crate) trait Value: Serialize + DeserializeOwned + Clone + Debug + Display + Send {}
 
-impl<T: Serialize + DeserializeOwned + Clone + std::fmt::Debug + Send> Value for T {}
+impl<T: Serialize + DeserializeOwned + Clone + Debug + Display + Send> Value for T {}
 
 impl<T: Value> Metadata<T> {
-    pub const CONTAINER: &'static str = "Struct:ExpertsInfo";
+    pub const CONTAINER: &'static str = "burn-fsep:Metadata";
 
     /// The metadata that a visitor or mapper meets under this name, if it is some.
     pub fn read(name: &str, container: &str) -> Option<T> {
@@ -71,7 +73,7 @@ impl<T: Value> Module for Metadata<T> {
 
 impl<T: Value> ModuleDisplayDefault for Metadata<T> {
     fn content(&self, content: Content) -> Option<Content> {
-        content.add_formatted(&self.name()).optional()
+        content.add_formatted(&self.0).optional()
     }
 }
 
@@ -88,6 +90,12 @@ mod tests {
     struct Info {
         rows: usize,
         scale: f32,
+    }
+
+    impl Display for Info {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "{} rows", self.rows)
+        }
     }
 
     #[derive(Module, Debug)]
@@ -138,6 +146,7 @@ mod tests {
         // Whatever else happens to a module, it stays.
         let holder = Module::valid(&holder.fork(&Device::flex().autodiff())).train();
         assert_eq!(holder.info, Metadata(info));
+        assert!(holder.to_string().contains("3 rows"), "{holder}");
         assert_eq!(Module::num_params(&holder), 1);
         assert_eq!(holder.clone().into_record().len(), 1);
         assert_eq!(holder.clone().load_record(holder.into_record()).info, Metadata(info));

@@ -33,4 +33,4 @@ pub(crate) use panics::{catch_panic, panic_message};
 pub(crate) use param_tag::{param_tag, tagged_param};
 pub(crate) use reparameterization::is_reparameterized;
 pub(crate) use reshape::reshape;
-pub(crate) use running_statistics::{has_running_statistics, is_running_statistic};
+pub(crate) use running_statistics::has_running_statistics;

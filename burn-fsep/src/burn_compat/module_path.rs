@@ -1,4 +1,7 @@
-use super::metadata::{Metadata, Value};
+use super::{
+    metadata::{Metadata, Value},
+    running_statistics::is_running_statistic,
+};
 
 /// Where a visitor or mapper is in a module, and the [`Metadata`] of what it is in.
 ///
@@ -16,6 +19,7 @@ pub(crate) struct ModulePath<T> {
 struct Field {
     name: String,
     is_variant: bool,
+    is_running_statistic: bool,
 }
 
 impl<T> Default for ModulePath<T> {
@@ -30,7 +34,11 @@ impl<T: Value> ModulePath<T> {
             // It is met inside of the module's field for it.
             self.metadata.push((self.fields.len().saturating_sub(1), metadata));
         }
-        self.fields.push(Field { name: name.into(), is_variant: container.starts_with("Enum:") });
+        self.fields.push(Field {
+            name: name.into(),
+            is_variant: container.starts_with("Enum:"),
+            is_running_statistic: is_running_statistic(name, container),
+        });
     }
 
     pub fn exit(&mut self) {
@@ -46,6 +54,11 @@ impl<T: Value> ModulePath<T> {
     /// The same without variants of enums.
     pub fn path_without_variants(&self) -> String {
         join(self.fields.iter().filter(|field| !field.is_variant))
+    }
+
+    /// Whether it is no parameter, though visitors and mappers meet it as one: a statistic of the rank's own batches.
+    pub fn is_running_statistic(&self) -> bool {
+        self.fields.last().is_some_and(|field| field.is_running_statistic)
     }
 
     /// The metadata of the innermost module around the place that has some.

@@ -8,7 +8,7 @@ pub(crate) fn has_running_statistics(container: &str) -> bool {
 }
 
 /// Whether a field in this container is one of them.
-pub(crate) fn is_running_statistic(field: &str, container: &str) -> bool {
+pub(super) fn is_running_statistic(field: &str, container: &str) -> bool {
     has_running_statistics(container) && field.starts_with("running_")
 }
 

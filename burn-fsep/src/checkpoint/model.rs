@@ -13,11 +13,7 @@ use super::{
     reshard::Sharding,
     tensors::{HostTensor, file_dtype},
 };
-use crate::{
-    FsepRuntime,
-    burn_compat::{ModulePath, is_running_statistic},
-    moe::ExpertsInfo,
-};
+use crate::{FsepRuntime, burn_compat::ModulePath, moe::ExpertsInfo};
 
 /// A parameter of a model, as this rank has it and Burn's records store it.
 #[derive(Debug, Clone)]
@@ -67,7 +63,7 @@ fn collect<M: Module>(
     }
     for param in &collect.params {
         let Some(info) = param.experts else { continue };
-        let reason = if info.layer >= runtime.num_layers() {
+        let reason = if runtime.layer_spec(info.layer).is_none_or(|spec| ExpertsInfo::new(&spec) != info) {
             "its layer was made with another runtime"
         } else if param.shape != Sharding::new(&info, runtime.world_size()).shape() {
             "it stands with a layer's experts, but is not this rank's part of them"
@@ -83,8 +79,6 @@ fn collect<M: Module>(
 struct Collect {
     with_values: bool,
     path: ModulePath<ExpertsInfo>,
-    /// Whether the field that was entered last is a running statistic.
-    is_running_statistic: bool,
     params: Vec<ModelParam>,
     values: Vec<HostTensor>,
     error: Option<CheckpointError>,
@@ -118,7 +112,7 @@ impl Collect {
             let data = saved.try_into_data().map_err(|error| format!("the device failed: {error}"))?;
             self.values.push(HostTensor { dtype, shape: shape.clone(), bytes: data.into_bytes() });
         }
-        let is_running_statistic = self.is_running_statistic;
+        let is_running_statistic = self.path.is_running_statistic();
         self.params.push(ModelParam { path, name, id, dtype, shape, experts, is_running_statistic });
         Ok(())
     }
@@ -126,7 +120,6 @@ impl Collect {
 
 impl ModuleVisitor for Collect {
     fn enter_module(&mut self, name: &str, container: &str) {
-        self.is_running_statistic = is_running_statistic(name, container);
         self.path.enter(name, container);
     }
 

@@ -307,14 +307,12 @@ fn check_equal(
         let hint = if param.is_running_statistic { RUNNING_STATISTICS } else { TRAINED_APART };
         for (field, &scalar) in &state.scalars {
             let bytes = HostTensor::from_scalar(scalar).bytes;
-            values.push((format!("`{field}` of the optimizer's state of `{}`", param.path), digest(&bytes), hint));
+            values.push((scalar_name(&param.path, field), digest(&bytes), hint));
         }
         if param.experts.is_none() {
-            values.push((format!("`{}`", param.path), digest(&value.bytes), hint));
-            for (field, tensor) in &state.tensors {
-                let what = format!("`{field}` of the optimizer's state of `{}`", param.path);
-                values.push((what, digest(&tensor.bytes), hint));
-            }
+            values.push((param_name(&param.path), digest(&value.bytes), hint));
+            let tensors = state.tensors.iter();
+            values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes), hint)));
         }
     }
     compare(&values)

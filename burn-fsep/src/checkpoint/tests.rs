@@ -272,3 +272,24 @@ fn hostile_manifests_are_refused() {
     }
     verify(&path).unwrap();
 }
+
+#[test]
+fn models_of_another_runtime_are_refused() {
+    let (runtime, device) = (FsepRuntime::single(), Device::flex().autodiff());
+    let folder = tempfile::tempdir().unwrap();
+    let ours = FSEPMoEConfig::new(4, 5, 4).init(&runtime, &device);
+    let path = save(folder.path(), &runtime, &ours, &AdamWConfig::new().init(), &TrainingProgress::new(1)).unwrap();
+    // A runtime of as many layers, or of one more.
+    for (layers, experts) in [(1, 6), (2, 4)] {
+        let other = FsepRuntime::single();
+        let made: Vec<_> = (0..layers).map(|_| FSEPMoEConfig::new(4, 5, experts).init(&other, &device)).collect();
+        let theirs = &made[layers - 1];
+        let optimizer = AdamWConfig::new().init();
+        for error in [
+            save(folder.path(), &runtime, theirs, &optimizer, &TrainingProgress::new(1)).unwrap_err(),
+            load(&path, &runtime, theirs, &optimizer).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("was made with another runtime"), "{error}");
+        }
+    }
+}

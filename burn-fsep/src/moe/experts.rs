@@ -1,7 +1,7 @@
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use burn::{
-    module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param},
+    module::{Module, Param},
     tensor::{DType, Device, Tensor, TensorData},
 };
 use burn_fsep_planner::RoutingCounts;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{RouterOutput, assignments::Assignments, tokens::check_dtype};
 use crate::{
     FsepError, FsepRuntime,
+    burn_compat::{Metadata, is_reparameterized},
     ops::{self, LayerSpec, Tracked, WeightStorage},
     runtime::PassStart,
     shard::{ExpertShape, expert_parameters, foreign_owner, shard_id},
@@ -32,14 +33,16 @@ use crate::{
 /// assert_eq!((output.hidden.dims(), output.counts.total()), ([10, 8], 20));
 /// ```
 ///
-/// A module of its own so that visitors can tell shards from replicated parameters by their container: shards differ
-/// between ranks, their gradients are complete after backward and must not be averaged over ranks.
+/// A module of its own so that visitors can tell shards from replicated parameters: shards differ between ranks, their
+/// gradients are complete after backward and must not be averaged over ranks.
 #[derive(Module, Debug)]
 pub struct FsepExperts {
     // Before the parameters, so that visitors know what they meet.
-    info: SpecModule,
+    info: Metadata<ExpertsInfo>,
     /// Shards `[E, S]` of all experts, or whole resident experts `[E / N, P]`.
     pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    spec: Arc<LayerSpec>,
     #[module(skip)]
     runtime: FsepRuntime,
 }
@@ -71,7 +74,7 @@ impl FsepExperts {
         experts.for_each(|e| values.extend(expert_parameters(shape, runtime.seed(), layer, e, positions.clone())));
         let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
         weight.id = shard_id(rank, world_size);
-        Self { info: SpecModule(spec), weight, runtime: runtime.clone() }
+        Self { info: Metadata(ExpertsInfo::new(&spec)), weight, spec, runtime: runtime.clone() }
     }
 
     /// Computes each token by the experts that `routed` gives it, on whatever ranks they are, and sums their outputs weighted by
@@ -108,7 +111,7 @@ impl FsepExperts {
     }
 
     fn spec(&self) -> &Arc<LayerSpec> {
-        &self.info.0
+        &self.spec
     }
 
     /// Whether the layer takes tokens of this type and width.
@@ -172,20 +175,6 @@ impl FsepExperts {
     }
 }
 
-/// Whether a parameter's value is made of a base and something else. [`Param`] tells only visitors, which meet the something
-/// else as a module in this container.
-fn is_reparameterized(param: &Param<Tensor<2>>) -> bool {
-    struct Seen(bool);
-    impl ModuleVisitor for Seen {
-        fn enter_module(&mut self, _name: &str, container_type: &str) {
-            self.0 |= container_type == "Reparameterization";
-        }
-    }
-    let mut seen = Seen(false);
-    param.visit(&mut seen);
-    seen.0
-}
-
 /// What a rank's parameters are a part of, as visitors learn it: a shard's length does not tell the expert's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ExpertsInfo {
@@ -200,62 +189,14 @@ pub(crate) struct ExpertsInfo {
 }
 
 impl ExpertsInfo {
-    const CONTAINER: &'static str = "Struct:ExpertsInfo";
-
-    /// The info that a visitor meets as a module of this name, if it is one.
-    pub fn from_module(name: &str, container: &str) -> Option<Self> {
-        (container == Self::CONTAINER).then(|| serde_json::from_str(name).ok()).flatten()
+    pub fn new(spec: &LayerSpec) -> Self {
+        let LayerSpec { layer, num_experts, shape, storage, .. } = *spec;
+        Self { layer, num_experts, shape, storage }
     }
 }
 
-/// The layer's facts as a module. Visitors see nothing of a module but names and parameters, so this one has no parameters, and
-/// its name, as visitors meet it, is an [`ExpertsInfo`].
-#[derive(Debug, Clone)]
-struct SpecModule(Arc<LayerSpec>);
-
-impl Module for SpecModule {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let LayerSpec { layer, num_experts, shape, storage, .. } = *self.0;
-        let info = ExpertsInfo { layer, num_experts, shape, storage };
-        let name = serde_json::to_string(&info).expect("a struct of numbers has a JSON form");
-        visitor.enter_module(&name, ExpertsInfo::CONTAINER);
-        visitor.exit_module(&name, ExpertsInfo::CONTAINER);
-    }
-
-    fn map<M: ModuleMapper>(self, _: &mut M) -> Self {
-        self
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        devices
-    }
-
-    fn fork(self, _: &Device) -> Self {
-        self
-    }
-
-    fn to_device(self, _: &Device) -> Self {
-        self
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        self.clone()
-    }
-
-    fn train(self) -> Self {
-        self
+impl fmt::Display for ExpertsInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of D = {}, F = {}", self.num_experts, self.shape.hidden, self.shape.ffn)
     }
 }
-
-impl ModuleDisplayDefault for SpecModule {
-    fn content(&self, content: Content) -> Option<Content> {
-        let LayerSpec { num_experts, shape, .. } = *self.0;
-        content.add_formatted(&format!("{num_experts} of D = {}, F = {}", shape.hidden, shape.ffn)).optional()
-    }
-}
-
-impl ModuleDisplay for SpecModule {}

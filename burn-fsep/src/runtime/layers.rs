@@ -58,6 +58,11 @@ impl FsepRuntime {
         Ok(spec)
     }
 
+    /// The facts of a layer, if there is one of this number.
+    pub(crate) fn layer_spec(&self, layer: usize) -> Option<LayerSpec> {
+        self.inner.layers.read().get(layer).map(|layer| layer.spec().clone())
+    }
+
     pub(crate) fn has_fixed_layout(&self, layer: usize) -> bool {
         self.layer(layer).spec().fixed_layout
     }
