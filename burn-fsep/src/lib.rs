@@ -22,11 +22,12 @@
 //! | feature | what it adds |
 //! | --- | --- |
 //! | `flex` (default) | Burn's CPU backend |
-//! | `train` (default) | [`train`], and the planner's callback |
+//! | `learner` (default) | `learner`: training through burn-train's Learner; `dataset` |
+//! | `dataset` | `train::RankDataset`: a rank's part of one of Burn's data sets |
 //! | `libtorch` | Burn's LibTorch backend, on CPU and CUDA; LibTorch has to be found when it is built |
 //! | `nccl` | `comm::nccl`: collectives between GPUs; NCCL is loaded at run time |
 //! | `mpi` | `comm::mpi`: collectives over MPI; needs an MPI library with its headers, and libclang |
-//! | `cli` | the command `fsep-launch`, and `launcher` |
+//! | `cli` | the command `fsep-launch`, and `launch::launcher` |
 //!
 //! Reference: LAER-MoE, arXiv 2602.11686.
 

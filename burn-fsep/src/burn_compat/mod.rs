@@ -3,7 +3,6 @@
 //!
 //! The bottom room: nothing here knows anything of FSEP. Before Burn is upgraded, `scripts/try_burn.py` runs these tests with
 //! the new version.
-#![allow(dead_code, unused_imports)]
 
 #[cfg(all(test, feature = "flex"))]
 mod backward_order;
@@ -29,7 +28,7 @@ pub(crate) use learner_records::learner_records;
 pub(crate) use metadata::Metadata;
 pub(crate) use module_path::ModulePath;
 pub(crate) use optimizer_state::{ParamState, StateError, check_scalar, load_states, states_of};
-pub(crate) use panics::{catch_panic, panic_message};
+pub(crate) use panics::panic_message;
 pub(crate) use param_tag::{param_tag, tagged_param};
 pub(crate) use reparameterization::is_reparameterized;
 pub(crate) use reshape::reshape;

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     FsepRuntime,
     burn_compat::{StateError, load_states},
-    comm::{Communicator, Operation},
+    comm::{self, Operation},
 };
 
 const FIND: Operation = Operation::new("list of checkpoints");
@@ -77,7 +77,10 @@ pub fn load<M: Module>(
         Ok((params, manifest, layouts, digest))
     });
     let (params, manifest, layouts, digest) = agree(comm, CHECK, checked)?;
-    check_same(comm, &digest)?;
+    if let Some(difference) = comm::agree(comm, CHECK, &[("the checkpoint that they load", digest)])? {
+        let hint = "it has to lie on a file system that all ranks share";
+        return Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint });
+    }
 
     let (rank, ranks) = (comm.rank(), comm.size());
     let (params, manifest) = (Arc::new(params), Arc::new(manifest));
@@ -193,21 +196,6 @@ pub fn verify(checkpoint: impl AsRef<Path>) -> Result<CheckpointInfo, Checkpoint
     check_files(path, &manifest, |_| true)?;
     let bytes = manifest.files.iter().map(|file| file.bytes).sum();
     Ok(CheckpointInfo { world_size: manifest.world_size, progress: manifest.progress(), bytes })
-}
-
-/// Checks that all ranks have read the same manifest.
-fn check_same(comm: &dyn Communicator, digest: &str) -> Result<(), CheckpointError> {
-    let mut all = vec![0; digest.len() * comm.size()];
-    comm.all_gather(CHECK, digest.as_bytes(), &mut all)?;
-    let (first, others) = all.split_at(digest.len());
-    match others.chunks_exact(digest.len()).position(|theirs| theirs != first) {
-        None => Ok(()),
-        Some(place) => Err(CheckpointError::Divergence {
-            what: "the checkpoint that they load".into(),
-            rank: place + 1,
-            hint: "it has to lie on a file system that all ranks share",
-        }),
-    }
 }
 
 /// Checks that a checkpoint is one of this model.

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::{
     CheckpointError, TrainingProgress,
     reshard::Sharding,
-    tensors::{burn_dtype, check_len, hex, open},
+    tensors::{burn_dtype, check_len, digest, hex, open},
 };
 use crate::{moe::ExpertsInfo, ops::WeightStorage};
 
@@ -150,8 +150,8 @@ impl Manifest {
         Ok((bytes, sum.into_bytes()))
     }
 
-    /// Reads and checks a checkpoint's manifest; gives its SHA-256, too.
-    pub fn read(checkpoint: &Path) -> Result<(Self, String), CheckpointError> {
+    /// Reads and checks a checkpoint's manifest; gives its digest, too.
+    pub fn read(checkpoint: &Path) -> Result<(Self, u64), CheckpointError> {
         let path = checkpoint.join(MANIFEST);
         let bytes = read_small(&path)?;
         let sum_path = checkpoint.join(MANIFEST_SUM);
@@ -174,7 +174,7 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
         manifest.check().map_err(damaged)?;
-        Ok((manifest, hex(&Sha256::digest(&bytes))))
+        Ok((manifest, digest(&bytes)))
     }
 
     /// What a manifest promises beyond its form.

@@ -4,7 +4,6 @@ use burn::{
     module::Module,
     optim::{ModuleOptimizer, OptimizerRecord},
 };
-use sha2::{Digest, Sha256};
 
 use super::{
     CheckpointConfig, CheckpointError, TrainingProgress,
@@ -16,11 +15,11 @@ use super::{
     },
     output::{CreateFile, Disk},
     snapshot::{SavedParam, snapshot},
-    tensors::{HostTensor, check_len, write_bytes, write_tensors},
+    tensors::{HostTensor, check_len, digest, write_bytes, write_tensors},
 };
 use crate::{
     FsepRuntime,
-    comm::{Communicator, Operation, all_gather_u64},
+    comm::{self, Communicator, Difference, Operation, all_gather_u64},
 };
 
 const START: Operation = Operation::new("start of a checkpoint");
@@ -269,28 +268,15 @@ fn files_of(params: Vec<SavedParam>, progress: &TrainingProgress) -> (NamedTenso
     (replicated, sharded)
 }
 
-fn digest(bytes: &[u8]) -> u64 {
-    let digest = Sha256::digest(bytes);
-    u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
-}
-
 /// Checks that all ranks are about to save the same checkpoint. `parameters` is the digest of what the manifest says of them.
 fn check_equal(
-    comm: &dyn Communicator,
+    group: &dyn Communicator,
     parameters: u64,
     params: &[SavedParam],
     progress: &TrainingProgress,
 ) -> Result<(), CheckpointError> {
-    let compare = |facts: &[(String, u64, &'static str)]| {
-        let values: Vec<u64> = facts.iter().map(|(_, value, _)| *value).collect();
-        let all = all_gather_u64(comm, START, &values)?;
-        for (rank, theirs) in all.chunks_exact(values.len().max(1)).enumerate() {
-            if let Some(place) = (0..values.len()).find(|&place| theirs[place] != all[place]) {
-                let (what, _, hint) = &facts[place];
-                return Err(CheckpointError::Divergence { what: what.clone(), rank, hint });
-            }
-        }
-        Ok(())
+    let refuse = |difference: Difference, hint| {
+        Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint })
     };
     // Before values are compared: there have to be equally many.
     let facts = [
@@ -299,23 +285,28 @@ fn check_equal(
         ("the iteration", progress.iteration),
         ("the parameters' names, shapes or optimizer state, or the layouts", parameters),
     ];
-    compare(
-        &facts.map(|(what, value)| (what.into(), value, "all ranks have to save the same model after the same step")),
-    )?;
-    let mut values = Vec::new();
+    if let Some(difference) = comm::agree(group, START, &facts)? {
+        return refuse(difference, "all ranks have to save the same model after the same step");
+    }
+    let (mut values, mut hints) = (Vec::new(), Vec::new());
     for SavedParam { param, value, state } in params {
-        let hint = if param.is_running_statistic { RUNNING_STATISTICS } else { TRAINED_APART };
         for (field, &scalar) in &state.scalars {
-            let bytes = HostTensor::from_scalar(scalar).bytes;
-            values.push((scalar_name(&param.path, field), digest(&bytes), hint));
+            values.push((scalar_name(&param.path, field), digest(&HostTensor::from_scalar(scalar).bytes)));
         }
         if param.experts.is_none() {
-            values.push((param_name(&param.path), digest(&value.bytes), hint));
+            values.push((param_name(&param.path), digest(&value.bytes)));
             let tensors = state.tensors.iter();
-            values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes), hint)));
+            values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
+        }
+        hints.resize(values.len(), if param.is_running_statistic { RUNNING_STATISTICS } else { TRAINED_APART });
+    }
+    match comm::agree(group, START, &values)? {
+        None => Ok(()),
+        Some(difference) => {
+            let hint = hints[difference.place];
+            refuse(difference, hint)
         }
     }
-    compare(&values)
 }
 
 const TRAINED_APART: &str = "the ranks train different models, and this checkpoint would hide it: give all of them the same \

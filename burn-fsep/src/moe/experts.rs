@@ -57,9 +57,6 @@ pub struct FsepExpertsOutput {
 }
 
 impl FsepExperts {
-    /// The name under which module visitors meet this module.
-    pub const CONTAINER: &'static str = "Struct:FsepExperts";
-
     pub(super) fn new(spec: Arc<LayerSpec>, runtime: &FsepRuntime, device: &Device) -> Self {
         let LayerSpec { layer, rank, world_size, num_experts, shape, .. } = *spec;
         let (experts, positions) = match spec.storage {

@@ -1,10 +1,7 @@
-use burn::{
-    backend::{Dispatch, ops::FloatTensorOps},
-    tensor::{DType, IndexingUpdateOp, Shape, Tensor},
-};
+use burn::tensor::{DType, IndexingUpdateOp, Tensor};
 
 use super::TokenMask;
-use crate::FsepError;
+use crate::{FsepError, burn_compat::reshape};
 
 /// The tokens of an input as rows; with a mask the real ones. `[.., D] -> [T, D]`
 ///
@@ -41,11 +38,6 @@ pub(super) fn from_token_rows<const R: usize>(
         }
     };
     reshape(rows, dims)
-}
-
-/// Burn's `reshape` takes a size of 0 for "as it is", which an input without tokens does not mean; that of its backends does not.
-fn reshape<const A: usize, const B: usize>(tensor: Tensor<A>, dims: [usize; B]) -> Tensor<B> {
-    Tensor::from_dispatch(Dispatch::float_reshape(tensor.into_dispatch(), Shape::from(dims)))
 }
 
 /// Whether the layer takes elements of this type.

@@ -44,8 +44,8 @@ impl<B: FsepKernels> Backward<B, 3> for MoeBackward {
     }
 }
 
-/// Passes the shards through. Burn runs what depends on nothing but a parameter at the very end of backward: there the
-/// gradients that travelled meanwhile are collected.
+/// Passes the shards through. Burn runs what depends on nothing but a parameter at the very end of backward
+/// (`burn_compat::backward_order`): there the gradients that travelled meanwhile are collected.
 #[derive(Debug)]
 struct CollectGradient;
 

@@ -2,7 +2,8 @@
 //!
 //! Backward runs operations by their depth in the graph, deepest first, so an operation on a parameter alone would run at
 //! the very end. A hook has the input of the module as a second parent: it is one deeper than the input, and runs when
-//! everything that the module computed has run and before anything that computed the input.
+//! everything that the module computed has run and before anything that computed the input. What that relies on is tested in
+//! `burn_compat::backward_order` and `leaf_gradient`.
 
 use std::{
     fmt::Debug,

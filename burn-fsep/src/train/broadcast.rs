@@ -98,7 +98,7 @@ struct Forms(Vec<Form>);
 
 impl ParamVisitor for Forms {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
-        if path.placement() == Placement::Replicated {
+        if Placement::at(path) == Placement::Replicated {
             let value = param.val();
             self.0.push(Form { shape: value.shape().to_vec(), dtype: value.dtype() });
         }
@@ -137,7 +137,7 @@ impl ModuleMapper for Broadcast<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let is_empty = param.shape().num_elements() == 0;
-        if self.path.placement() == Placement::Sharded || is_empty || self.error.is_some() {
+        if Placement::at(&self.path) == Placement::Sharded || is_empty || self.error.is_some() {
             return param;
         }
         if self.runtime.rank() == 0 {

@@ -9,11 +9,12 @@ use derive_new::new;
 
 use super::{
     collector::Collector,
-    params::{BATCH_NORM, ModulePath, Placement},
+    params::{ModulePath, Placement},
     sync::sync,
 };
 use crate::{
     FsepError, FsepRuntime,
+    burn_compat::has_running_statistics,
     ops::{GradientHook, gradient_hook},
 };
 
@@ -162,7 +163,7 @@ struct Prepare<'a, const D: usize> {
 impl<const I: usize> ModuleMapper for Prepare<'_, I> {
     fn enter_module(&mut self, name: &str, container: &str) {
         assert!(
-            self.buckets.compute_dtype.is_none() || container != BATCH_NORM,
+            self.buckets.compute_dtype.is_none() || !has_running_statistics(container),
             "GradientBuckets::prepare: a BatchNorm cannot compute in another type than its running statistics; prepare the modules \
              beside it"
         );
@@ -174,7 +175,7 @@ impl<const I: usize> ModuleMapper for Prepare<'_, I> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.path.placement() == Placement::Sharded {
+        if Placement::at(&self.path) == Placement::Sharded {
             return param;
         }
         let dtype = self.buckets.compute_dtype;

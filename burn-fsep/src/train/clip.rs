@@ -62,7 +62,7 @@ impl ParamVisitor for Squares<'_> {
         if self.seen.insert(param.id)
             && let Some(grad) = self.grads.get::<D>(param.id)
         {
-            let placement = path.placement();
+            let placement = Placement::at(path);
             self.sums.extend(sums_of_squares(grad).map(|sums| (placement, sums)));
         }
     }

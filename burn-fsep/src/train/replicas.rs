@@ -67,13 +67,13 @@ struct Rows(Vec<(String, Tensor<1>)>);
 
 impl ParamVisitor for Rows {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
-        if path.placement() == Placement::Sharded || path.is_statistic() {
+        if Placement::at(path) == Placement::Sharded || path.is_running_statistic() {
             return;
         }
         let value = param.val().inner();
         if !matches!(value.dtype(), DType::QFloat(_)) {
             let len = value.shape().num_elements();
-            self.0.push((path.name(), value.reshape([len])));
+            self.0.push((path.path(), value.reshape([len])));
         }
     }
 }

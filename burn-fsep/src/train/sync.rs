@@ -289,7 +289,7 @@ struct Collect<'a> {
 impl ParamVisitor for Collect<'_> {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
         let found = &mut self.found;
-        if path.placement() == Placement::Sharded || found.index.contains_key(&param.id) {
+        if Placement::at(path) == Placement::Sharded || found.index.contains_key(&param.id) {
             return;
         }
         let gradient = self.grads.get::<D>(param.id).map(Tensor::into_dispatch);
