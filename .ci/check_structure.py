@@ -15,7 +15,6 @@ import sys
 
 # From the top to the bottom; a room imports only rooms after it.
 ROOMS = [
-    "launcher",
     "launch",
     "learner",
     "train",

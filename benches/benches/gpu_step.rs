@@ -7,7 +7,7 @@
 #![allow(deprecated)] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -18,8 +18,8 @@ use burn::{
     tensor::{Device, Distribution, FloatDType, IntDType, Tensor},
 };
 use burn_fsep::{
-    ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
-    TimelineRecord,
+    ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, LayerStats, ScheduleConfig,
+    Timeline, TimelineRecord,
     comm::{
         Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, launch},
@@ -67,6 +67,15 @@ struct Args {
     /// Exponent of `--routing skewed`.
     #[arg(long, default_value_t = 1.2)]
     exponent: f64,
+    /// Standard deviation of `--routing biased`.
+    #[arg(long, default_value_t = 1.0)]
+    bias: f64,
+    /// Writes where the assignments of the last step went, in all layers, for `--routing shares`.
+    #[arg(long)]
+    write_shares: Option<PathBuf>,
+    /// What `--write-shares` has written.
+    #[arg(long)]
+    shares: Option<PathBuf>,
     /// Static expert parallelism instead of FSEP.
     #[arg(long)]
     static_ep: bool,
@@ -94,6 +103,10 @@ enum Routing {
     Balanced,
     /// To expert e in proportion to `1 / (e + 1)^exponent`.
     Skewed,
+    /// By the router, with fixed random biases.
+    Biased,
+    /// As the file says that `--shares` names: what forced routing costs beside the router's own, with the same counts.
+    Shares,
 }
 
 #[derive(Module, Debug)]
@@ -117,11 +130,11 @@ impl Transformer {
         let mut moe = FSEPMoEConfig::new(args.hidden, args.ffn, args.experts)
             .with_moe_router_topk(args.topk)
             .with_slots_per_rank(args.slots);
-        match args.routing {
-            Routing::Natural => {}
-            Routing::Balanced => moe = moe.with_moe_router_force(Some(RouterForcing::LoadBalancing)),
-            Routing::Skewed => moe = moe.with_moe_router_force(Some(RouterForcing::Shares(skewed_shares(args)))),
-        }
+        let shares: Vec<Vec<f64>> = match &args.shares {
+            Some(path) => serde_json::from_slice(&std::fs::read(path).expect("--shares names a file"))
+                .expect("--shares names what --write-shares has written"),
+            None => Vec::new(),
+        };
         if args.static_ep {
             moe = moe.with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
         }
@@ -130,7 +143,14 @@ impl Transformer {
             LinearConfig::new(args.hidden, args.hidden).with_bias(false).with_initializer(initializer).init(device)
         };
         let norm = || Param::from_tensor(Tensor::ones([args.hidden], device));
-        let block = |_| -> Result<Block, FsepError> {
+        let forcing = |layer: usize| match args.routing {
+            Routing::Natural => None,
+            Routing::Balanced => Some(RouterForcing::LoadBalancing),
+            Routing::Skewed => Some(RouterForcing::Shares(skewed_shares(args))),
+            Routing::Biased => Some(RouterForcing::Biased(args.bias)),
+            Routing::Shares => Some(RouterForcing::Shares(shares[layer].clone())),
+        };
+        let block = |layer| -> Result<Block, FsepError> {
             Ok(Block {
                 attention_norm: norm(),
                 query: linear(),
@@ -138,7 +158,7 @@ impl Transformer {
                 value: linear(),
                 output: linear(),
                 moe_norm: norm(),
-                moe: moe.try_init(runtime, device)?,
+                moe: moe.clone().with_moe_router_force(forcing(layer)).try_init(runtime, device)?,
             })
         };
         Ok(Self { blocks: (0..args.layers).map(block).collect::<Result<_, _>>()? })
@@ -263,12 +283,26 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
             report_overlap(&timeline.records()?, args);
         }
     }
+    if let (0, Some(path)) = (rank, &args.write_shares) {
+        write_shares(&runtime, path)?;
+    }
     let mut slowest = [times.median().as_secs_f64()];
     runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
     let [imbalance, imbalance_static, moved] = sums;
     let missed = runtime.missed_prefetches();
     let step = Duration::from_secs_f64(slowest[0]);
     Ok(Measured { step, imbalance, imbalance_static, moved, missed, began, ended })
+}
+
+/// Each expert's share of the last step's assignments, of all layers.
+fn write_shares(runtime: &FsepRuntime, path: &Path) -> Result<(), FsepError> {
+    let of_layer = |layer: &LayerStats| -> Vec<f64> {
+        let totals = layer.counts.expert_totals();
+        totals.iter().map(|&total| total as f64 / layer.counts.total() as f64).collect()
+    };
+    let shares: Vec<_> = runtime.stats().layers.iter().map(of_layer).collect();
+    std::fs::write(path, serde_json::json!(shares).to_string())
+        .map_err(|error| FsepError::Config(format!("{}: {error}", path.display())))
 }
 
 fn unix_seconds() -> f64 {

@@ -179,7 +179,10 @@ mod tests {
                     "started" => unshard.start(),
                     "kept" => unshard.keep(7usize),
                     "taken" => unshard.take::<usize>().map(|held| assert_eq!(held, if from == kept { 7 } else { 3 })),
-                    _ => Ok(unshard.discard()),
+                    _ => {
+                        unshard.discard();
+                        Ok(())
+                    }
                 };
                 assert_eq!(result.is_ok(), expected.is_some(), "{call} in {from}");
                 if let Err(error) = result {

@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use burn_fsep_planner::SplitMix64;
 use serde::{Deserialize, Serialize};
 
 /// The sizes of one SwiGLU expert, and how its parameters lie in the flat vector of length `P = 3 * D * F`.
@@ -63,13 +64,9 @@ pub(crate) fn uniform(bits: u64) -> f32 {
     (2 * part + 1 - PARTS) as f32 / PARTS as f32
 }
 
-/// Mixes a number into a seed (the finaliser of SplitMix64), so that neighbouring layers and experts draw unrelated
-/// values.
+/// Mixes a number into a seed, so that neighbouring layers and experts draw unrelated values.
 pub(crate) fn mix(seed: u64, value: u64) -> u64 {
-    let mut z = seed.wrapping_add(value.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+    SplitMix64::at(seed, value.wrapping_sub(1))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ pub struct TrainerConfig {
     /// first two steps; `None` checks nothing.
     #[new(value = "Some(100)")]
     pub check_replicas_every: Option<u64>,
-    /// Whether every layer is connected to the loss; see [`FsepRuntime::connect`].
+    /// Whether every layer is connected to the loss; see [`FsepRuntime::connect`](crate::FsepRuntime::connect).
     #[new(value = "true")]
     pub connect: bool,
     /// The buckets that the model prepares its blocks for.
@@ -44,7 +44,7 @@ impl Default for TrainerConfig {
 
 impl TrainerConfig {
     /// Clips gradients by their global norm; see [`clip_grad_norm`](super::clip_grad_norm). A norm that is not finite is
-    /// [`FsepError::GradientNorm`] on all ranks, before the optimizer sees the gradients; `f64::INFINITY` clips nothing and only
+    /// [`FsepError::GradientNorm`](crate::FsepError::GradientNorm) on all ranks, before the optimizer sees the gradients; `f64::INFINITY` clips nothing and only
     /// checks.
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
         self.max_grad_norm = Some(max_norm);
@@ -70,7 +70,7 @@ impl TrainerConfig {
         self
     }
 
-    /// Sets whether every layer is connected to the loss (by default); see [`FsepRuntime::connect`]. Models in which every rank
+    /// Sets whether every layer is connected to the loss (by default); see [`FsepRuntime::connect`](crate::FsepRuntime::connect). Models in which every rank
     /// always uses every layer can spare themselves that.
     pub fn with_connect(mut self, connect: bool) -> Self {
         self.connect = connect;

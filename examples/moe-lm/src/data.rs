@@ -7,7 +7,7 @@ use burn::{
     },
     tensor::{Device, Int, Tensor, TensorData},
 };
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use burn_fsep::planner::SplitMix64;
 
 /// Windows of `context + 1` bytes of a text, in an order that depends on the seed alone.
 #[derive(Debug, Clone)]
@@ -42,9 +42,7 @@ impl Windows {
         let places = self.text.len() - self.context;
         match self.order {
             // A function of seed and index alone, since a training that goes on begins anywhere.
-            Order::Random { seed } => {
-                StdRng::seed_from_u64(seed.rotate_left(32) ^ index as u64).random_range(0..places)
-            }
+            Order::Random { seed } => SplitMix64::new(SplitMix64::at(seed, index as u64)).below(places),
             Order::Spread => (index as u128 * places as u128 / self.count as u128) as usize,
         }
     }

@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Int, Tensor, TensorData, activation::softmax};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use burn_fsep::planner::SplitMix64;
 
 use crate::model::MoeLm;
 
@@ -14,7 +14,7 @@ pub(crate) fn generate(
     device: &Device,
 ) -> Vec<u8> {
     const TEMPERATURE: f32 = 0.7;
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = SplitMix64::new(seed);
     let mut bytes = prompt.to_vec();
     for _ in 0..count {
         let window = &bytes[bytes.len().saturating_sub(context)..];
@@ -25,7 +25,7 @@ pub(crate) fn generate(
         let [_, _, values] = logits.dims();
         let last = logits.slice([0..1, len - 1..len, 0..values]).reshape([1, values]) / TEMPERATURE;
         let probs = softmax(last, 1).into_data();
-        let mut rest = rng.random::<f32>();
+        let mut rest = rng.unit() as f32;
         let chosen = probs.iter::<f32>().position(|p| {
             rest -= p;
             rest <= 0.0

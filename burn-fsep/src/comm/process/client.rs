@@ -133,7 +133,7 @@ impl Client<'_> {
     fn check_rank_0(&mut self) -> Result<(), RendezvousError> {
         match peek(&self.control) {
             Peek::Silent => Ok(()),
-            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(|| confused())),
+            Peek::Spoke | Peek::Ended(_) => Err(self.notice().err().unwrap_or_else(confused)),
         }
     }
 
