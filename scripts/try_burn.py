@@ -80,7 +80,7 @@ def diagnostics(folder, target, features):
             continue
         spans = [span for span in diagnostic["spans"] if span["is_primary"]]
         places = [f"{span['file_name'].removeprefix('burn-fsep/')}:{span['line_start']}" for span in spans]
-        helps = [child["message"] for child in diagnostic["children"] if child["level"] in ("help", "note")]
+        helps = [" ".join(child["message"].split()) for child in diagnostic["children"] if child["level"] in ("help", "note")]
         code = (diagnostic["code"] or {}).get("code", "")
         key = (diagnostic["level"], code, diagnostic["message"], "; ".join(helps[:1]))
         found[key] += [place for place in places if place not in found[key]]

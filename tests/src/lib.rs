@@ -55,3 +55,8 @@ pub fn device() -> Device {
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 pub struct ReadmeProgram;
+
+/// The guide's examples, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/guide.md")]
+pub struct GuideExamples;

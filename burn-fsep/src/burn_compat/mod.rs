@@ -4,13 +4,9 @@
 //! The bottom room: nothing here knows anything of FSEP. Before Burn is upgraded, `scripts/try_burn.py` runs these tests with
 //! the new version.
 
-#[cfg(all(test, feature = "flex"))]
 mod backward_order;
-#[cfg(all(test, feature = "flex"))]
 mod forked_graphs;
-#[cfg(all(test, feature = "flex"))]
 mod lazy_params;
-#[cfg(all(test, feature = "flex"))]
 mod leaf_gradient;
 #[cfg(feature = "learner")]
 mod learner_records;

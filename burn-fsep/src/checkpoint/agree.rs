@@ -7,12 +7,26 @@ use std::{
 };
 
 use super::CheckpointError;
-use crate::comm::{Communicator, Operation, all_gather_u64};
+use crate::comm::{CommError, Communicator, Operation, all_gather_u64};
 
 /// How long a rank waits for its own thread before it meets the others again.
 const ROUND: Duration = Duration::from_millis(100);
 /// The longest message of an error that goes to other ranks.
 const MAX_MESSAGE: usize = 2000;
+
+/// Every rank's bytes, of whatever length. Collective.
+pub(super) fn gather(comm: &dyn Communicator, operation: Operation, ours: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+    let lens = all_gather_u64(comm, operation, &[ours.len() as u64])?;
+    let longest = lens.iter().copied().max().unwrap_or(0) as usize;
+    if longest == 0 {
+        return Ok(vec![Vec::new(); comm.size()]);
+    }
+    let mut send = ours.to_vec();
+    send.resize(longest, 0);
+    let mut all = vec![0; longest * comm.size()];
+    comm.all_gather(operation, &send, &mut all)?;
+    Ok(all.chunks_exact(longest).zip(lens).map(|(bytes, len)| bytes[..len as usize].to_vec()).collect())
+}
 
 /// The result of all ranks: this rank's if all succeeded. Collective.
 ///
@@ -22,40 +36,26 @@ pub(super) fn agree<T>(
     operation: Operation,
     result: Result<T, CheckpointError>,
 ) -> Result<T, CheckpointError> {
-    let mut message = result.as_ref().err().map(ToString::to_string).unwrap_or_default();
-    let mut end = message.len().min(MAX_MESSAGE);
-    while !message.is_char_boundary(end) {
-        end -= 1;
+    // Of an error its kind, greater if it is worse, and its message.
+    let mut ours = Vec::new();
+    if let Err(error) = &result {
+        let message = error.to_string();
+        ours.push(if error.is_damage() { 1 } else { 2 });
+        ours.extend_from_slice(&message.as_bytes()[..message.floor_char_boundary(MAX_MESSAGE)]);
     }
-    message.truncate(end);
-    let kind = match &result {
-        Ok(_) => 0,
-        Err(error) if error.is_damage() => 1,
-        Err(_) => 2,
-    };
-    // Both numbers are equally meaningful to all ranks only after this, hence two messages.
-    let all = match all_gather_u64(comm, operation, &[kind, message.len() as u64]) {
+    let kind = ours.first().copied();
+    let all = match gather(comm, operation, &ours) {
         Ok(all) => all,
         Err(lost) => return Err(result.err().unwrap_or(lost.into())),
     };
-    let worst = all.iter().step_by(2).copied().max().unwrap_or(0);
-    if worst == 0 {
-        return result;
-    }
-    let longest = all.iter().skip(1).step_by(2).copied().max().unwrap_or(0) as usize;
-    let mut send = message.into_bytes();
-    send.resize(longest, 0);
-    let mut messages = vec![0; longest * comm.size()];
-    let told = comm.all_gather(operation, &send, &mut messages);
-    if kind == worst
+    let Some(worst) = all.iter().filter_map(|theirs| theirs.first().copied()).max() else { return result };
+    if kind == Some(worst)
         && let Err(error) = result
     {
         return Err(error);
     }
-    told?;
-    let rank = all.iter().step_by(2).position(|&kind| kind == worst).unwrap_or(0);
-    let len = all[2 * rank + 1] as usize;
-    let message = String::from_utf8_lossy(&messages[rank * longest..rank * longest + len]).into_owned();
+    let rank = all.iter().position(|theirs| theirs.first() == Some(&worst)).unwrap_or(0);
+    let message = String::from_utf8_lossy(&all[rank][1..]).into_owned();
     Err(CheckpointError::Peer { rank, message, damaged: worst == 1 })
 }
 
@@ -109,19 +109,6 @@ impl<T: Send + 'static> Work<T> {
         let result = self.done.unwrap_or_else(|| unreachable!("the loop ends when the work is done"));
         agree(comm, operation, result)
     }
-}
-
-/// Rank 0's text on all ranks. Collective.
-pub(super) fn broadcast_text(
-    comm: &dyn Communicator,
-    operation: Operation,
-    text: String,
-) -> Result<String, CheckpointError> {
-    let len = all_gather_u64(comm, operation, &[text.len() as u64])?[0] as usize;
-    let mut bytes = text.into_bytes();
-    bytes.resize(len, 0);
-    comm.broadcast(operation, &mut bytes, 0)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]

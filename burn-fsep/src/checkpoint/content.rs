@@ -9,7 +9,7 @@ use super::{
     manifest::{Manifest, ParameterEntry, REPLICATED, experts_file, param_name, record_name, scalar_name, state_name},
     model::ModelParam,
     reshard::{Overlap, Sharding},
-    tensors::{TensorFile, burn_dtype, byte_len, check_file, check_len},
+    tensors::{TensorFile, burn_dtype, byte_len, check_file, check_len, not_there},
 };
 use crate::burn_compat::{ParamState, check_scalar};
 
@@ -28,10 +28,7 @@ pub(super) fn check_files(
 ) -> Result<(), CheckpointError> {
     for file in &manifest.files {
         let path = checkpoint.join(&file.name);
-        let found = fs::metadata(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => CheckpointError::damaged(&path, "it is missing"),
-            _ => CheckpointError::io("read", &path)(error),
-        })?;
+        let found = fs::metadata(&path).map_err(not_there("read", &path))?;
         check_len(&path, found.len(), file.bytes)?;
     }
     for (place, file) in manifest.files.iter().enumerate().filter(|(place, _)| is_ours(*place)) {

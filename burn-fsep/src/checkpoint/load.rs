@@ -9,7 +9,7 @@ use burn_fsep_planner::Layout;
 
 use super::{
     CheckpointError, Checkpoints, TrainingProgress,
-    agree::{Work, agree, broadcast_text},
+    agree::{Work, agree, gather},
     content::{Content, check_files},
     folder::checkpoints,
     manifest::{Manifest, ParameterEntry},
@@ -160,7 +160,8 @@ impl Checkpoints {
         let found = if comm.rank() == 0 { checkpoints(folder) } else { Ok(Vec::new()) };
         let found = agree(comm, FIND, found)?;
         let names = found.iter().filter_map(|(_, path)| path.file_name()?.to_str());
-        let names = broadcast_text(comm, FIND, names.collect::<Vec<_>>().join("\n"))?;
+        let names = gather(comm, FIND, names.collect::<Vec<_>>().join("\n").as_bytes())?.swap_remove(0);
+        let names = String::from_utf8_lossy(&names);
         Ok(names.lines().map(|name| folder.join(name)).collect())
     }
 }

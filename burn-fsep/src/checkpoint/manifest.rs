@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, io::Read, path::Path};
+use std::{collections::BTreeMap, fmt::Display, io::Read, path::Path};
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -134,14 +134,9 @@ impl Manifest {
         }
     }
 
-    /// What it says of the parameters, which has to be equal on all ranks.
-    pub fn parameters_to_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
-        serde_json::to_vec(&self.parameters).map_err(|error| unwritable(error.to_string()))
-    }
-
     /// The manifest and its checksum line.
     pub fn to_bytes(&self) -> Result<(Vec<u8>, Vec<u8>), CheckpointError> {
-        let mut bytes = serde_json::to_vec_pretty(self).map_err(|error| unwritable(error.to_string()))?;
+        let mut bytes = serde_json::to_vec_pretty(self).map_err(unwritable)?;
         bytes.push(b'\n');
         if bytes.len() as u64 > MAX_MANIFEST {
             return Err(unwritable(format!("it has {} bytes, {MAX_MANIFEST} are allowed", bytes.len())));
@@ -226,8 +221,13 @@ impl Manifest {
     }
 }
 
-fn unwritable(reason: String) -> CheckpointError {
-    CheckpointError::Unsupported { what: "manifest".into(), reason }
+/// What goes from rank to rank.
+pub(super) fn to_json(value: &impl Serialize) -> Result<Vec<u8>, CheckpointError> {
+    serde_json::to_vec(value).map_err(unwritable)
+}
+
+pub(super) fn unwritable(reason: impl Display) -> CheckpointError {
+    CheckpointError::Unsupported { what: "manifest".into(), reason: reason.to_string() }
 }
 
 fn checksum_line(manifest: &[u8]) -> String {

@@ -36,7 +36,7 @@ pub(super) struct ModelParam {
 ///
 /// [`CheckpointError::Unsupported`] for a quantized parameter, or experts of another runtime.
 pub(super) fn model_params<M: Module>(runtime: &FsepRuntime, model: &M) -> Result<Vec<ModelParam>, CheckpointError> {
-    Ok(collect(runtime, model, false)?.0)
+    Ok(collect(runtime, model, Collect::default())?.params)
 }
 
 /// The same with their values, in host memory.
@@ -47,21 +47,17 @@ pub(super) fn model_params<M: Module>(runtime: &FsepRuntime, model: &M) -> Resul
 pub(super) fn model_values<M: Module>(
     runtime: &FsepRuntime,
     model: &M,
-) -> Result<(Vec<ModelParam>, Vec<HostTensor>), CheckpointError> {
-    collect(runtime, model, true)
+) -> Result<Vec<(ModelParam, HostTensor)>, CheckpointError> {
+    let found = collect(runtime, model, Collect { values: Some(Vec::new()), ..Collect::default() })?;
+    Ok(found.params.into_iter().zip(found.values.into_iter().flatten()).collect())
 }
 
-fn collect<M: Module>(
-    runtime: &FsepRuntime,
-    model: &M,
-    with_values: bool,
-) -> Result<(Vec<ModelParam>, Vec<HostTensor>), CheckpointError> {
-    let mut collect = Collect { with_values, ..Collect::default() };
-    model.visit(&mut collect);
-    if let Some(error) = collect.error {
+fn collect<M: Module>(runtime: &FsepRuntime, model: &M, mut found: Collect) -> Result<Collect, CheckpointError> {
+    model.visit(&mut found);
+    if let Some(error) = found.error {
         return Err(error);
     }
-    for param in &collect.params {
+    for param in &found.params {
         let Some(info) = param.experts else { continue };
         let reason = if runtime.layer_spec(info.layer).is_none_or(|spec| ExpertsInfo::new(&spec) != info) {
             "its layer was made with another runtime"
@@ -72,20 +68,26 @@ fn collect<M: Module>(
         };
         return Err(CheckpointError::Unsupported { what: param.path.clone(), reason: reason.into() });
     }
-    Ok((collect.params, collect.values))
+    Ok(found)
 }
 
 #[derive(Default)]
 struct Collect {
-    with_values: bool,
     path: ModulePath<ExpertsInfo>,
     params: Vec<ModelParam>,
-    values: Vec<HostTensor>,
+    /// `None` if they are not wanted.
+    values: Option<Vec<HostTensor>>,
     error: Option<CheckpointError>,
 }
 
 impl Collect {
     fn add<const D: usize, K: Basic>(&mut self, id: ParamId, saved: Tensor<D, K>) {
+        if let Err(error) = self.try_add(id, saved) {
+            self.error = Some(error);
+        }
+    }
+
+    fn try_add<const D: usize, K: Basic>(&mut self, id: ParamId, saved: Tensor<D, K>) -> Result<(), CheckpointError> {
         let (path, mut name) = (self.path.path(), self.path.path_without_variants());
         let experts = self.path.metadata().copied();
         if experts.is_some()
@@ -93,24 +95,11 @@ impl Collect {
         {
             name = format!("{layer}weight");
         }
-        if let Err(error) = self.try_add(id, saved, path.clone(), name, experts) {
-            self.error = Some(CheckpointError::Unsupported { what: path, reason: error });
-        }
-    }
-
-    fn try_add<const D: usize, K: Basic>(
-        &mut self,
-        id: ParamId,
-        saved: Tensor<D, K>,
-        path: String,
-        name: String,
-        experts: Option<ExpertsInfo>,
-    ) -> Result<(), String> {
-        let (dtype, shape) = (saved.dtype(), saved.shape().to_vec());
-        let dtype = file_dtype(dtype).ok_or_else(|| format!("tensor files have no type {dtype:?}"))?;
-        if self.with_values {
-            let data = saved.try_into_data().map_err(|error| format!("the device failed: {error}"))?;
-            self.values.push(HostTensor { dtype, shape: shape.clone(), bytes: data.into_bytes() });
+        let (dtype, shape) = (file_dtype(&path, saved.dtype())?, saved.shape().to_vec());
+        if let Some(values) = &mut self.values {
+            let failed = |reason: String| CheckpointError::Unsupported { what: path.clone(), reason };
+            let data = saved.try_into_data().map_err(|error| failed(format!("the device failed: {error}")))?;
+            values.push(HostTensor::new(&path, data)?);
         }
         let is_running_statistic = self.path.is_running_statistic();
         self.params.push(ModelParam { path, name, id, dtype, shape, experts, is_running_statistic });

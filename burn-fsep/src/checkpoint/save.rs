@@ -7,11 +7,11 @@ use burn::{
 
 use super::{
     CheckpointConfig, CheckpointError, TrainingProgress,
-    agree::{Work, agree},
+    agree::{Work, agree, gather},
     folder,
     manifest::{
         ExpertsEntry, FileEntry, MANIFEST, MANIFEST_SUM, Manifest, ParameterEntry, REPLICATED, StateEntry,
-        experts_file, param_name, record_name, scalar_name, state_name,
+        experts_file, param_name, record_name, scalar_name, state_name, to_json, unwritable,
     },
     output::{CreateFile, Disk},
     snapshot::{SavedParam, snapshot},
@@ -43,7 +43,8 @@ pub struct Checkpoints {
 struct Pending {
     sequence: u64,
     manifest: Manifest,
-    files: Work<Vec<FileEntry>>,
+    /// Gives what the manifest says of this rank's, as JSON.
+    files: Work<Vec<u8>>,
 }
 
 /// Writes a checkpoint, keeping all that are there. Collective. Returns the checkpoint's folder.
@@ -148,7 +149,7 @@ impl Checkpoints {
         let begun = snapshot.and_then(|params| {
             let entries = params.iter().map(|saved| entry(&self.runtime, saved)).collect();
             let manifest = Manifest::new(ranks, progress, entries);
-            let digest = digest(&manifest.parameters_to_bytes()?);
+            let digest = digest(&to_json(&manifest.parameters)?);
             let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
             Ok((params, manifest, digest, sequence))
         });
@@ -167,7 +168,7 @@ impl Checkpoints {
             }
             written.push(write_tensors(files.as_ref(), &partial, &experts_file(rank, ranks), experts)?);
             folder::sync_folder(&partial)?;
-            Ok(written)
+            to_json(&written)
         });
         self.pending = Some(Pending { sequence, manifest, files });
         Ok(())
@@ -178,20 +179,12 @@ impl Checkpoints {
         &self,
         sequence: u64,
         mut manifest: Manifest,
-        files: Work<Vec<FileEntry>>,
+        files: Work<Vec<u8>>,
     ) -> Result<PathBuf, CheckpointError> {
         let comm = self.runtime.comm();
-        let written = files.finish(comm, WRITE)?;
-        let (rank, ranks) = (comm.rank(), comm.size());
-        let mut entries: Vec<FileEntry> = Vec::new();
-        if rank == 0 {
-            entries.push(written[0].clone());
-        }
-        let ours = &written[written.len() - 1];
-        for (peer, facts) in gather_files(comm, ours)?.into_iter().enumerate() {
-            entries.push(FileEntry { name: experts_file(peer, ranks), bytes: facts.0, sha256: facts.1 });
-        }
-        manifest.files = entries;
+        // Rank 0's are the replicated parameters' file and its own, the others' follow.
+        let all = gather(comm, WRITE, &files.finish(comm, WRITE)?)?;
+        let rank = comm.rank();
         let (folder, keep, step) = (self.config.folder.clone(), self.config.keep, manifest.step);
         let output = self.files.clone();
         let committed = Work::start(move || {
@@ -199,6 +192,10 @@ impl Checkpoints {
                 return Ok(folder.join(folder::checkpoint_name(sequence, step)));
             }
             let partial = folder::partial(&folder, sequence, step);
+            for files in all {
+                let files: Vec<FileEntry> = serde_json::from_slice(&files).map_err(unwritable)?;
+                manifest.files.extend(files);
+            }
             for file in &manifest.files {
                 let path = partial.join(&file.name);
                 let found = fs::metadata(&path).map_err(|error| CheckpointError::Io {
@@ -314,18 +311,3 @@ const TRAINED_APART: &str = "the ranks train different models, and this checkpoi
                              each step (`sync_gradients`)";
 const RUNNING_STATISTICS: &str = "running statistics (`BatchNorm`) are each rank's own: `broadcast_parameters` before saving \
                                   gives all ranks those of rank 0";
-
-/// Size and checksum of all ranks' files.
-fn gather_files(comm: &dyn Communicator, ours: &FileEntry) -> Result<Vec<(u64, String)>, CheckpointError> {
-    // As text of 64 bytes the checksum needs no decoding.
-    let mut send = ours.bytes.to_le_bytes().to_vec();
-    send.extend_from_slice(ours.sha256.as_bytes());
-    let mut all = vec![0; send.len() * comm.size()];
-    comm.all_gather(WRITE, &send, &mut all)?;
-    let facts = all.chunks_exact(send.len()).map(|facts| {
-        let (bytes, sha256) = facts.split_at(8);
-        let bytes = bytes.try_into().map_or(0, u64::from_le_bytes);
-        (bytes, String::from_utf8_lossy(sha256).into_owned())
-    });
-    Ok(facts.collect())
-}

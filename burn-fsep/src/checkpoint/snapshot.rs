@@ -30,11 +30,11 @@ pub(super) fn snapshot<M: Module>(
     optimizer: OptimizerRecord,
 ) -> Result<Vec<SavedParam>, CheckpointError> {
     let unsupported = |what: &str, reason: String| CheckpointError::Unsupported { what: what.into(), reason };
-    let (params, values) = model_values(runtime, model)?;
+    let params = model_values(runtime, model)?;
     let mut states = states_of(optimizer).map_err(|reason| unsupported("optimizer", reason))?;
     let mut saved = Vec::with_capacity(params.len());
     let mut seen = HashSet::new();
-    for (param, value) in params.into_iter().zip(values) {
+    for (param, value) in params {
         // A parameter that stands in two places of a model has one state.
         let state = if seen.insert(param.id) { states.remove(&param.id.val()) } else { None };
         let state = state.unwrap_or_default().try_map(HostTensor::new)?;

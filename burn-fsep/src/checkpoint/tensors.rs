@@ -1,6 +1,6 @@
 use std::{
     fs::File,
-    io::{BufWriter, Read, Seek, SeekFrom, Write},
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -29,12 +29,10 @@ pub(super) struct HostTensor {
 impl HostTensor {
     /// # Errors
     ///
-    /// [`CheckpointError::Unsupported`] for a type that files do not have.
+    /// As [`file_dtype`].
     pub fn new(name: &str, data: TensorData) -> Result<Self, CheckpointError> {
         let (bytes, shape, dtype) = data.into_parts();
-        let reason = || format!("tensor files have no type {dtype:?}");
-        let unsupported = || CheckpointError::Unsupported { what: name.into(), reason: reason() };
-        Ok(Self { dtype: file_dtype(dtype).ok_or_else(unsupported)?, shape: shape.to_vec(), bytes })
+        Ok(Self { dtype: file_dtype(name, dtype)?, shape: shape.to_vec(), bytes })
     }
 
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
@@ -83,9 +81,15 @@ const DTYPES: [(DType, Dtype); 14] = [
     (DType::Bool(BoolStore::U8), Dtype::BOOL),
 ];
 
-/// The type's name in tensor files; `None` for types that they do not have.
-pub(super) fn file_dtype(dtype: DType) -> Option<Dtype> {
-    DTYPES.iter().find(|(burn, _)| *burn == dtype).map(|(_, file)| *file)
+/// The name in tensor files of the type of a tensor.
+///
+/// # Errors
+///
+/// [`CheckpointError::Unsupported`] for types that they do not have.
+pub(super) fn file_dtype(name: &str, dtype: DType) -> Result<Dtype, CheckpointError> {
+    let known = DTYPES.iter().find(|(burn, _)| *burn == dtype).map(|(_, file)| *file);
+    let reason = || format!("tensor files have no type {dtype:?}");
+    known.ok_or_else(|| CheckpointError::Unsupported { what: name.into(), reason: reason() })
 }
 
 /// The inverse of [`file_dtype`].
@@ -163,14 +167,14 @@ struct HashingFile {
 }
 
 impl Write for HashingFile {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let written = self.file.write(data)?;
         self.hasher.update(&data[..written]);
         self.bytes += written as u64;
         Ok(written)
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
+    fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
 }
@@ -206,10 +210,15 @@ pub(super) fn check_file(folder: &Path, entry: &FileEntry) -> Result<(), Checkpo
 
 /// Opens a file; one that is missing is a damaged checkpoint.
 pub(super) fn open(path: &Path) -> Result<File, CheckpointError> {
-    File::open(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => CheckpointError::damaged(path, "it is missing"),
-        _ => CheckpointError::io("open", path)(error),
-    })
+    File::open(path).map_err(not_there("open", path))
+}
+
+/// Makes a system error one of a checkpoint's file: one that is missing is damage.
+pub(super) fn not_there(action: &'static str, path: &Path) -> impl Fn(io::Error) -> CheckpointError {
+    move |error| match error.kind() {
+        io::ErrorKind::NotFound => CheckpointError::damaged(path, "it is missing"),
+        _ => CheckpointError::io(action, path)(error),
+    }
 }
 
 pub(super) fn check_len(path: &Path, found: u64, expected: u64) -> Result<(), CheckpointError> {
@@ -231,12 +240,8 @@ pub(super) struct TensorFile {
 }
 
 impl TensorFile {
-    pub fn open(path: PathBuf) -> Result<Self, CheckpointError> {
-        let (file, metadata, data_start) = Self::parse(&path)?;
-        Ok(Self { path, file, metadata, data_start })
-    }
-
-    fn parse(path: &Path) -> Result<(File, Metadata, u64), CheckpointError> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let path = path.as_ref();
         let mut file = open(path)?;
         let failed = CheckpointError::io("read", path);
         let len = file.metadata().map_err(&failed)?.len();
@@ -255,15 +260,11 @@ impl TensorFile {
         // Checks that tensors follow each other without gaps and have the sizes that their shapes say.
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| damaged(format!("its header is invalid: {error}")))?;
-        let data_start = 8 + header_len;
-        if metadata.data_len() as u64 != len - data_start {
-            return Err(damaged(format!(
-                "its header describes {} bytes, {} follow",
-                metadata.data_len(),
-                len - data_start
-            )));
+        let (described, found) = (metadata.data_len() as u64, len - 8 - header_len);
+        if described != found {
+            return Err(damaged(format!("its header describes {described} bytes, {found} follow")));
         }
-        Ok((file, metadata, data_start))
+        Ok(Self { path: path.to_path_buf(), file, metadata, data_start: 8 + header_len })
     }
 
     /// Names of all tensors, sorted.

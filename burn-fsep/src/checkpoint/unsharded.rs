@@ -133,7 +133,7 @@ fn read_unsharded(
     rank: usize,
     ranks: usize,
 ) -> Result<Vec<TensorData>, CheckpointError> {
-    let mut file = TensorFile::open(path.to_path_buf())?;
+    let mut file = TensorFile::open(path)?;
     let unfit = |parameter: &str, reason: String| CheckpointError::Model {
         checkpoint: path.to_path_buf(),
         parameter: parameter.into(),
