@@ -54,3 +54,46 @@ impl<V: ParamVisitor> ModuleVisitor for Walk<'_, V> {
         self.visitor.visit(param, &self.path);
     }
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::{FSEPMoEConfig, FsepRuntime};
+
+    /// A user's own, which is none of ours.
+    #[derive(Module, Debug)]
+    struct FsepExperts {
+        weight: Param<Tensor<1>>,
+    }
+
+    #[derive(Module, Debug)]
+    struct Model {
+        layer: crate::FSEPMoE,
+        theirs: FsepExperts,
+    }
+
+    struct Placements(Vec<(String, Placement)>);
+
+    impl ParamVisitor for Placements {
+        fn visit<const D: usize>(&mut self, _: &Param<Tensor<D>>, path: &ModulePath) {
+            self.0.push((path.path(), Placement::at(path)));
+        }
+    }
+
+    #[test]
+    fn a_type_of_the_same_name_has_no_shards() {
+        let device = Device::flex();
+        let layer = FSEPMoEConfig::new(4, 5, 4).init(&FsepRuntime::single(), &device);
+        let model = Model { layer, theirs: FsepExperts { weight: Param::from_tensor(Tensor::ones([1], &device)) } };
+        let mut placements = Placements(Vec::new());
+        visit_params(&model, &mut placements);
+        let expected = [
+            ("layer.router.weight", Placement::Replicated),
+            ("layer.experts.weight", Placement::Sharded),
+            ("theirs.weight", Placement::Replicated),
+        ];
+        assert_eq!(placements.0, expected.map(|(path, placement)| (path.to_string(), placement)));
+    }
+}
