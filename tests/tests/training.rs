@@ -13,7 +13,7 @@ use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     checkpoint::{self, CheckpointConfig, list},
     comm::local::LaunchConfig,
-    train::{PlannerConfig, Trainer, TrainerConfig},
+    train::{Accumulation, PlannerConfig, Trainer, TrainerConfig},
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
@@ -239,4 +239,74 @@ fn a_trainer_goes_on_after_a_gradient_norm_that_is_not_finite() {
         assert!(matches!(error, FsepError::GradientNorm { step: 2, .. }), "{error}");
         assert_eq!(iteration, 3, "the batch is done, though no step was made of it");
     }
+}
+
+/// A small layer's training on two ranks; what a rank's error says.
+fn refused(run: impl Fn(&FsepRuntime) -> Result<(), FsepError> + Sync) -> Vec<String> {
+    let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(10));
+    let results = launch(&config, |comm| run(&FsepRuntime::new(comm)?));
+    results.into_iter().map(|result| result.unwrap_err().to_string()).collect()
+}
+
+fn layer(runtime: &FsepRuntime, device: &Device) -> FSEPMoE {
+    FSEPMoEConfig::new(4, 6, 4).init(runtime, device)
+}
+
+#[test]
+fn a_loss_that_trains_nothing_is_refused_on_all_ranks() {
+    let step = |runtime: &FsepRuntime, device: Device| {
+        let x = Tensor::<2>::ones([3, 4], &device);
+        let mut trainer = TrainerConfig::new().init(runtime, layer(runtime, &device), AdamWConfig::new().init())?;
+        trainer.step(1e-3, |layer| layer.forward(x.clone()).mean().inner()).map(drop)
+    };
+    for error in refused(|runtime| step(runtime, device().autodiff())) {
+        assert!(error.contains("depends on no parameter"), "{error}");
+    }
+}
+
+#[test]
+fn a_loss_of_several_numbers_is_refused() {
+    for error in refused(|runtime| {
+        let device = device().autodiff();
+        let x = Tensor::<2>::ones([3, 4], &device);
+        let mut trainer = TrainerConfig::new().init(runtime, layer(runtime, &device), AdamWConfig::new().init())?;
+        trainer.step(1e-3, |layer| layer.forward(x.clone()).reshape([12])).map(drop)
+    }) {
+        assert!(error.contains("loss: expected [1]"), "{error}");
+    }
+}
+
+#[test]
+fn ranks_that_train_with_other_options_are_told_which() {
+    let with = |change: fn(TrainerConfig) -> TrainerConfig| {
+        refused(move |runtime| {
+            let base = TrainerConfig::new().with_accumulation_steps(4).with_max_grad_norm(1.0);
+            let config = if runtime.rank() == 1 { change(base) } else { base };
+            let layer = layer(runtime, &device().autodiff());
+            config.init(runtime, layer, AdamWConfig::new().init()).map(drop)
+        })
+    };
+    for (field, errors) in [
+        ("accumulation", with(|config| config.with_accumulation(Accumulation::Sum))),
+        ("accumulation_steps", with(|config| config.with_accumulation_steps(2))),
+        ("max_grad_norm", with(|config| config.with_max_grad_norm(2.0))),
+        ("planner", with(|config| config.with_planner(PlannerConfig::new(PlannerStrategy::MinMax)))),
+    ] {
+        for error in errors {
+            assert!(error.contains(&format!("ranks 0 and 1 differ in `{field}`")), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_runtime_has_one_planner_at_a_time() {
+    let runtime = FsepRuntime::single();
+    let device = device().autodiff();
+    let config = TrainerConfig::new().with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
+    let init = || config.init(&runtime, layer(&runtime, &device), AdamWConfig::new().init());
+    let first = init().unwrap();
+    let error = init().err().expect("the first one lives").to_string();
+    assert!(error.contains("has a planner"), "{error}");
+    drop(first);
+    init().unwrap();
 }

@@ -110,9 +110,9 @@ mod tests {
     #[test]
     fn operations_say_what_they_serve() {
         assert_eq!(Operation::new("test").to_string(), "test");
-        let operation = Operation::of_layer("restore", 3);
-        assert_eq!(operation.in_pass(7).to_string(), "restore of layer 3 (pass 7)");
-        assert_eq!(operation.under_layout(0xa1b2).to_string(), "restore of layer 3 (layout 000000000000a1b2)");
+        let operation = Operation::of_layer("unshard", 3);
+        assert_eq!(operation.in_pass(7).to_string(), "unshard of layer 3 (pass 7)");
+        assert_eq!(operation.under_layout(0xa1b2).to_string(), "unshard of layer 3 (layout 000000000000a1b2)");
     }
 
     #[test]

@@ -251,7 +251,6 @@ impl FsepStrategy {
             iteration += 1;
             gradients.begin(&learner.model())?;
             let output = self.runtime.run(|| learner.train_step(batch))?;
-            self.runtime.end_step();
             let progress = batches.progress();
             if let Some(grads) = gradients.add(&learner.model(), output.grads) {
                 self.optimize(checkpoints, learner, gradients, grads, iteration)?;

@@ -17,7 +17,7 @@ use crate::{
 pub enum ExpertParallelism {
     /// Fully sharded: any layout in any step.
     Fsep,
-    /// Static expert parallelism with resident experts: rank `r` owns experts `r * E / N ..`, nothing is restored,
+    /// Static expert parallelism with resident experts: rank `r` owns experts `r * E / N ..`, nothing is unsharded,
     /// nothing is balanced. The baseline.
     Static,
 }
@@ -34,7 +34,7 @@ pub struct FSEPMoEConfig {
     /// Experts per token `K`.
     #[config(default = 2)]
     pub moe_router_topk: usize,
-    /// Slots a rank `C`: whole experts that a rank restores. `None` is the fewest that hold all experts, plus one so
+    /// Slots a rank `C`: whole experts that a rank unshards. `None` is the fewest that hold all experts, plus one so
     /// that some can stand twice.
     #[config(default = "None")]
     pub slots_per_rank: Option<usize>,

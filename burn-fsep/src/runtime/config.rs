@@ -69,7 +69,7 @@ impl FsepRuntimeConfig {
         self
     }
 
-    /// Sets what decides, in the step, which replica computes which tokens (the exact min-max dispatcher by default).
+    /// Sets what decides, in the step, which replica computes which tokens (the min-max dispatcher, exact to 0.4 % of the mean load, by default).
     /// `dispatcher` is called for each layer, and where the dispatcher's name is asked for. What a dispatcher of your own
     /// plans is checked in each step: every assignment once, on a rank that holds its expert.
     ///

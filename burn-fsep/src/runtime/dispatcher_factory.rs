@@ -2,7 +2,7 @@ use std::{fmt, sync::Arc};
 
 use burn_fsep_planner::dispatch::{Dispatcher, MinMax};
 
-/// Makes the dispatcher of each layer; the exact min-max dispatcher by default.
+/// Makes the dispatcher of each layer; the min-max dispatcher by default.
 #[derive(Clone, Default)]
 pub(super) struct DispatcherFactory {
     given: Option<Arc<dyn Fn() -> Box<dyn Dispatcher> + Send + Sync>>,

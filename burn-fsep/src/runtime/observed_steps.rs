@@ -26,8 +26,15 @@ impl ObservedSteps {
         observed.in_step = observed.in_step.map(|_| false);
     }
 
-    pub fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
-        self.0.write().planner = planner;
+    /// Returns whether it could be set: there is one at a time.
+    #[must_use]
+    pub fn set_planner(&self, planner: Weak<BackgroundPlanner>) -> bool {
+        let mut observed = self.0.write();
+        let is_free = observed.planner.strong_count() == 0;
+        if is_free {
+            observed.planner = planner;
+        }
+        is_free
     }
 
     /// The planner, if it learns from a training pass that runs now.

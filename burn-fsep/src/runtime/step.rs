@@ -56,8 +56,18 @@ impl FsepRuntime {
     }
 
     /// Sets the planner that is given the counts of each training forward pass, for as long as it lives.
-    pub(crate) fn set_planner(&self, planner: Weak<BackgroundPlanner>) {
-        self.inner.observed.set_planner(planner);
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Config`] if there is one.
+    pub(crate) fn set_planner(&self, planner: Weak<BackgroundPlanner>) -> Result<(), FsepError> {
+        if self.inner.observed.set_planner(planner) {
+            return Ok(());
+        }
+        Err(FsepError::Config(
+            "this runtime has a planner that plans all of its layers: let one trainer or loop have it, and drop it before the next"
+                .into(),
+        ))
     }
 }
 

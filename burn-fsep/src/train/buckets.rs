@@ -133,6 +133,11 @@ impl GradientBuckets {
         module.clone().map(&mut Prepare { buckets: self, input, input_served, path: ModulePath::default() })
     }
 
+    /// Bytes of gradients that are reduced together.
+    pub(super) fn bucket_bytes(&self) -> usize {
+        self.bucket_bytes
+    }
+
     /// Lets no reduction start before the next sync: gradients are accumulated over several backward passes.
     pub fn pause(&self) {
         self.collector.pause();

@@ -4,7 +4,10 @@ use burn::{
 };
 
 use super::{Accumulation, TrainerConfig, clip::scale, clip_grad_norm, replicas, sync_gradients};
-use crate::{FsepError, FsepRuntime};
+use crate::{
+    FsepError, FsepRuntime,
+    comm::{Operation, agree},
+};
 
 /// What has to happen between backward and the optimizer: accumulation, the check of replicas, averaging, clipping.
 ///
@@ -20,9 +23,11 @@ pub(crate) struct GradientStep<M> {
 }
 
 impl<M: Module> GradientStep<M> {
+    /// Collective.
+    ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] if the configuration cannot work.
+    /// [`FsepError::Config`] if the configuration cannot work or is not equal on all ranks, [`FsepError::Comm`].
     pub fn new(runtime: &FsepRuntime, config: &TrainerConfig) -> Result<Self, FsepError> {
         for (name, value) in [
             ("accumulation_steps", config.accumulation_steps as u64),
@@ -31,6 +36,24 @@ impl<M: Module> GradientStep<M> {
             if value == 0 {
                 return Err(FsepError::Config(format!("`{name}` must be at least 1")));
             }
+        }
+        if let Some(norm) = config.max_grad_norm.filter(|norm| norm.is_nan() || *norm <= 0.0) {
+            return Err(FsepError::Config(format!("the maximum gradient norm must be positive, got {norm}")));
+        }
+        // Ranks with other options would train, but not as one: shards are only ever seen by their own rank.
+        let options = [
+            ("accumulation_steps", config.accumulation_steps as u64),
+            ("accumulation", config.accumulation as u64),
+            ("max_grad_norm", config.max_grad_norm.map_or(0, f64::to_bits)),
+            ("check_replicas_every", config.check_replicas_every.unwrap_or(0)),
+            ("connect", u64::from(config.connect)),
+            ("buckets", config.buckets.as_ref().map_or(0, |buckets| buckets.bucket_bytes() as u64)),
+            ("planner", u64::from(config.planner.is_some())),
+        ];
+        if let Some(difference) = agree(runtime.comm(), Operation::new("options of the training"), &options)? {
+            return Err(FsepError::Config(format!(
+                "the training's options have to be equal on all ranks, but {difference}"
+            )));
         }
         let (runtime, config) = (runtime.clone(), config.clone());
         Ok(Self { runtime, config, accumulator: GradientsAccumulator::new(), accumulated: 0, done: 0 })

@@ -66,6 +66,7 @@ impl PlannerCallback {
     }
 
     fn start(&mut self, runtime: &FsepRuntime) -> Result<Arc<BackgroundPlanner>, FsepError> {
+        self.running = None;
         let learned = std::mem::take(&mut self.learned);
         let mut planners = BTreeMap::new();
         for layer in 0..runtime.num_layers() {
@@ -81,7 +82,7 @@ impl PlannerCallback {
             planners.insert(layer, planner);
         }
         let planner = Arc::new(BackgroundPlanner::start(planners)?);
-        runtime.set_planner(Arc::downgrade(&planner));
+        runtime.set_planner(Arc::downgrade(&planner))?;
         Ok(self.running.insert(planner).clone())
     }
 }

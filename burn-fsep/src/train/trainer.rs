@@ -11,7 +11,7 @@ use super::{
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{Checkpoints, TrainingProgress},
-    comm::{Operation, ReduceBuffer, ReduceOp},
+    comm::{Operation, ReduceBuffer, ReduceOp, all_gather_u64},
 };
 
 /// Trains a model, a whole step at a time, so that no part of a step can be forgotten. Made by [`TrainerConfig::init`].
@@ -52,6 +52,8 @@ pub struct Trainer<M> {
     progress: TrainingProgress,
     /// Batches since the last optimizer step.
     batches: u64,
+    /// No batch was trained on yet.
+    is_first: bool,
 }
 
 /// What a [`Trainer`]'s step has done.
@@ -111,6 +113,7 @@ impl<M: Module> Trainer<M> {
             save_every: config.checkpoints.as_ref().and_then(|config| config.every),
             progress: config.start.clone(),
             batches: 0,
+            is_first: true,
         })
     }
 
@@ -131,10 +134,12 @@ impl<M: Module> Trainer<M> {
         self.gradients.begin(model)?;
         let (loss, grads) = self.runtime.run(|| {
             let loss = loss(model);
+            self.check_loss(&loss).unwrap_or_else(|error| self.runtime.fail(error));
             let value = loss.clone().inner();
             let loss = if self.connect { self.runtime.connect(loss) } else { loss };
             (value, GradientsParams::from_grads(loss.backward(), model))
         })?;
+        self.is_first = false;
         self.batches += 1;
         let grads = self.gradients.add(model, grads);
         let mut step = TrainerStep { loss, optimizer_step: None, gradient_norm: None };
@@ -147,6 +152,29 @@ impl<M: Module> Trainer<M> {
         }
         self.save_if_due(step.optimizer_step.is_some())?;
         Ok(step)
+    }
+
+    /// A loss is one number. In the first step, that of some rank depends on parameters; one of a rank without tokens need not.
+    fn check_loss(&self, loss: &Tensor<1>) -> Result<(), FsepError> {
+        if loss.dims() != [1] {
+            return Err(FsepError::Shape {
+                what: "loss".into(),
+                expected: "[1], the mean or sum over a batch".into(),
+                actual: format!("{:?}", loss.dims()),
+            });
+        }
+        if self.is_first {
+            let operation = Operation::new("losses that depend on parameters");
+            let tracked = all_gather_u64(self.runtime.comm(), operation, &[u64::from(loss.is_tracked())])?;
+            if tracked.iter().all(|&tracked| tracked == 0) {
+                return Err(FsepError::Config(
+                    "the loss depends on no parameter, so nothing would be trained: make the model on `device.autodiff()`, and \
+                     take no `inner()` or `detach()` on the way to the loss"
+                        .into(),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Makes an optimizer step of the batches that wait for the rest of theirs, as at the end of an epoch. Returns its number;

@@ -4,7 +4,7 @@
 //! does: a [`ProcessCommunicator`](super::process::ProcessCommunicator) made from
 //! [`RankEnvironment`](crate::launch::RankEnvironment).
 //!
-//! **Progress.** MPI moves data only within its calls, and a prefetched restore has to travel while the rank computes. A thread
+//! **Progress.** MPI moves data only within its calls, and a prefetched unshard has to travel while the rank computes. A thread
 //! therefore calls MPI as long as any exchange is under way, and sleeps otherwise; a rank that waits polls by itself, so small
 //! collectives do not wait for that thread. All calls take one lock: `MPI_THREAD_SERIALIZED` is enough, which more libraries
 //! have, and have in faster form, than `MPI_THREAD_MULTIPLE`. Nothing ever blocks in MPI: every operation is a non-blocking one
