@@ -228,6 +228,7 @@ mod tests {
                 layouts.collect()
             };
             let expected = go_on(&mut stopped, 21);
+            drop(stopped);
             runtime.set_layout(0, at_checkpoint).unwrap();
             let mut resumed = synchronous().init();
             resumed.on_resume(&records).unwrap();
@@ -355,6 +356,7 @@ mod tests {
             }
             let mut records = BTreeMap::new();
             callback.on_checkpoint(&mut records).unwrap();
+            drop(callback);
 
             let mut resumed = config.init();
             resumed.on_resume(&records).unwrap();
