@@ -253,11 +253,20 @@ impl Rounds {
         self.changed.notify_all();
     }
 
-    /// The group of a rank of another process has failed.
-    pub fn rank_failed(&self, rank: usize, error: CommError) {
+    /// Whether a rank has left in peace, rather than because the group has failed.
+    pub fn has_left(&self, rank: usize) -> bool {
+        self.state.lock().ranks[rank] == RankState::Left
+    }
+
+    /// The group of a rank of another process has failed, as `own`, of this process, learns.
+    pub fn rank_failed(&self, own: usize, rank: usize, error: CommError) {
         let mut state = self.state.lock();
         state.ranks[rank] = RankState::Ended;
-        self.end(&mut state, error, false);
+        // A rank that has left does not pass it on. So to the one that failed it has either left, or ended with the failure,
+        // and that one knows whether it was heard.
+        if state.failure.is_some() || state.ranks[own] != RankState::Left {
+            self.end(&mut state, error, false);
+        }
     }
 
     /// The connection to a rank of another process has ended. One that has left, or told why it ends, ends it.
