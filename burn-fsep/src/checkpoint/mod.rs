@@ -5,7 +5,7 @@
 //! | file | content |
 //! | --- | --- |
 //! | `experts-RANK-of-N.safetensors` | a rank's part of the experts of all layers, and its optimizer state |
-//! | `replicated.safetensors` | everything else, equal on all ranks; scalars of the optimizer; the user's records |
+//! | `replicated.safetensors` | everything else, equal on all ranks, and rank 0's running statistics; scalars of the optimizer; the user's records |
 //! | `manifest.json` | sizes, types, layouts, progress; size and SHA-256 of each file |
 //! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum` writes it |
 //!
