@@ -67,6 +67,12 @@ impl FsepStrategy {
         self
     }
 
+    /// As [`TrainerConfig::with_check_gradients`]. Gradients that are not finite end training on all ranks.
+    pub fn with_check_gradients(mut self, check: bool) -> Self {
+        self.config = self.config.with_check_gradients(check);
+        self
+    }
+
     /// As [`TrainerConfig::with_gradient_buckets`].
     pub fn with_gradient_buckets(mut self, buckets: GradientBuckets) -> Self {
         self.config = self.config.with_gradient_buckets(buckets);

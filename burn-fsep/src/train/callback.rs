@@ -20,7 +20,7 @@ pub struct StepContext<'a> {
 pub struct OptimizerContext<'a> {
     /// The optimizer step of the training, from 1; one that goes on from a checkpoint of burn-fsep goes on counting, too.
     pub step: u64,
-    /// The global norm of its gradients before clipping, equal on all ranks; `None` where nothing is clipped.
+    /// The global norm of its gradients before clipping, equal on all ranks; `None` where they are neither clipped nor checked.
     pub gradient_norm: Option<f64>,
     /// The rank's runtime.
     pub runtime: &'a FsepRuntime,

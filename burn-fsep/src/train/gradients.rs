@@ -3,7 +3,11 @@ use burn::{
     optim::{GradientsAccumulator, GradientsParams},
 };
 
-use super::{Accumulation, TrainerConfig, clip::scale, clip_grad_norm, replicas, sync_gradients};
+use super::{
+    Accumulation, TrainerConfig,
+    clip::{grad_norm, scale},
+    clip_grad_norm, replicas, sync_gradients,
+};
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, agree},
@@ -45,6 +49,7 @@ impl<M: Module> GradientStep<M> {
             ("accumulation_steps", config.accumulation_steps as u64),
             ("accumulation", config.accumulation as u64),
             ("max_grad_norm", config.max_grad_norm.map_or(0, f64::to_bits)),
+            ("check_gradients", u64::from(config.check_gradients)),
             ("check_replicas_every", config.check_replicas_every.unwrap_or(0)),
             ("connect", u64::from(config.connect)),
             ("buckets", config.buckets.as_ref().map_or(0, |buckets| buckets.bucket_bytes() as u64)),
@@ -105,7 +110,7 @@ impl<M: Module> GradientStep<M> {
     }
 
     /// Makes a window's gradients those of all ranks, for the training's optimizer step `step`, and returns their norm if they are
-    /// clipped. Collective.
+    /// clipped or checked. Collective.
     pub fn reduce(&mut self, model: &M, grads: &mut GradientsParams, step: u64) -> Result<Option<f64>, FsepError> {
         self.check_replicas(model)?;
         match &self.config.buckets {
@@ -113,8 +118,11 @@ impl<M: Module> GradientStep<M> {
             None => sync_gradients(&self.runtime, model, grads)?,
         }
         self.done += 1;
-        let Some(max_norm) = self.config.max_grad_norm else { return Ok(None) };
-        let norm = clip_grad_norm(&self.runtime, model, grads, max_norm)?;
+        let norm = match self.config.max_grad_norm {
+            Some(max_norm) => clip_grad_norm(&self.runtime, model, grads, max_norm)?,
+            None if self.config.check_gradients => grad_norm(&self.runtime, model, grads)?,
+            None => return Ok(None),
+        };
         if norm.is_finite() { Ok(Some(norm)) } else { Err(FsepError::GradientNorm { step, norm }) }
     }
 

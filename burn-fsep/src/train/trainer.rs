@@ -63,7 +63,7 @@ pub struct TrainerStep {
     pub loss: Tensor<1>,
     /// The number of the optimizer step, from 1; `None` if gradients accumulate further.
     pub optimizer_step: Option<u64>,
-    /// The global norm of the step's gradients before clipping, equal on all ranks; `None` where nothing is clipped.
+    /// The global norm of the step's gradients before clipping, equal on all ranks; `None` where they are neither clipped nor checked.
     pub gradient_norm: Option<f64>,
 }
 
