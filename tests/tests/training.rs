@@ -7,7 +7,7 @@ use burn::{
     module::Module,
     nn::{Linear, LinearConfig},
     optim::AdamWConfig,
-    tensor::{Device, Tensor},
+    tensor::{Device, Distribution, Tensor},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -244,6 +244,39 @@ fn go_on_after_an_infinite_gradient(config: &TrainerConfig) {
         assert!(matches!(error, FsepError::GradientNorm { step: 2, .. }), "{error}");
         assert_eq!(iteration, 3, "the batch is done, though no step was made of it");
     }
+}
+
+#[test]
+fn a_discarded_window_leaves_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
+        let config = TrainerConfig::new()
+            .with_accumulation_steps(2)
+            .with_planner(planner)
+            .with_checkpoints(CheckpointConfig::new(folder.path()));
+        let layer = layer(&runtime, &device());
+        let mut trainer = config.init(&runtime, layer, AdamWConfig::new().init())?;
+        let batch = |trainer: &mut Trainer<FSEPMoE>| {
+            let x = Tensor::<2>::random([64, 4], Distribution::Default, &device());
+            trainer.step(1e-2, |layer| layer.forward(x).square().mean()).map(drop)
+        };
+        let saved = |trainer: &mut Trainer<FSEPMoE>| -> Result<_, FsepError> {
+            trainer.save()?;
+            Ok((trainer.progress().clone(), runtime.layout(0)))
+        };
+        (0..2).try_for_each(|_| batch(&mut trainer))?;
+        let before = saved(&mut trainer)?;
+        assert_eq!(before.0.records.is_empty(), runtime.rank() > 0, "the planner's");
+        batch(&mut trainer)?;
+        trainer.discard_window()?;
+        assert_eq!(saved(&mut trainer)?, before);
+        (0..2).try_for_each(|_| batch(&mut trainer))?;
+        assert_ne!(saved(&mut trainer)?.0, before.0);
+        Ok(())
+    });
+    results.into_iter().for_each(|result| result.unwrap_or_else(|error| panic!("{error}")));
 }
 
 #[test]

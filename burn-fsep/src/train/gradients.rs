@@ -1,7 +1,10 @@
+use std::sync::Arc;
+
 use burn::{
     module::Module,
     optim::{GradientsAccumulator, GradientsParams},
 };
+use burn_fsep_planner::Layout;
 
 use super::{
     Accumulation, TrainerConfig,
@@ -22,6 +25,8 @@ pub(crate) struct GradientStep<M> {
     accumulator: GradientsAccumulator<M>,
     /// Batches in the accumulator.
     accumulated: usize,
+    /// The layouts before the first of them.
+    layouts: Vec<Arc<Layout>>,
     /// Optimizer steps made here.
     done: u64,
 }
@@ -61,11 +66,21 @@ impl<M: Module> GradientStep<M> {
             )));
         }
         let (runtime, config) = (runtime.clone(), config.clone());
-        Ok(Self { runtime, config, accumulator: GradientsAccumulator::new(), accumulated: 0, done: 0 })
+        Ok(Self {
+            runtime,
+            config,
+            accumulator: GradientsAccumulator::new(),
+            accumulated: 0,
+            layouts: Vec::new(),
+            done: 0,
+        })
     }
 
     /// Before the forward pass of a batch. Collective.
-    pub fn begin(&self, model: &M) -> Result<(), FsepError> {
+    pub fn begin(&mut self, model: &M) -> Result<(), FsepError> {
+        if self.begins_window() {
+            self.layouts = (0..self.runtime.num_layers()).map(|layer| self.runtime.layout(layer)).collect();
+        }
         if let (true, Some(buckets)) = (self.accumulates(), &self.config.buckets) {
             buckets.pause();
         }
@@ -93,14 +108,28 @@ impl<M: Module> GradientStep<M> {
         Some(grads)
     }
 
-    /// Forgets the batches since the last window.
-    pub fn discard_window(&mut self) {
-        self.accumulated = 0;
+    /// Forgets the batches since the last window, and goes back to the layouts of then: a checkpoint of now has to be as if they
+    /// had never been. Callbacks go back after that.
+    pub fn discard_window(&mut self) -> Result<(), FsepError> {
+        if std::mem::take(&mut self.accumulated) == 0 {
+            return Ok(());
+        }
         self.accumulator.grads();
+        for (layer, layout) in std::mem::take(&mut self.layouts).into_iter().enumerate() {
+            if !self.runtime.has_fixed_layout(layer) {
+                self.runtime.resume_layout(layer, layout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the next batch is the first of several.
+    pub fn begins_window(&self) -> bool {
+        self.accumulates() && self.accumulated == 0
     }
 
     /// Whether a step takes more than one batch.
-    pub fn accumulates(&self) -> bool {
+    fn accumulates(&self) -> bool {
         self.config.accumulation_steps > 1
     }
 
