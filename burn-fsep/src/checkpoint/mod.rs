@@ -16,7 +16,7 @@
 //! - [`save`], [`load`], [`list`], [`verify`]: one checkpoint;
 //! - [`export_unsharded`], [`import_unsharded`]: whole experts in one file, for the dense model and for others.
 
-mod agree;
+mod all_or_none;
 mod config;
 mod content;
 mod error;

@@ -7,7 +7,7 @@ use burn::{
 
 use super::{
     CheckpointConfig, CheckpointError, TrainingProgress,
-    agree::{Work, agree, gather},
+    all_or_none::{Work, all_or_none, gather},
     folder,
     manifest::{
         ExpertsEntry, FileEntry, MANIFEST, MANIFEST_SUM, Manifest, ParameterEntry, REPLICATED, StateEntry,
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     FsepRuntime,
-    comm::{self, Communicator, Difference, Operation, all_gather_u64},
+    comm::{Communicator, Difference, Operation, agree, all_gather_u64},
 };
 
 const START: Operation = Operation::new("start of a checkpoint");
@@ -153,7 +153,7 @@ impl Checkpoints {
             let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
             Ok((params, manifest, digest, sequence))
         });
-        let (params, manifest, digest, sequence) = agree(comm, START, begun)?;
+        let (params, manifest, digest, sequence) = all_or_none(comm, START, begun)?;
         let sequence = all_gather_u64(comm, START, &[sequence])?[0];
         if let Err(error) = check_equal(comm, digest, &params, progress) {
             self.discard(sequence, step);
@@ -279,7 +279,7 @@ fn check_equal(
         ("the iteration", progress.iteration),
         ("the parameters' names, shapes or optimizer state, or the layouts", parameters),
     ];
-    if let Some(difference) = comm::agree(group, START, &facts)? {
+    if let Some(difference) = agree(group, START, &facts)? {
         return Err(differ(difference, "all ranks have to save the same model after the same step"));
     }
     let mut values = Vec::new();
@@ -294,7 +294,7 @@ fn check_equal(
             values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
         }
     }
-    comm::agree(group, START, &values)?.map_or(Ok(()), |difference| Err(differ(difference, TRAINED_APART)))
+    agree(group, START, &values)?.map_or(Ok(()), |difference| Err(differ(difference, TRAINED_APART)))
 }
 
 fn differ(Difference { field, rank, .. }: Difference, hint: &'static str) -> CheckpointError {

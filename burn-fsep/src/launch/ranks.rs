@@ -7,7 +7,7 @@ use crate::{
     Timeline,
     burn_compat::panic_message,
     comm::{
-        CommError, Communicator, Operation, all_gather_u64,
+        CommError, Communicator, Difference, Operation, agree,
         local::{LaunchConfig, RankError, launch},
     },
 };
@@ -148,10 +148,8 @@ impl Ranks {
     fn check_engine<E>(&self, control: &dyn Communicator) -> Result<(), RunError<E>> {
         const TRANSPORTS: [Transport; 3] = [Transport::Control, Transport::Mpi, Transport::Nccl];
         let ours = TRANSPORTS.iter().position(|transport| *transport == self.transport).unwrap_or(0);
-        let all = all_gather_u64(control, Operation::new("engine of the ranks"), &[ours as u64])?;
-        // Against rank 0's, so that all ranks say the same.
-        match all.iter().position(|theirs| *theirs != all[0]) {
-            Some(rank) => Err(LaunchError::Config(format!(
+        match agree(control, Operation::new("engine of the ranks"), &[("engine", ours as u64)])? {
+            Some(Difference { rank, .. }) => Err(LaunchError::Config(format!(
                 "ranks 0 and {rank} exchange through different engines ({:?} is configured here): give all the same, and the \
                  same build",
                 self.config.engine
