@@ -15,11 +15,11 @@ use super::{
     },
     output::{CreateFile, Disk},
     snapshot::{SavedParam, snapshot},
-    tensors::{HostTensor, check_len, digest, write_bytes, write_tensors},
+    tensors::{HostTensor, check_len, write_bytes, write_tensors},
 };
 use crate::{
     FsepRuntime,
-    comm::{Communicator, Difference, Operation, agree, all_gather_u64},
+    comm::{Communicator, Difference, Operation, agree, all_gather_u64, digest},
 };
 
 const START: Operation = Operation::new("start of a checkpoint");

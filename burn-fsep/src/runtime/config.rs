@@ -1,7 +1,4 @@
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use burn_fsep_planner::{
     PlannerStrategy, Topology,
@@ -13,7 +10,7 @@ use derive_new::new;
 use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
-    comm::{Communicator, Operation, agree},
+    comm::{Communicator, Operation, agree, digest},
 };
 
 /// Configuration of a rank's [`FsepRuntime`]; equal on all ranks.
@@ -135,11 +132,7 @@ impl FsepRuntimeConfig {
 
     /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
     fn check_equal(&self, comm: &dyn Communicator, topology: &Topology) -> Result<(), FsepError> {
-        let hash = |text: &str| {
-            let mut hasher = DefaultHasher::new();
-            text.hash(&mut hasher);
-            hasher.finish()
-        };
+        let hash = |text: &str| digest(text.as_bytes());
         let fields = [
             ("seed", self.seed),
             ("topology", hash(&format!("{topology:?}"))),

@@ -12,7 +12,7 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
-    comm::{Communicator, Difference, Operation, ReduceBuffer, ReduceOp, agree},
+    comm::{Communicator, Difference, Operation, ReduceBuffer, ReduceOp, agree, digest},
     launch::Rank,
     learner::{FsepStrategy, ImbalanceMetric, SilentRenderer, StaticImbalanceMetric},
     planner::PlannerStrategy,
@@ -20,7 +20,6 @@ use burn_fsep::{
         FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, PlannerConfig, RankDataset, broadcast_parameters,
     },
 };
-use sha2::{Digest, Sha256};
 
 use crate::{
     Args, DeviceArg, MoeLmError, Planner,
@@ -181,12 +180,10 @@ fn check_equal(args: &Args, data: &TrainingData, comm: &dyn Communicator) -> Res
     args.training.text.clear();
     args.output.out = PathBuf::new();
     (args.output.summary, args.output.record_trace, args.output.timeline) = (None, None, None);
-    let digest = |text: &str| {
-        let digest: [u8; 32] = Sha256::digest(text).into();
-        digest.iter().take(8).fold(0, |word, &byte| word << 8 | u64::from(byte))
-    };
-    let fields =
-        [("other options or another build", digest(&format!("{args:?}"))), ("another text", digest(&data.digest))];
+    let fields = [
+        ("other options or another build", digest(format!("{args:?}").as_bytes())),
+        ("another text", digest(data.digest.as_bytes())),
+    ];
     match agree(comm, Operation::new("options of the ranks"), &fields)? {
         Some(Difference { rank, field, .. }) => {
             Err(MoeLmError::Option(format!("ranks 0 and {rank} were started with {field}: give all the same")))
