@@ -1,72 +1,98 @@
-use std::{fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
-use burn::tensor::TensorData;
-use safetensors::{Dtype, SafeTensors};
+use burn::tensor::{DType, TensorData};
 
-/// A folder of `tests/golden`: a tiny model of a family, and what transformers computes with it.
-#[derive(Debug)]
-pub struct Golden {
-    folder: PathBuf,
-    bytes: Vec<u8>,
-    facts: serde_json::Value,
+/// The folders of models that transformers wrote; see `tests/golden/README.md`.
+pub const GOLDEN: [&str; 12] = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "mixtral_sharded",
+    "mixtral_fused",
+    "qwen3_moe_bf16",
+    "gpt_oss_mxfp4",
+    "deepseek_v3_fp8",
+];
+
+/// A golden folder.
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
 }
 
-impl Golden {
-    /// Reads what is golden about a family.
+/// A tensor of a file: the name of its type, its shape and its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileTensor {
+    /// `F32`, `BF16`, ..
+    pub dtype: String,
+    /// As the file says.
+    pub shape: Vec<usize>,
+    /// Little-endian.
+    pub bytes: Vec<u8>,
+}
+
+impl FileTensor {
+    /// Its values.
     ///
     /// # Panics
     ///
-    /// If there is no such folder.
-    pub fn new(family: &str) -> Self {
-        let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/golden")).join(family);
-        let read = |name: &str| fs::read(folder.join(name)).unwrap_or_else(|e| panic!("{family}/{name}: {e}"));
-        let facts = serde_json::from_slice(&read("golden.json")).expect("facts are JSON");
-        Self { bytes: read("golden.safetensors"), facts, folder }
+    /// If it is of a type that golden files do not have.
+    pub fn data(&self) -> TensorData {
+        let dtype = match self.dtype.as_str() {
+            "F32" => DType::F32,
+            "BF16" => DType::BF16,
+            "F16" => DType::F16,
+            "I64" => DType::I64,
+            other => panic!("{other}"),
+        };
+        TensorData::from_bytes_vec(self.bytes.clone(), self.shape.clone(), dtype)
     }
 
-    /// The model's folder.
-    pub fn folder(&self) -> &PathBuf {
-        &self.folder
+    /// Its values in single precision.
+    pub fn values(&self) -> Vec<f32> {
+        self.data().iter::<f32>().collect()
     }
+}
 
-    /// A fact that is a string.
-    ///
-    /// # Panics
-    ///
-    /// If there is none of this name.
-    pub fn fact(&self, name: &str) -> &str {
-        self.facts[name].as_str().unwrap_or_else(|| panic!("there is no `{name}`"))
-    }
+/// All tensors of a safetensors file, read in the simplest way.
+///
+/// # Panics
+///
+/// If it is none.
+pub fn read_safetensors(path: &Path) -> BTreeMap<String, FileTensor> {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let split = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let table: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes[8..split]).expect("a table");
+    let tensors = table.into_iter().filter(|(name, _)| name != "__metadata__").map(|(name, info)| {
+        let sizes = |key: &str| -> Vec<usize> { serde_json::from_value(info[key].clone()).expect("sizes") };
+        let places = sizes("data_offsets");
+        let tensor = FileTensor {
+            dtype: info["dtype"].as_str().expect("a type").into(),
+            shape: sizes("shape"),
+            bytes: bytes[split + places[0]..split + places[1]].to_vec(),
+        };
+        (name, tensor)
+    });
+    tensors.collect()
+}
 
-    /// A tensor of numbers of single precision, or of integers.
-    ///
-    /// # Panics
-    ///
-    /// If there is none of this name.
-    pub fn tensor(&self, name: &str) -> TensorData {
-        let tensors = SafeTensors::deserialize(&self.bytes).expect("the file is whole");
-        let tensor = tensors.tensor(name).unwrap_or_else(|e| panic!("`{name}`: {e}"));
-        let bytes = tensor.data();
-        let shape = tensor.shape().to_vec();
-        match tensor.dtype() {
-            Dtype::F32 => {
-                let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes")));
-                TensorData::new(values.collect::<Vec<_>>(), shape)
-            }
-            Dtype::I64 => {
-                let values = bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("eight bytes")));
-                TensorData::new(values.collect::<Vec<_>>(), shape)
-            }
-            other => panic!("`{name}` is of type {other:?}"),
-        }
-    }
-
-    /// Whether there is a tensor of this name.
-    ///
-    /// # Panics
-    ///
-    /// If the file is damaged.
-    pub fn has(&self, name: &str) -> bool {
-        SafeTensors::deserialize(&self.bytes).expect("the file is whole").tensor(name).is_ok()
-    }
+/// All tensors of a model folder, of one file or several.
+///
+/// # Panics
+///
+/// If a file is none.
+pub fn read_model_tensors(folder: &Path) -> BTreeMap<String, FileTensor> {
+    let files = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let is_model = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("model") && name.ends_with(".safetensors")
+    };
+    files.filter(is_model).flat_map(|path| read_safetensors(&path)).collect()
 }
