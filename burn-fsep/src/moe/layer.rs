@@ -2,10 +2,10 @@ use burn::{module::Module, tensor::Tensor};
 
 use super::{
     FsepExperts, FsepExpertsOutput, SharedExpert, TokenMask, TopKRouter,
-    config::Replicated,
     experts::Computed,
     forced_router::ForcedRouter,
     losses::{AuxiliaryLosses, LayerRouting, Sequences},
+    replicated::Replicated,
     tokens::{from_token_rows, token_rows},
 };
 use crate::{FsepError, FsepRuntime};
@@ -96,7 +96,7 @@ impl FSEPMoE {
     /// # Errors
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
-    /// layer; [`FsepError::NoExpert`] if a rank's router has logits that are no numbers; [`FsepError::Config`] if its experts
+    /// layer; [`FsepError::NoExpert`] if a rank's router has logits that are no numbers; [`FsepError::Config`] if ranks have other options for it, or its experts
     /// are another rank's shards or reparameterized; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         self.runtime().run(|| self.forward_with_losses(hidden))

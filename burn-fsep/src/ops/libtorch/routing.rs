@@ -1,6 +1,9 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::{cuda::upload, kernels::device_error};
+use super::{
+    cuda::{Fused, upload},
+    kernels::device_error,
+};
 use crate::{
     FsepError,
     comm::{DeviceCommunicator, Operation},
@@ -49,9 +52,37 @@ pub(super) fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Ten
     Ok([row_of, assignment_of, token_of, ends])
 }
 
+/// As [`FsepDeviceOps::fsep_top_k`](super::super::FsepDeviceOps::fsep_top_k).
+pub(super) fn top_k(numbers: &Tensor, topk: usize) -> Result<Tensor, TchError> {
+    let numbers = numbers.f_contiguous()?;
+    if let Some(chosen) = Fused::top_k(&numbers, topk)? {
+        return Ok(chosen);
+    }
+    // A stable sort leaves equal numbers in the order of their indices. Of numbers that are none it would take the first.
+    let smallest = f64::NEG_INFINITY;
+    let numbers = numbers.f_nan_to_num(smallest, f64::INFINITY, smallest)?;
+    let (_, order) = numbers.f_sort_stable(true, 1, true)?;
+    order.f_narrow(1, 0, topk as i64)?.f_contiguous()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::super::device_ops::top_k_of, *};
+
+    /// On the first GPU if there is one, else on the CPU.
+    #[test]
+    fn the_largest_numbers_are_those_found_in_host_memory() {
+        let device = if tch::Cuda::is_available() { tch::Device::Cuda(0) } else { tch::Device::Cpu };
+        for (rows, width, topk) in [(0, 8, 2), (1, 1, 1), (5, 3, 3), (1000, 64, 8), (333, 257, 6), (7, 2048, 40)] {
+            // Few different numbers, so that many are equal, and some that are none.
+            let numbers = Tensor::randint_low(-3, 4, [rows, width], (Kind::Float, tch::Device::Cpu));
+            let numbers = numbers.where_scalarother(&numbers.ge(-2.5), f64::NAN) * 0.5;
+            let chosen = Vec::<i64>::try_from(top_k(&numbers.to_device(device), topk).unwrap().flatten(0, 1)).unwrap();
+            let numbers = Vec::<f32>::try_from(numbers.flatten(0, 1)).unwrap();
+            let expected: Vec<i64> = numbers.chunks(width as usize).flat_map(|row| top_k_of(row, topk)).collect();
+            assert_eq!(chosen, expected, "{rows} rows of {width}, {topk}");
+        }
+    }
 
     #[test]
     fn equals_the_order_found_in_host_memory() {
