@@ -30,7 +30,10 @@ pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
 pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors};
 pub use hub_model::{HubAttention, HubDecoder, HubDenseMlp, HubLayer, HubMlp, HubModel, named_parameters};
 pub use layouts::random_layout;
-pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
+pub use model::{
+    SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, dense_loss_curve_on, fixed_linear,
+    task_items,
+};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
 pub use rank_processes::{Launcher, RankProcesses};
 pub use rank_test::rank_of_process;
@@ -40,13 +43,19 @@ pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_trainer};
 
 use burn::tensor::Device;
+#[cfg(any(feature = "vulkan", feature = "webgpu"))]
+use burn::tensor::DeviceKind;
 
 /// The device that the suite runs on: Flex; with the feature `libtorch` the first GPU, or LibTorch's CPU if there is
-/// none.
+/// none; with `vulkan` or `webgpu` what wgpu takes for the best.
 pub fn plain_device() -> Device {
-    #[cfg(not(feature = "libtorch"))]
+    #[cfg(feature = "vulkan")]
+    return Device::vulkan(DeviceKind::DefaultDevice);
+    #[cfg(all(feature = "webgpu", not(feature = "vulkan")))]
+    return Device::wgpu(DeviceKind::DefaultDevice);
+    #[cfg(not(any(feature = "vulkan", feature = "webgpu", feature = "libtorch")))]
     return Device::flex();
-    #[cfg(feature = "libtorch")]
+    #[cfg(all(feature = "libtorch", not(any(feature = "vulkan", feature = "webgpu"))))]
     return if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() };
 }
 

@@ -5,6 +5,8 @@ mod activation;
 mod assignment_order;
 mod autodiff;
 mod combine;
+#[cfg(feature = "cube")]
+mod cube;
 mod device_check;
 mod device_ops;
 mod expert_weights;

@@ -96,6 +96,8 @@ impl<B: Backend> PendingTensor<B> {
 
 impl<B: Backend> PendingHost<B> {
     fn wait(self) -> Result<(Bytes, DType), FsepError> {
+        // Backends that hand their work over in batches are to compute what was queued while the host waits.
+        B::flush(&self.device).map_err(|error| FsepError::Device(error.to_string()))?;
         let mut bytes = aligned_zeros(self.recv_len, self.dtype);
         self.pending.wait(&mut bytes)?;
         Ok((bytes, self.dtype))

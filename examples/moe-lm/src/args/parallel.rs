@@ -1,6 +1,8 @@
 use std::{str::FromStr, time::Duration};
 
 use burn::tensor::Device;
+#[cfg(any(feature = "cuda", feature = "metal", feature = "rocm", feature = "vulkan", feature = "webgpu"))]
+use burn::tensor::DeviceType;
 use burn_fsep::{
     launch::{Engine, RankConfig, RankDevice},
     planner::PlannerStrategy,
@@ -73,6 +75,30 @@ pub enum Backend {
     Flex,
     /// LibTorch, on CPU and NVIDIA GPUs.
     Libtorch,
+    /// Burn's own GPU backend on Vulkan; ranks take the machine's GPUs in turns.
+    Vulkan,
+    /// The same on what the machine has (Vulkan, Metal or DirectX), by shaders of WebGPU.
+    Webgpu,
+    /// The same on CUDA.
+    Cuda,
+    /// The same on ROCm.
+    Rocm,
+    /// The same on Metal.
+    Metal,
+}
+
+impl Backend {
+    /// Burn's own GPU backends: the option, the feature that they need, and whether this program has it.
+    fn own(self) -> Option<(&'static str, &'static str, bool)> {
+        Some(match self {
+            Backend::Flex | Backend::Libtorch => return None,
+            Backend::Vulkan => ("--backend vulkan", "vulkan", cfg!(feature = "vulkan")),
+            Backend::Webgpu => ("--backend webgpu", "webgpu", cfg!(feature = "webgpu")),
+            Backend::Cuda => ("--backend cuda", "cuda", cfg!(feature = "cuda")),
+            Backend::Rocm => ("--backend rocm", "rocm", cfg!(feature = "rocm")),
+            Backend::Metal => ("--backend metal", "metal", cfg!(feature = "metal")),
+        })
+    }
 }
 
 /// Where ranks compute.
@@ -149,6 +175,17 @@ impl ParallelArgs {
             (Backend::Libtorch, DeviceArg::Cpu) => RankDevice::Given(Device::libtorch()),
             #[cfg(feature = "libtorch")]
             (Backend::Libtorch, DeviceArg::CudaAt(index)) => RankDevice::Given(Device::libtorch_cuda(index)),
+            #[cfg(feature = "vulkan")]
+            (Backend::Vulkan, _) => RankDevice::Kind(DeviceType::Vulkan),
+            // Burn's own name of it is that of browsers.
+            #[cfg(feature = "webgpu")]
+            (Backend::Webgpu, _) => RankDevice::Kind(DeviceType::Wgpu),
+            #[cfg(feature = "cuda")]
+            (Backend::Cuda, _) => RankDevice::Kind(DeviceType::Cuda),
+            #[cfg(feature = "rocm")]
+            (Backend::Rocm, _) => RankDevice::Kind(DeviceType::Rocm),
+            #[cfg(feature = "metal")]
+            (Backend::Metal, _) => RankDevice::Kind(DeviceType::Metal),
             (_, DeviceArg::Cuda) => RankDevice::Gpu,
             // What was not built was refused before.
             _ => RankDevice::Given(Device::flex()),
@@ -167,6 +204,20 @@ impl ParallelArgs {
         let is_gpu = self.device != DeviceArg::Cpu;
         if self.backend == Backend::Flex && is_gpu {
             return refuse("--device cuda needs --backend libtorch: flex computes on the CPU".into());
+        }
+        if let Some((option, feature, is_built)) = self.backend.own() {
+            if !is_built {
+                return refuse(format!(
+                    "{option}: this program was built without it; build with `cargo build --release -p moe-lm --features \
+                     {feature},fusion,autotune`"
+                ));
+            }
+            if is_gpu || self.comm == Comm::Nccl {
+                return refuse(format!(
+                    "--device and --comm nccl are those of --backend libtorch; with {option} ranks take the GPUs in turns, and \
+                     exchange through host memory"
+                ));
+            }
         }
         if self.comm == Comm::Nccl && !is_gpu {
             return refuse("--comm nccl needs --backend libtorch --device cuda: it exchanges between GPUs".into());

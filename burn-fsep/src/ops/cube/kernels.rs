@@ -1,0 +1,76 @@
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn_cubecl::CubeBackend;
+
+use super::{
+    super::{
+        ExpertActivation, FsepKernels, activation as default_activation,
+        types::{CombineGradients, RowIndices},
+    },
+    activation, combine,
+};
+use crate::FsepError;
+
+impl FsepKernels for CubeBackend {
+    fn fsep_activate(activation: ExpertActivation, first: FloatTensor<Self>) -> FloatTensor<Self> {
+        if activation::computes(first.dtype) {
+            activation::activate(activation, first)
+        } else {
+            default_activation::activate::<Self>(activation, first)
+        }
+    }
+
+    fn fsep_activate_backward(
+        activation: ExpertActivation,
+        first: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if activation::computes(first.dtype) {
+            activation::activate_backward(activation, first, grad)
+        } else {
+            default_activation::activate_backward::<Self>(activation, first, grad)
+        }
+    }
+
+    unsafe fn fsep_combine(
+        rows: &FloatTensor<Self>,
+        row_of: &IntTensor<Self>,
+        probs: &FloatTensor<Self>,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if !activation::computes(rows.dtype) {
+            return Ok(super::super::combine::forward::<Self>(rows, row_of, probs));
+        }
+        let topk = probs.meta.shape()[1];
+        // SAFETY: the caller's.
+        Ok(unsafe { combine::sum_rows(rows.clone(), row_of.clone(), Some(probs.clone()), topk) })
+    }
+
+    unsafe fn fsep_combine_backward(
+        grad: &FloatTensor<Self>,
+        rows: Option<&FloatTensor<Self>>,
+        indices: &RowIndices<Self>,
+        probs: &FloatTensor<Self>,
+        want_rows: bool,
+    ) -> Result<CombineGradients<Self>, FsepError> {
+        if !activation::computes(grad.dtype) {
+            return Ok(super::super::combine::backward::<Self>(grad, rows, indices, probs, want_rows));
+        }
+        // SAFETY: the caller's, of both kernels.
+        let d_probs = rows
+            .map(|rows| unsafe { combine::dot_rows(grad.clone(), rows.clone(), indices.row_of.clone(), probs.dtype) });
+        let d_rows = want_rows
+            .then(|| unsafe { combine::spread_rows(grad.clone(), indices.assignment_of.clone(), probs.clone()) });
+        Ok(CombineGradients { rows: d_rows, probs: d_probs })
+    }
+
+    unsafe fn fsep_sum_rows(
+        rows: &FloatTensor<Self>,
+        row_of: &IntTensor<Self>,
+        topk: usize,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if !activation::computes(rows.dtype) {
+            return Ok(super::super::combine::sum_rows::<Self>(rows, row_of, topk));
+        }
+        // SAFETY: the caller's.
+        Ok(unsafe { combine::sum_rows(rows.clone(), row_of.clone(), None, topk) })
+    }
+}
