@@ -97,11 +97,16 @@ pub(super) unsafe fn spread_rows(grad: CubeTensor, assignment_of: CubeTensor, pr
 /// # Safety
 ///
 /// `row_of` names rows of `rows`.
-pub(super) unsafe fn dot_rows(grad: CubeTensor, rows: CubeTensor, row_of: CubeTensor, dtype: DType) -> CubeTensor {
+pub(super) unsafe fn dot_rows(
+    grad: CubeTensor,
+    rows: CubeTensor,
+    row_of: CubeTensor,
+    topk: usize,
+    dtype: DType,
+) -> CubeTensor {
     let (grad, rows, row_of) = (into_contiguous(grad), into_contiguous(rows), into_contiguous(row_of));
     let [tokens, _] = grad.meta.shape().dims();
     let assignments = row_of.meta.num_elements();
-    let topk = if tokens == 0 { 0 } else { assignments / tokens };
     let output = empty(&grad, [tokens, topk], dtype);
     if assignments == 0 {
         return output;

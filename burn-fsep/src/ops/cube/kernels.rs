@@ -1,5 +1,5 @@
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn_cubecl::CubeBackend;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 
 use super::{
     super::{
@@ -54,11 +54,16 @@ impl FsepKernels for CubeBackend {
         if !activation::computes(grad.dtype) {
             return Ok(super::super::combine::backward::<Self>(grad, rows, indices, probs, want_rows));
         }
-        // SAFETY: the caller's, of both kernels.
-        let d_probs = rows
-            .map(|rows| unsafe { combine::dot_rows(grad.clone(), rows.clone(), indices.row_of.clone(), probs.dtype) });
-        let d_rows = want_rows
-            .then(|| unsafe { combine::spread_rows(grad.clone(), indices.assignment_of.clone(), probs.clone()) });
+        let topk = probs.meta.shape()[1];
+        let dot_rows = |rows: &CubeTensor| {
+            // SAFETY: the caller's.
+            unsafe { combine::dot_rows(grad.clone(), rows.clone(), indices.row_of.clone(), topk, probs.dtype) }
+        };
+        let d_probs = rows.map(dot_rows);
+        // SAFETY: the caller's.
+        let spread_rows =
+            || unsafe { combine::spread_rows(grad.clone(), indices.assignment_of.clone(), probs.clone()) };
+        let d_rows = want_rows.then(spread_rows);
         Ok(CombineGradients { rows: d_rows, probs: d_probs })
     }
 

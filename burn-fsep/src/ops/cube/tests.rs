@@ -154,6 +154,7 @@ fn combinations_are_those_of_the_default_bodies() {
             )
         };
         assert_close("forward", combined, combine::forward::<B>(&rows, &indices.row_of, &probs), 1e-6);
+        assert_eq!(gradients.probs.as_ref().unwrap().meta.shape().dims(), [tokens, topk]);
         let expected = combine::backward::<B>(&grad, Some(&rows), &indices, &probs, true);
         assert_close("rows", gradients.rows.unwrap(), expected.rows.unwrap(), 1e-6);
         assert_close("weights", gradients.probs.unwrap(), expected.probs.unwrap(), 2e-6);
