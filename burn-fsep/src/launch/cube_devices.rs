@@ -14,8 +14,13 @@ use super::LaunchError;
 ///
 /// [`LaunchError::Device`] if there is none, or none that this build's shaders run on; it says what to install.
 pub(super) fn devices_of(kind: &DeviceType) -> Result<Vec<Device>, LaunchError> {
-    let devices: Vec<Device> = Device::enumerate(kind.clone()).into_iter().collect();
-    let Some(best) = devices.iter().map(speed).min() else {
+    let devices = Device::enumerate(kind.clone()).into_iter().map(|device| (speed(&device), device)).collect();
+    fastest(devices, kind)
+}
+
+/// The devices of the lowest number, of all devices of a kind.
+fn fastest(devices: Vec<(u8, Device)>, kind: &DeviceType) -> Result<Vec<Device>, LaunchError> {
+    let Some(best) = devices.iter().map(|(speed, _)| *speed).min() else {
         return Err(LaunchError::Device(format!("there is no device of {kind:?} here: {}", missing(kind))));
     };
     if best == SOFTWARE && cfg!(feature = "vulkan") {
@@ -26,7 +31,7 @@ pub(super) fn devices_of(kind: &DeviceType) -> Result<Vec<Device>, LaunchError> 
              with the feature `webgpu` in place of `vulkan`"
         )));
     }
-    Ok(devices.into_iter().filter(|device| speed(device) == best).collect())
+    Ok(devices.into_iter().filter(|(speed, _)| *speed == best).map(|(_, device)| device).collect())
 }
 
 /// The speed of a driver that computes on the CPU.
@@ -73,3 +78,20 @@ fn missing(kind: &DeviceType) -> &'static str {
 #[cfg(any(feature = "metal", feature = "vulkan", feature = "webgpu"))]
 const VULKAN: &str = "install a Vulkan driver, which NVIDIA's driver brings along; on Debian and Ubuntu `apt-get install libvulkan1 \
      mesa-vulkan-drivers` has those of AMD and Intel and one in software (`vulkaninfo --summary` lists what is found)";
+
+#[cfg(all(test, feature = "flex", any(feature = "metal", feature = "vulkan", feature = "webgpu")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fastest_devices_are_taken_and_a_missing_driver_is_named() {
+        let devices = |speeds: &[u8]| speeds.iter().map(|&speed| (speed, Device::flex())).collect();
+        for (speeds, taken) in [(&[1, 0, SOFTWARE, 0][..], 2), (&[1, SOFTWARE], 1)] {
+            assert_eq!(fastest(devices(speeds), &DeviceType::Wgpu).unwrap().len(), taken);
+        }
+        let error = fastest(devices(&[]), &DeviceType::Wgpu).unwrap_err().to_string();
+        assert!(error.contains("driver"), "{error}");
+        let software = fastest(devices(&[SOFTWARE]), &DeviceType::Wgpu);
+        assert_eq!(software.is_err(), cfg!(feature = "vulkan"), "{software:?}");
+    }
+}
