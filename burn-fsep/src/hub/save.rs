@@ -1,7 +1,6 @@
 use std::{path::Path, sync::Arc};
 
 use burn::{module::Module, tensor::FloatDType};
-use sha2::{Digest, Sha256};
 
 use super::{
     HubError, HubFolder,
@@ -18,8 +17,8 @@ use super::{
 };
 use crate::{
     FsepRuntime,
-    checkpoint::{Work, agree},
-    comm::{self, Communicator, Operation},
+    checkpoint::{Work, all_or_none},
+    comm::{self, Communicator, Operation, digest},
 };
 
 const SAVE: Operation = Operation::new("save of a model folder");
@@ -111,13 +110,13 @@ impl HubFolder {
     ) -> Result<(), HubError> {
         let comm = runtime.comm();
         let prepared = self.prepare(runtime, model, folder.as_ref(), config);
-        let job = Arc::new(agree(comm, SAVE, prepared)?);
+        let job = Arc::new(all_or_none(comm, SAVE, prepared)?);
         check_equal(comm, &self.inner, &job.plan)?;
         let values = param_values(model);
         check_replicas(comm, &job, &values)?;
         let output = job.output.clone();
         let begun = if comm.rank() == 0 { output.begin() } else { Ok(()) };
-        agree(comm, SAVE, begun)?;
+        all_or_none(comm, SAVE, begun)?;
         let written = Job::write(&job, comm, &values, &config.progress).and_then(|()| {
             let (job, config, rank) = (job.clone(), config.clone(), comm.rank());
             let committed = Work::start(move || if rank == 0 { complete(&job, &config) } else { Ok(()) });
@@ -150,13 +149,10 @@ fn check_replicas(comm: &dyn Communicator, job: &Job, values: &[ParamValue]) -> 
         return Ok(());
     }
     let replicated = || job.plan.params.iter().zip(values).filter(|(planned, _)| planned.param.experts.is_none());
-    let digests = replicated().map(|(planned, value)| {
-        let digest = Sha256::digest(value.all()?.as_bytes());
-        let digest = digest.iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte));
-        Ok((planned.param.path.clone(), digest))
-    });
+    let digests =
+        replicated().map(|(planned, value)| Ok((planned.param.path.clone(), digest(value.all()?.as_bytes()))));
     let digests: Result<Vec<_>, HubError> = digests.collect();
-    let digests = agree(comm, SAVE, digests)?;
+    let digests = all_or_none(comm, SAVE, digests)?;
     match comm::agree(comm, SAVE, &digests)? {
         None => Ok(()),
         Some(comm::Difference { field, rank, .. }) => Err(HubError::Divergence {
