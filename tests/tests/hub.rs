@@ -507,3 +507,21 @@ fn callers_are_told_how_far_it_is() {
     folder.save(&runtime, &model, temp.path().join("saved"), &save).unwrap();
     check("model.norm.weight");
 }
+
+#[test]
+#[ignore = "needs FSEP_TEST_PYTHON, a Python with transformers 5.24"]
+fn transformers_reads_what_was_written() {
+    let python = std::env::var("FSEP_TEST_PYTHON").expect("a Python with transformers");
+    let script = golden("make_golden.py");
+    for name in GOLDEN.into_iter().filter(|name| !name.ends_with("mxfp4") && !name.ends_with("fp8")) {
+        for size in [5_000_000_000, 10_000] {
+            let temp = tempfile::tempdir().unwrap();
+            let to = temp.path().join("saved");
+            round_trip(name, 2, &SaveConfig::new().with_max_shard_size(size), &to);
+            let mut check = std::process::Command::new(&python);
+            check.arg(&script).arg("check").args([&to, &golden(name)]);
+            let output = check.output().unwrap();
+            assert!(output.status.success(), "{name}: {output:?}");
+        }
+    }
+}

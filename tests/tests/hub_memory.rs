@@ -104,6 +104,7 @@ fn rank_that_loads_and_saves() {
         reset_peak();
         let model = folder.load(model, &LoadConfig::new().with_runtime(&runtime))?;
         let loading = status("VmHWM").saturating_sub(before);
+        eprintln!("{} MB before there is a model", before / MB);
         reset_peak();
         folder.save(&runtime, &model, job.join("saved"), &SaveConfig::new().with_max_shard_size(64 * MB as u64))?;
         let saving = status("VmHWM").saturating_sub(before);
@@ -115,7 +116,7 @@ fn rank_that_loads_and_saves() {
 }
 
 /// Loads and saves a model by ranks, none of which may have more than `allowed` bytes beside its part.
-fn check_memory(ranks: usize, [layers, experts, hidden, ffn]: [usize; 4], allowed: usize) {
+fn check_memory(ranks: usize, [layers, experts, hidden, ffn]: [usize; 4], allowed: [usize; 2]) {
     let temp = tempfile::tempdir().unwrap();
     let total = make_model(temp.path(), layers, experts, hidden, ffn);
     let of_experts = layers * experts * 3 * hidden * ffn * 4;
@@ -129,7 +130,7 @@ fn check_memory(ranks: usize, [layers, experts, hidden, ffn]: [usize; 4], allowe
         serde_json::from_slice(&fs::read(job.folder().join(format!("peaks-{rank}.json"))).unwrap()).unwrap()
     };
     for rank in 0..ranks {
-        for what in ["loading", "saving"] {
+        for (what, allowed) in ["loading", "saving"].into_iter().zip(allowed) {
             let peak = peaks(rank)[what].as_u64().unwrap() as usize;
             eprintln!("rank {rank} {what}: {} MB, its part of {} MB has {}", peak / MB, total / MB, part / MB);
             assert!(peak <= part + allowed, "rank {rank} {what}: {peak} bytes, its part has {part}");
@@ -142,11 +143,11 @@ fn check_memory(ranks: usize, [layers, experts, hidden, ffn]: [usize; 4], allowe
 
 #[test]
 fn four_ranks_hold_their_parts() {
-    check_memory(4, [4, 8, 256, 1792], 40 * MB);
+    check_memory(4, [4, 8, 256, 1792], [40 * MB, 40 * MB]);
 }
 
 #[test]
 #[ignore = "a gigabyte, and 16 processes"]
 fn sixteen_ranks_hold_their_parts_of_a_gigabyte() {
-    check_memory(16, [5, 16, 512, 2048], 64 * MB);
+    check_memory(16, [5, 16, 512, 2048], [64 * MB, 96 * MB]);
 }

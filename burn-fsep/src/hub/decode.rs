@@ -143,7 +143,12 @@ mod tests {
         let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
         let mut output = [0; 6];
         // A tie goes to the even number, anything more up.
-        convert(Dtype::F32, &bytes(&[1.00390625, 1.01171875, 1.0039064]), Dtype::BF16, &mut output);
+        convert(
+            Dtype::F32,
+            &bytes(&[1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 1.0 + 1.01 / 256.0]),
+            Dtype::BF16,
+            &mut output,
+        );
         assert_eq!(output, [0x80, 0x3f, 0x82, 0x3f, 0x81, 0x3f]);
         // By way of single precision this would be a tie.
         let mut output = [0; 2];

@@ -293,7 +293,7 @@ mod tests {
             };
             assert!(loss(0.0, 0.0).is_none());
             assert_eq!(loss(1.0, 1.0).unwrap().into_scalar::<f32>(), 0.0);
-            assert_eq!(pooled_load_balancing_loss(&[routing.clone()]).unwrap().into_scalar::<f32>(), 0.0);
+            assert_eq!(pooled_load_balancing_loss(std::slice::from_ref(&routing)).unwrap().into_scalar::<f32>(), 0.0);
         }
     }
 
