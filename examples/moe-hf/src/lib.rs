@@ -3,4 +3,17 @@
 // Burn's LibTorch backend: see burn-fsep/src/lib.rs
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+mod args;
+mod corpus;
+mod error;
+mod files;
 pub mod model;
+mod text;
+
+pub use args::{
+    Backend, BenchArgs, Cli, Comm, Command, DeviceArg, Dtype, FinetuneArgs, GenerateArgs, InspectArgs, LogitsArgs,
+    MakeArgs, MakeFamily, OptimizerArgs, ParallelArgs,
+};
+pub use corpus::Corpus;
+pub use error::MoeHfError;
+pub use text::TextCodec;
