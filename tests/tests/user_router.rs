@@ -61,7 +61,7 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// All experts on all tokens, with the weights that the router gives them: no permutation, no exchange.
 fn dense(x: Tensor<2>, target: Tensor<2>, ranks: usize) -> Left {
-    let shape = ExpertShape { hidden: HIDDEN, ffn: FFN };
+    let shape = ExpertShape::new(HIDDEN, FFN);
     let params: Vec<f32> =
         (0..EXPERTS).flat_map(|e| expert_parameters(shape, SEED, 0, e, 0..shape.num_params())).collect();
     let experts = Tensor::<2>::from_data(TensorData::new(params, [EXPERTS, shape.num_params()]), &device());

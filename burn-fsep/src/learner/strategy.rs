@@ -16,6 +16,7 @@ use crate::{
     comm::{Operation, all_gather_u64},
     train::{
         Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
+        has_expert_biases, update_expert_biases,
     },
 };
 
@@ -201,7 +202,14 @@ impl FsepStrategy {
         let step = checkpoints.progress.step + 1;
         let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
-        self.runtime.run(|| learner.optimizer_step(grads))?;
+        self.runtime.run(|| {
+            learner.optimizer_step(grads);
+            let model = learner.model();
+            if has_expert_biases(&model) {
+                // The Learner's own way to another model.
+                learner.load_model(update_expert_biases(&self.runtime, model).into_record());
+            }
+        })?;
         (checkpoints.progress.step, checkpoints.progress.iteration) = (step, iteration as u64);
         let context = OptimizerContext::new(step, gradient_norm, &self.runtime);
         self.each_callback(|callback| callback.on_optimizer_step(&context))
@@ -238,6 +246,7 @@ impl FsepStrategy {
                     }
                     (_, true) => {
                         gradients.discard_window();
+                        self.runtime.forget_expert_loads();
                         checkpoints.rewind(&self.runtime)?;
                     }
                     _ => {}

@@ -4,11 +4,12 @@ use burn::{
 };
 
 use super::{
-    DenseMoE, FSEPMoE, FsepExperts, RouterForcing, TopKRouter, forced_router::ForcedRouter, losses::AuxiliaryLosses,
+    DenseMoE, FSEPMoE, FsepExperts, RouterForcing, SharedExpert, SharedExpertConfig, TopKRouter, TopKRouterConfig,
+    forced_router::ForcedRouter, losses::AuxiliaryLosses,
 };
 use crate::{
     FsepError, FsepRuntime,
-    ops::{self, LayerSpec, WeightStorage},
+    ops::{self, ExpertActivation, LayerSpec, WeightStorage},
     shard::ExpertShape,
 };
 
@@ -20,6 +21,15 @@ pub enum ExpertParallelism {
     /// Static expert parallelism with resident experts: rank `r` owns experts `r * E / N ..`, nothing is unsharded,
     /// nothing is balanced. The baseline.
     Static,
+}
+
+/// Over what the load-balancing loss is taken.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum LoadBalancing {
+    /// All tokens of all ranks.
+    GlobalBatch,
+    /// Each sequence by itself (DeepSeek-V2's and V3's `seq_aux`): the last axis but one of the layer's input.
+    Sequence,
 }
 
 /// Configuration of an [`FSEPMoE`] layer. Options that Megatron-Core has carry its names.
@@ -38,12 +48,27 @@ pub struct FSEPMoEConfig {
     /// that some can stand twice.
     #[config(default = "None")]
     pub slots_per_rank: Option<usize>,
+    /// How the router chooses and weighs experts.
+    #[config(default = "TopKRouterConfig::new()")]
+    pub router: TopKRouterConfig,
+    /// The experts' nonlinearity, and with it whether they have a gate.
+    #[config(default = "ExpertActivation::SwiGlu")]
+    pub activation: ExpertActivation,
+    /// Whether both projections of an expert have biases.
+    #[config(default = false)]
+    pub add_bias_linear: bool,
+    /// An expert that computes all tokens, replicated on all ranks.
+    #[config(default = "None")]
+    pub shared_expert: Option<SharedExpertConfig>,
     /// How experts are spread over ranks.
     #[config(default = "ExpertParallelism::Fsep")]
     pub expert_parallelism: ExpertParallelism,
     /// Weight of the load-balancing auxiliary loss (Switch Transformer, eq. 4); 0 is off.
     #[config(default = 0.0)]
     pub moe_aux_loss_coeff: f64,
+    /// What the load-balancing loss balances.
+    #[config(default = "LoadBalancing::GlobalBatch")]
+    pub moe_router_load_balancing: LoadBalancing,
     /// Weight of the router z-loss (ST-MoE, eq. 5); 0 is off.
     #[config(default = 0.0)]
     pub moe_z_loss_coeff: f64,
@@ -59,6 +84,17 @@ pub struct FSEPMoEConfig {
     /// type of the parameters.
     #[config(default = "None")]
     pub compute_dtype: Option<FloatDType>,
+}
+
+/// What the dense layer and the sharded one have alike.
+pub(super) struct Replicated {
+    pub router: TopKRouter,
+    pub shared_expert: Option<SharedExpert>,
+    pub losses: AuxiliaryLosses,
+    pub forced: Option<ForcedRouter>,
+    pub activation: ExpertActivation,
+    /// The layer's number in its runtime.
+    pub layer: usize,
 }
 
 /// Parameters of a layer's experts in `f64` still have an address each.
@@ -85,8 +121,8 @@ impl FSEPMoEConfig {
     /// [`FsepError::UnsupportedDevice`] if this build has no operations for the device.
     pub fn try_init(&self, runtime: &FsepRuntime, device: &Device) -> Result<FSEPMoE, FsepError> {
         let experts = self.try_init_experts(runtime, device)?;
-        let (router, forced) = self.router(runtime.seed(), experts.layer_index(), device);
-        Ok(FSEPMoE { router, experts, losses: self.losses(), forced })
+        let replicated = self.replicated(runtime.seed(), experts.layer_index(), device);
+        Ok(FSEPMoE::new(experts, replicated))
     }
 
     /// The experts alone, for a router of your own; see [`FsepExperts::forward`]. They are a layer of the runtime as one of
@@ -126,7 +162,7 @@ impl FSEPMoEConfig {
             (true, _) => fewest,
             (false, slots) => slots.unwrap_or((fewest + 1).min(experts)),
         };
-        let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
+        let shape = self.shape();
         let storage = if is_static || ranks == 1 { WeightStorage::Resident } else { WeightStorage::Sharded };
         let spec = runtime.register_layer(|layer| LayerSpec {
             layer,
@@ -136,6 +172,7 @@ impl FSEPMoEConfig {
             slots_per_rank,
             topk: self.moe_router_topk,
             shape,
+            activation: self.activation,
             storage,
             fixed_layout: is_static,
             compute_dtype: self.compute_dtype,
@@ -153,20 +190,40 @@ impl FSEPMoEConfig {
     pub fn init_dense(&self, seed: u64, layer: usize, device: &Device) -> Result<DenseMoE, FsepError> {
         ops::check_device(device)?;
         self.check()?;
-        let shape = ExpertShape { hidden: self.hidden_size, ffn: self.moe_ffn_hidden_size };
-        let router = self.router(seed, layer, device);
-        Ok(DenseMoE::new(router, shape, self.num_moe_experts, self.losses(), seed, layer, device))
+        let replicated = self.replicated(seed, layer, device);
+        Ok(DenseMoE::new(replicated, self.shape(), self.num_moe_experts, seed, device))
     }
 
-    fn losses(&self) -> AuxiliaryLosses {
-        AuxiliaryLosses { balancing: self.moe_aux_loss_coeff, z: self.moe_z_loss_coeff }
+    fn shape(&self) -> ExpertShape {
+        ExpertShape {
+            hidden: self.hidden_size,
+            ffn: self.moe_ffn_hidden_size,
+            gated: self.activation.is_gated(),
+            bias: self.add_bias_linear,
+        }
     }
 
-    fn router(&self, seed: u64, layer: usize, device: &Device) -> (TopKRouter, Option<ForcedRouter>) {
+    fn replicated(&self, seed: u64, layer: usize, device: &Device) -> Replicated {
         let forced = self.moe_router_force.as_ref();
-        let forced = forced.map(|forcing| ForcedRouter::new(forcing, self.num_moe_experts, seed, layer));
         let dims = [self.hidden_size, self.num_moe_experts];
-        (TopKRouter::new(dims, self.moe_router_topk, self.compute_dtype, seed, layer, device), forced)
+        let losses = AuxiliaryLosses {
+            balancing: self.moe_aux_loss_coeff,
+            over: self.moe_router_load_balancing,
+            z: self.moe_z_loss_coeff,
+        };
+        let shared_expert = self.shared_expert.map(|SharedExpertConfig { ffn_hidden_size, gate }| {
+            let shape = ExpertShape { ffn: ffn_hidden_size, ..self.shape() };
+            let stream = [seed, layer as u64, self.num_moe_experts as u64];
+            SharedExpert::new(shape, self.activation, gate, stream, device)
+        });
+        Replicated {
+            router: TopKRouter::new(dims, self.moe_router_topk, &self.router, self.compute_dtype, seed, layer, device),
+            shared_expert,
+            losses,
+            forced: forced.map(|forcing| ForcedRouter::new(forcing, self.num_moe_experts, seed, layer)),
+            activation: self.activation,
+            layer,
+        }
     }
 
     fn check(&self) -> Result<(), FsepError> {
@@ -181,7 +238,8 @@ impl FSEPMoEConfig {
                 return fail(format!("{name} must be at least 1"));
             }
         }
-        let sizes = [3, self.hidden_size, self.moe_ffn_hidden_size, self.num_moe_experts];
+        // Biases are fewer than one matrix.
+        let sizes = [4, self.hidden_size, self.moe_ffn_hidden_size, self.num_moe_experts];
         if sizes.into_iter().try_fold(1usize, usize::checked_mul).is_none_or(|all| all > MAX_PARAMS) {
             return fail(format!(
                 "{} experts of 3 * {} * {} parameters are more than any machine can hold",
@@ -202,6 +260,17 @@ impl FSEPMoEConfig {
                 return fail(format!("{name} must be finite and not negative, got {value}"));
             }
         }
+        if self.shared_expert.is_some_and(|shared| shared.ffn_hidden_size == 0) {
+            return fail("shared_expert.ffn_hidden_size must be at least 1".into());
+        }
+        if let ExpertActivation::ClampedSwiGlu { alpha, limit } = self.activation
+            && !(alpha.is_finite() && limit.is_finite() && limit > 0.0)
+        {
+            return fail(format!(
+                "activation: alpha and limit must be finite, and limit positive; got {alpha} and {limit}"
+            ));
+        }
+        self.router.check(self.num_moe_experts, self.moe_router_topk)?;
         let force = self.moe_router_force.as_ref();
         force.map_or(Ok(()), |forcing| forcing.check(self.num_moe_experts, self.moe_router_topk))
     }

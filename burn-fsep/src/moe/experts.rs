@@ -5,13 +5,14 @@ use burn::{
     tensor::{DType, Device, Tensor, TensorData},
 };
 use burn_fsep_planner::RoutingCounts;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{RouterOutput, assignments::Assignments, tokens::check_dtype};
 use crate::{
     FsepError, FsepRuntime,
     burn_compat::{Metadata, is_reparameterized},
-    ops::{self, LayerSpec, Tracked, WeightStorage},
+    ops::{self, BesideTokens, LayerSpec, Tracked, WeightStorage},
     runtime::PassStart,
     shard::{ExpertShape, expert_parameters, foreign_owner, shard_id},
 };
@@ -56,6 +57,16 @@ pub struct FsepExpertsOutput {
     pub counts: Arc<RoutingCounts>,
 }
 
+/// What [`FsepExperts::compute`] has computed.
+pub(super) struct Computed {
+    pub output: FsepExpertsOutput,
+    /// What the work beside the tokens' travel has returned, if there was some.
+    pub beside: Option<Tensor<2>>,
+}
+
+/// No work beside the tokens' travel.
+const NO_WORK: Option<fn() -> Tensor<2>> = None;
+
 impl FsepExperts {
     pub(super) fn new(spec: Arc<LayerSpec>, runtime: &FsepRuntime, device: &Device) -> Self {
         let LayerSpec { layer, rank, world_size, num_experts, shape, .. } = *spec;
@@ -84,7 +95,7 @@ impl FsepExperts {
     /// If a collective fails or the input or the routing is of the wrong shape. Inside [`FsepRuntime::run`] the panic becomes a
     /// typed error; [`FsepExperts::try_forward`] returns it.
     pub fn forward(&self, tokens: Tensor<2>, routed: RouterOutput) -> FsepExpertsOutput {
-        self.compute(tokens, routed).unwrap_or_else(|error| self.runtime.fail(error))
+        self.compute(tokens, routed, NO_WORK).map_or_else(|error| self.runtime.fail(error), |computed| computed.output)
     }
 
     /// [`FsepExperts::forward`] in [`FsepRuntime::run`]: after an error the group is spent. `[T, D] -> [T, D]`
@@ -126,7 +137,13 @@ impl FsepExperts {
         })
     }
 
-    pub(super) fn compute(&self, tokens: Tensor<2>, routed: RouterOutput) -> Result<FsepExpertsOutput, FsepError> {
+    /// [`FsepExperts::forward`] with work that is done while tokens travel to the experts.
+    pub(super) fn compute(
+        &self,
+        tokens: Tensor<2>,
+        routed: RouterOutput,
+        beside: Option<impl FnOnce() -> Tensor<2> + Send + 'static>,
+    ) -> Result<Computed, FsepError> {
         let (spec, [num_tokens, width], dtype) = (self.spec(), tokens.dims(), tokens.dtype());
         self.check_input(dtype, width)?;
         self.check_weight()?;
@@ -144,11 +161,17 @@ impl FsepExperts {
         let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(experts.inner(), spec.num_experts);
         let weights = self.weight.val();
         let tracked = Tracked { hidden: tokens.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
-        let start = PassStart { ends, tracked, weights: weights.clone(), param: self.weight.id };
+        let result = Arc::new(Mutex::new(None));
+        let beside = beside.map(|work| {
+            let result = result.clone();
+            Box::new(move || *result.lock() = Some(work())) as BesideTokens
+        });
+        let start = PassStart { ends, tracked, weights: weights.clone(), param: self.weight.id, beside };
         let pass = self.runtime.begin_pass(spec, start)?;
         let hidden = ops::moe(tokens, probs, weights, row_of, assignment_of, token_of, pass.clone());
         self.runtime.end_forward(&pass, &hidden);
-        Ok(FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() })
+        let output = FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() };
+        Ok(Computed { output, beside: result.lock().take() })
     }
 
     /// Whether the parameters are what this rank was given of them: a user can load, or attach, anything else.

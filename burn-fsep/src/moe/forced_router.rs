@@ -83,11 +83,11 @@ impl ForcedRouter {
             Self::Bias(bias) => {
                 let bias = TensorData::new(bias.clone(), [1, bias.len()]);
                 let bias = Tensor::<2>::from_data(bias, &logits.device());
-                RouterOutput::top_k(logits + bias, topk, dtype)
+                router.choose(logits + bias, dtype)
             }
             Self::Shares { shares, chosen } => {
                 let chosen = choose_once(&mut chosen.lock(), shares, tokens, topk, &logits.device().inner());
-                RouterOutput::of_choice(logits, chosen, dtype)
+                router.weigh(logits, chosen, dtype)
             }
         })
     }

@@ -1,18 +1,20 @@
 use burn::{module::Module, tensor::Tensor};
 
 use super::{
-    FsepExperts, FsepExpertsOutput, TokenMask, TopKRouter,
+    FsepExperts, FsepExpertsOutput, SharedExpert, TokenMask, TopKRouter,
+    config::Replicated,
+    experts::Computed,
     forced_router::ForcedRouter,
-    losses::AuxiliaryLosses,
+    losses::{AuxiliaryLosses, LayerRouting, Sequences},
     tokens::{from_token_rows, token_rows},
 };
 use crate::{FsepError, FsepRuntime};
 
 /// A Mixture-of-Experts feed-forward layer whose experts are fully sharded over ranks.
 ///
-/// It is router, experts and auxiliary losses; with another router, use [`FsepExperts`] alone.
+/// It is router, experts, maybe a shared expert, and auxiliary losses; with another router, use [`FsepExperts`] alone.
 ///
-/// Each token is computed by its `K` most probable SwiGLU experts; no token is dropped. For any world size, layout and
+/// Each token is computed by its `K` best experts, and by the shared one if there is one; no token is dropped. For any world size, layout and
 /// dispatch the result and all gradients are those of the same layer on one rank ([`DenseMoE`](super::DenseMoE)).
 ///
 /// Collective: all ranks run the same layers in the same order, also with no token. Expert gradients come out of
@@ -30,6 +32,8 @@ pub struct FSEPMoE {
     pub router: TopKRouter,
     /// This rank's part of the experts.
     pub experts: FsepExperts,
+    /// Computes all tokens, if there is one, while tokens travel to the experts that the router chose.
+    pub shared_expert: Option<SharedExpert>,
     #[module(skip)]
     pub(super) losses: AuxiliaryLosses,
     /// Routes in place of `router`, with its weight.
@@ -45,9 +49,16 @@ pub struct MoeOutput<const D: usize> {
     /// Sum of the auxiliary losses that are switched on, in single precision, to be added to the rank's loss as it is: the mean
     /// over ranks is the loss of all ranks' tokens. `[1]`
     pub aux_loss: Option<Tensor<1>>,
+    /// How tokens were routed, for losses over several layers.
+    pub routing: LayerRouting,
 }
 
 impl FSEPMoE {
+    pub(super) fn new(experts: FsepExperts, replicated: Replicated) -> Self {
+        let Replicated { router, shared_expert, losses, forced, .. } = replicated;
+        Self { router, experts, shared_expert, losses, forced }
+    }
+
     /// Applies the layer; auxiliary losses are dropped. `[.., D] -> [.., D]`
     ///
     /// # Panics
@@ -110,11 +121,18 @@ impl FSEPMoE {
         self.experts.check_input(hidden.dtype(), dims[R - 1])?;
         let tokens = token_rows(hidden, mask)?;
         let mut routed = ForcedRouter::or(self.forced.as_ref(), &self.router, tokens.clone())?;
-        let (scores, logits) = (routed.scores.take(), routed.logits.take());
-        let FsepExpertsOutput { hidden, counts } = self.experts.compute(tokens, routed)?;
-        let (topk, ranks) = (self.router.topk(), self.runtime().world_size());
-        let aux_loss = self.losses.of(scores, logits, &counts.expert_totals(), topk, ranks)?;
-        Ok(MoeOutput { hidden: from_token_rows(hidden, dims, mask), aux_loss })
+        let scores = routed.scores.take();
+        let beside = self.shared_expert.clone().map(|shared| {
+            let tokens = tokens.clone();
+            move || shared.forward(tokens)
+        });
+        let Computed { output: FsepExpertsOutput { hidden, counts }, beside } =
+            self.experts.compute(tokens, routed.clone(), beside)?;
+        let hidden = beside.into_iter().fold(hidden, |hidden, shared| hidden + shared);
+        let (expert_loads, ranks) = (counts.expert_totals(), self.runtime().world_size());
+        let routing = LayerRouting { scores, expert_loads, topk: self.router.topk(), ranks };
+        let aux_loss = self.losses.of(routed, &routing, |like| Sequences::new(&dims, mask, like))?;
+        Ok(MoeOutput { hidden: from_token_rows(hidden, dims, mask), aux_loss, routing })
     }
 }
 

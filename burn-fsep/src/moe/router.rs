@@ -1,31 +1,66 @@
+use std::fmt;
+
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Device, FloatDType, Tensor, TensorData},
+    tensor::{DType, Device, Distribution, FloatDType, Tensor, TensorData},
 };
+use serde::{Deserialize, Serialize};
 
-use super::{RouterOutput, tokens::check_dtype};
+use super::{ExpertBiasConfig, RouterOutput, TopKRouterConfig, choice, tokens::check_dtype};
 use crate::{
     FsepError,
+    burn_compat::Metadata,
     shard::{mix, uniform},
 };
 
-/// A softmax router: each token goes to its `K` most probable experts, whose probabilities are normalised to sum 1
-/// (Mixtral). For `K = 1` the expert's output is weighted by its probability as it is (Switch Transformer, eq. 2): normalised,
-/// it would be 1, and the router would get no gradient from the model's loss.
+/// A router that gives each token to the `K` experts with the best scores, as [`TopKRouterConfig`] says. Of experts with equal
+/// scores the one with the lower index is better, on every backend.
+///
+/// By default a softmax router whose probabilities of the chosen experts are normalised to sum 1 (Mixtral). For `K = 1` the
+/// expert's output is weighted by its probability as it is (Switch Transformer, eq. 2): normalised, it would be 1, and the router
+/// would get no gradient from the model's loss.
 #[derive(Module, Debug)]
 pub struct TopKRouter {
+    // Before the parameters, so that mappers know what they meet.
+    info: Metadata<RouterInfo>,
     /// `[D, E]`, replicated on all ranks.
     pub weight: Param<Tensor<2>>,
+    /// Added to the logits, if they have a bias. `[E]`
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Added to the scores where experts are chosen, and to nothing else, if loads are balanced so. No gradient reaches it;
+    /// [`update_expert_biases`](crate::train::update_expert_biases) changes it. `[E]`
+    pub expert_bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    config: TopKRouterConfig,
     #[module(skip)]
     topk: usize,
     #[module(skip)]
     compute_dtype: Option<FloatDType>,
 }
 
+/// What mappers are to know of a router: those that update its bias.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RouterInfo {
+    /// The number of the router's layer in its runtime.
+    pub router_of_layer: usize,
+    /// How the bias on its choice is updated, if it has one: rate, and whether the biases' mean stays.
+    pub expert_bias: Option<(f64, bool)>,
+}
+
+impl fmt::Display for RouterInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.expert_bias {
+            Some((rate, _)) => write!(f, "of layer {}, expert bias at a rate of {rate}", self.router_of_layer),
+            None => write!(f, "of layer {}", self.router_of_layer),
+        }
+    }
+}
+
 impl TopKRouter {
     pub(super) fn new(
         [hidden, experts]: [usize; 2],
         topk: usize,
+        config: &TopKRouterConfig,
         compute_dtype: Option<FloatDType>,
         seed: u64,
         layer: usize,
@@ -36,7 +71,18 @@ impl TopKRouter {
         let bound = 1.0 / (hidden as f32).sqrt();
         let draw = |position: usize| bound * uniform(mix(stream, position as u64 + 1));
         let values: Vec<f32> = (0..hidden * experts).map(draw).collect();
-        Self { weight: Param::from_data(TensorData::new(values, [hidden, experts]), device), topk, compute_dtype }
+        let zeros = || Param::from_tensor(Tensor::<1>::zeros([experts], (device, DType::F32)));
+        let expert_bias =
+            config.expert_bias.map(|ExpertBiasConfig { update_rate, zero_mean }| (update_rate, zero_mean));
+        Self {
+            info: Metadata(RouterInfo { router_of_layer: layer, expert_bias }),
+            weight: Param::from_data(TensorData::new(values, [hidden, experts]), device),
+            bias: config.logit_bias.then(zeros),
+            expert_bias: config.expert_bias.map(|_| zeros().set_require_grad(false)),
+            config: config.clone(),
+            topk,
+            compute_dtype,
+        }
     }
 
     /// Experts per token `K`.
@@ -44,18 +90,23 @@ impl TopKRouter {
         self.topk
     }
 
-    /// Routes tokens. `[T, D] -> RouterOutput`. Each row of probabilities sums to 1, unless `K` is 1; a token whose logits leave
-    /// no probabilities (not a number, or infinite) gets no expert.
+    /// How it chooses and weighs experts.
+    pub fn config(&self) -> &TopKRouterConfig {
+        &self.config
+    }
+
+    /// Routes tokens. `[T, D] -> RouterOutput`. A token whose logits leave no scores (not a number, or infinite) gets no expert.
     ///
     /// # Errors
     ///
     /// [`FsepError::Shape`] if hidden size or element type are not the router's.
     pub fn forward(&self, hidden: Tensor<2>) -> Result<RouterOutput, FsepError> {
         let dtype = hidden.dtype();
-        Ok(RouterOutput::top_k(self.logits(hidden)?, self.topk, dtype))
+        let logits = self.logits(hidden)?;
+        Ok(self.choose(logits, dtype))
     }
 
-    /// In single precision, as softmax and losses are, also where the product is not. `[T, D] -> [T, E]`
+    /// In single precision, as scores and losses are, also where the product is not. `[T, D] -> [T, E]`
     pub(super) fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>, FsepError> {
         let (width, expected) = (hidden.dims()[1], self.weight.dims()[0]);
         if width != expected {
@@ -65,9 +116,33 @@ impl TopKRouter {
                 actual: width.to_string(),
             });
         }
-        let dtype = hidden.dtype();
-        check_dtype(dtype, self.compute_dtype.map_or(self.weight.dtype(), DType::from))?;
-        Ok(hidden.matmul(self.weight.val().cast(dtype)).cast(FloatDType::F32))
+        check_dtype(hidden.dtype(), self.compute_dtype.map_or(self.weight.dtype(), DType::from))?;
+        let weight = self.weight.val();
+        let dtype = self.config.dtype.map_or(hidden.dtype(), DType::from);
+        let is_trained = hidden.is_tracked() || weight.is_tracked();
+        let mut hidden = hidden.cast(dtype);
+        let eps = self.config.input_jitter_eps;
+        if eps > 0.0 && is_trained {
+            hidden = hidden.clone() * hidden.random_like(Distribution::Uniform(1.0 - eps, 1.0 + eps));
+        }
+        let logits = hidden.matmul(weight.cast(dtype));
+        let logits = match &self.bias {
+            Some(bias) => logits + bias.val().cast(dtype).unsqueeze(),
+            None => logits,
+        };
+        Ok(logits.cast(FloatDType::F32))
+    }
+
+    /// The experts of each token and their weights, of this type. `logits`: `[T, E]`
+    pub(super) fn choose(&self, logits: Tensor<2>, dtype: DType) -> RouterOutput {
+        let bias = self.expert_bias.as_ref().map(|bias| bias.val().inner().cast(FloatDType::F32));
+        choice::top_k(logits, &self.config, bias, self.topk, dtype)
+    }
+
+    /// The weights of experts that somebody else has chosen. `logits`: `[T, E]`, `chosen`: `[T, K]`
+    pub(super) fn weigh(&self, logits: Tensor<2>, chosen: Tensor<2, burn::tensor::Int>, dtype: DType) -> RouterOutput {
+        let scores = choice::scores(&logits, &self.config);
+        choice::weigh(logits, scores, chosen, &self.config, dtype)
     }
 }
 
@@ -108,7 +183,7 @@ mod tests {
     /// On every platform and in every version. These are Python's.
     #[test]
     fn values_of_a_seed_are_fixed() {
-        let router = TopKRouter::new([4, 3], 2, None, 7, 2, &Device::flex());
+        let router = TopKRouter::new([4, 3], 2, &TopKRouterConfig::new(), None, 7, 2, &Device::flex());
         let bits: Vec<u32> = router.weight.val().into_data().iter::<f32>().map(f32::to_bits).collect();
         assert_eq!(
             [0, 1, 2, 3, 4, 11].map(|position| bits[position]),

@@ -7,7 +7,7 @@ use burn::{
         Backend, Dispatch as AnyBackend, TensorMetadata, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Tensor, read_sync},
+    tensor::{Tensor, TensorData, read_sync},
 };
 
 use super::assignment_order::{AssignmentOrder, with_dtype};
@@ -44,6 +44,21 @@ pub trait FsepDeviceOps: Backend {
         let token_of = assignment_of.iter().map(|assignment| assignment / topk).collect();
         let upload = |values| Self::int_from_data(with_dtype(values, dtype), &device);
         (upload(row_of), upload(assignment_of), upload(token_of), upload(ends))
+    }
+
+    /// Indices of the `topk` largest numbers of each row, the largest first and of equal ones the lower index; what is no number
+    /// counts as the smallest. `[R, W] -> [R, topk]`, of single precision.
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
+    fn fsep_top_k(numbers: FloatTensor<Self>, topk: usize) -> IntTensor<Self> {
+        let device = numbers.device();
+        let [rows, width] = numbers.shape().dims();
+        let data = read_sync(Self::float_into_data(numbers)).expect("the device of the scores answers");
+        let data = data.as_slice::<f32>().expect("scores are of single precision");
+        let chosen: Vec<i64> = data.chunks_exact(width.max(1)).flat_map(|row| top_k_of(row, topk)).collect();
+        Self::int_from_data(TensorData::new(chosen, [rows, topk]), &device)
     }
 
     /// All ranks' messages, each a `header` and the rank's `ends`, `[E + 2]`, in host memory: `[N, header + E + 2]`.
@@ -90,6 +105,23 @@ impl FsepDeviceOps for burn::backend::Flex {
     fn fsep_is_same(a: FloatTensor<Self>, b: FloatTensor<Self>) -> bool {
         a.dtype() == b.dtype() && a.layout() == b.layout() && Arc::ptr_eq(&a.data_arc(), &b.data_arc())
     }
+}
+
+/// Indices of the largest numbers of a row, as [`FsepDeviceOps::fsep_top_k`] orders them.
+fn top_k_of(row: &[f32], topk: usize) -> Vec<i64> {
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    // Adding 0 makes minus 0 what it is equal to.
+    let key = |&index: &u32| {
+        let number = row[index as usize] + 0.0;
+        if number.is_nan() { f32::NEG_INFINITY } else { number }
+    };
+    let better = |a: &u32, b: &u32| key(b).total_cmp(&key(a)).then(a.cmp(b));
+    if topk < order.len() {
+        order.select_nth_unstable_by(topk, better);
+        order.truncate(topk);
+    }
+    order.sort_unstable_by(better);
+    order.into_iter().map(i64::from).collect()
 }
 
 /// [`FsepDeviceOps::fsep_is_same`] of tensors of any backend, without gradients.

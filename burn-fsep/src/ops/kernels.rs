@@ -10,7 +10,7 @@ use burn::{
 use burn_fsep_planner::Layout;
 
 use super::{
-    combine, replicas, slot_experts,
+    ExpertActivation, combine, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
     types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
 };
@@ -21,7 +21,7 @@ use crate::{
 
 /// The computations of an MoE layer. The default bodies serve every backend; a backend replaces what it can do better.
 pub trait FsepKernels: Backend {
-    /// `down(silu(gate x) * up x)` of each slot on its rows. `[M, D] -> [M, D]`
+    /// `down(activation(gate x, up x))` of each slot on its rows. `[M, D] -> [M, D]`
     ///
     /// # Errors
     ///
@@ -29,9 +29,10 @@ pub trait FsepKernels: Backend {
     fn fsep_experts(
         tokens: &FloatTensor<Self>,
         weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsOutput<Self>, FsepError> {
-        Ok(slot_experts::forward::<Self>(tokens, weights, slot_rows))
+        Ok(slot_experts::forward::<Self>(tokens, weights, activation, slot_rows))
     }
 
     /// Backward of [`FsepKernels::fsep_experts`].
@@ -42,9 +43,10 @@ pub trait FsepKernels: Backend {
     fn fsep_experts_backward(
         args: ExpertsBackward<Self>,
         weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
-        Ok(slot_experts::backward::<Self>(args, weights, slot_rows))
+        Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
     }
 
     /// Sums the experts' outputs of each token, weighted: `sum over k of probs[t, k] * rows[row_of[t * K + k]]`.

@@ -1,6 +1,7 @@
 use burn::tensor::{DType, FloatDType};
 use serde::{Deserialize, Serialize};
 
+use super::ExpertActivation;
 use crate::{comm::Operation, shard::ExpertShape};
 
 /// How a rank keeps its experts' parameters between steps.
@@ -29,6 +30,8 @@ pub struct LayerSpec {
     pub topk: usize,
     /// Sizes of an expert.
     pub shape: ExpertShape,
+    /// The experts' nonlinearity.
+    pub activation: ExpertActivation,
     /// How this rank keeps its part of the experts.
     pub storage: WeightStorage,
     /// Experts have fixed owners: the layout cannot be changed.

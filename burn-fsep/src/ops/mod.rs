@@ -1,6 +1,7 @@
 //! The backend extension: one differentiable operation for a whole MoE layer after its router, written once for every
 //! backend, and the kernels that a backend may replace by faster ones.
 
+mod activation;
 mod assignment_order;
 mod autodiff;
 mod combine;
@@ -22,6 +23,7 @@ mod tensor_exchange;
 mod types;
 mod unshard;
 
+pub use activation::ExpertActivation;
 pub use assignment_order::counts_of;
 pub use device_check::check_device;
 pub use device_ops::{FsepDeviceOps, is_same};
@@ -32,5 +34,7 @@ pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
-pub use pass::{Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange};
+pub use pass::{
+    BesideTokens, Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange,
+};
 pub use unshard::Unshard;

@@ -4,6 +4,7 @@ use super::{
     FsepKernels, LayerPass, Tracked,
     expert_weights::{end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
+    tensor_exchange::PendingTensor,
     types::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
 };
 use crate::{FsepError, comm::ExchangePlan};
@@ -66,14 +67,16 @@ fn try_forward<B: FsepKernels>(
     let unshards = pass.unshards.as_ref();
     let unsharding = start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?;
     let permuted = B::float_select(hidden, 0, rows.token_of.clone());
-    let tokens = exchange_rows::<B>(permuted, pass, &pass.dispatch.tokens, "tokens to experts in forward")?;
+    let travelling = start_rows::<B>(permuted, pass, &pass.dispatch.tokens, "tokens to experts in forward")?;
+    pass.work_beside_tokens();
+    let tokens = travelling.wait()?;
     // Behind the tokens, so that the two do not compete; it travels while the experts compute.
     if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
         next.start()?;
     }
     let unsharded = unsharding.wait(pass)?;
     let span = pass.span("experts in forward");
-    let experts = B::fsep_experts(&tokens, &unsharded, &pass.dispatch.slot_rows)?;
+    let experts = B::fsep_experts(&tokens, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
     drop(span);
     end_forward(unsharded, pass)?;
 
@@ -137,7 +140,7 @@ fn try_backward<B: FsepKernels>(
         ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
     let span = pass.span("experts in backward");
     let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
-        B::fsep_experts_backward(args, &unsharded, &pass.dispatch.slot_rows)?;
+        B::fsep_experts_backward(args, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
     drop(span);
     drop(unsharded);
 
@@ -161,6 +164,39 @@ fn try_backward<B: FsepKernels>(
     Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
 }
 
+/// Rows on their way to other ranks.
+enum TravellingRows<B: Backend> {
+    /// They stay where they are.
+    Here(FloatTensor<B>),
+    Travelling(PendingTensor<B>, [usize; 2]),
+}
+
+impl<B: FsepKernels> TravellingRows<B> {
+    /// `[rows received, D]`
+    fn wait(self) -> Result<FloatTensor<B>, FsepError> {
+        match self {
+            Self::Here(rows) => Ok(rows),
+            Self::Travelling(pending, dims) => pending.wait(dims),
+        }
+    }
+}
+
+/// Starts an All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
+fn start_rows<B: FsepKernels>(
+    rows: FloatTensor<B>,
+    pass: &LayerPass,
+    plan: &ExchangePlan,
+    name: &'static str,
+) -> Result<TravellingRows<B>, FsepError> {
+    if pass.spec.world_size == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
+        return Ok(TravellingRows::Here(rows));
+    }
+    let width = rows.shape()[1];
+    let operation = pass.operation(name);
+    let pending = B::fsep_start_exchange(rows, pass.context.tokens.as_ref(), operation, &plan.scaled(width))?;
+    Ok(TravellingRows::Travelling(pending, [plan.recv_len, width]))
+}
+
 /// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
 fn exchange_rows<B: FsepKernels>(
     rows: FloatTensor<B>,
@@ -168,11 +204,5 @@ fn exchange_rows<B: FsepKernels>(
     plan: &ExchangePlan,
     name: &'static str,
 ) -> Result<FloatTensor<B>, FsepError> {
-    if pass.spec.world_size == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
-        return Ok(rows);
-    }
-    let width = rows.shape()[1];
-    let operation = pass.operation(name);
-    let pending = B::fsep_start_exchange(rows, pass.context.tokens.as_ref(), operation, &plan.scaled(width))?;
-    pending.wait([plan.recv_len, width])
+    start_rows::<B>(rows, pass, plan, name)?.wait()
 }

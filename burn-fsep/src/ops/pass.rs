@@ -2,6 +2,7 @@ use std::{ops::Range, sync::Arc};
 
 use burn::tensor::DType;
 use burn_fsep_planner::{Layout, RoutingCounts, dispatch::DispatchPlan};
+use parking_lot::Mutex;
 
 use super::{LayerSpec, Unshard};
 use crate::{
@@ -65,6 +66,9 @@ pub struct RankContext {
 /// Work that is put off. It must not keep a pass alive.
 pub type Deferred = Box<dyn FnOnce() -> Result<(), FsepError> + Send>;
 
+/// Work that needs none of the experts: done while tokens travel to them in forward.
+pub type BesideTokens = Box<dyn FnOnce() + Send>;
+
 /// What the operations tell those who run and schedule them, which they do not know.
 pub trait PassHost: std::fmt::Debug + Send + Sync {
     /// Backward of a pass begins. Returns the unshard of the pass whose backward comes next, to be started behind this one's
@@ -110,7 +114,6 @@ pub struct RoutedDispatch {
 }
 
 /// Everything that one rank has to know to run one pass of one layer, forward and backward.
-#[derive(Debug)]
 pub struct LayerPass {
     pub spec: Arc<LayerSpec>,
     pub context: Arc<RankContext>,
@@ -122,6 +125,14 @@ pub struct LayerPass {
     pub tracked: Tracked,
     /// Type of the parameters and their gradients.
     pub param_dtype: DType,
+    /// Taken when it is done.
+    pub beside_tokens: Mutex<Option<BesideTokens>>,
+}
+
+impl std::fmt::Debug for LayerPass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LayerPass").field("spec", &self.spec).field("dispatch", &self.dispatch).finish_non_exhaustive()
+    }
 }
 
 /// Unshards that belong to one pass of a layer with sharded experts.
@@ -154,6 +165,16 @@ impl LayerPass {
             .timeline
             .as_ref()
             .and_then(|timeline| timeline.compute(format!("{name}, layer {}", self.spec.layer)))
+    }
+
+    /// Does what is to be done while tokens travel.
+    pub fn work_beside_tokens(&self) {
+        // Taken before it runs: the lock is not held meanwhile.
+        let work = self.beside_tokens.lock().take();
+        if let Some(work) = work {
+            let _span = self.span("shared expert in forward");
+            work();
+        }
     }
 
     /// The experts of this rank by slot. Shape `[C]`.

@@ -7,21 +7,30 @@ use burn::{
     tensor::{Shape, Slice},
 };
 
-use super::types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput};
+use super::{
+    ExpertActivation,
+    activation::{activate, activate_backward},
+    types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+};
 
-/// Forward; keeps the activations before SwiGLU of each slot that has tokens, `[m, 2F]`.
+/// Forward; keeps what the first projection of each slot that has tokens gives, `[m, 2F or F]`.
 pub(super) fn forward<B: Backend>(
     tokens: &FloatTensor<B>,
     weights: &ExpertWeights<B>,
+    activation: ExpertActivation,
     slot_rows: &[Range<usize>],
 ) -> ExpertsOutput<B> {
     let mut outputs = Vec::with_capacity(slot_rows.len());
     let mut kept = Vec::with_capacity(slot_rows.len());
     for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
-        let gate_up = B::float_matmul(rows_of::<B>(tokens, rows), B::float_transpose(weights.gate_up(slot)));
-        let hidden = swiglu::<B>(gate_up.clone());
-        outputs.push(B::float_matmul(hidden, B::float_transpose(weights.down(slot))));
-        kept.push(gate_up);
+        let first = first_projection::<B>(rows_of::<B>(tokens, rows), weights, slot);
+        let hidden = activate::<B>(activation, first.clone());
+        let output = B::float_matmul(hidden, B::float_transpose(weights.down(slot)));
+        outputs.push(match weights.biases(slot) {
+            Some([_, bias]) => B::float_add(output, bias),
+            None => output,
+        });
+        kept.push(first);
     }
     ExpertsOutput { output: cat_rows::<B>(outputs, tokens), kept }
 }
@@ -30,6 +39,7 @@ pub(super) fn forward<B: Backend>(
 pub(super) fn backward<B: Backend>(
     args: ExpertsBackward<B>,
     weights: &ExpertWeights<B>,
+    activation: ExpertActivation,
     slot_rows: &[Range<usize>],
 ) -> ExpertsGradients<B> {
     let ExpertsBackward { tokens, kept, grad, want_tokens, want_weights } = args;
@@ -49,23 +59,24 @@ pub(super) fn backward<B: Backend>(
         }
         let x = rows_of::<B>(&tokens, rows);
         let dy = rows_of::<B>(&grad, rows);
-        let activations = kept
-            .as_mut()
-            .and_then(Iterator::next)
-            .unwrap_or_else(|| B::float_matmul(x.clone(), B::float_transpose(weights.gate_up(slot))));
+        let activations =
+            kept.as_mut().and_then(Iterator::next).unwrap_or_else(|| first_projection::<B>(x.clone(), weights, slot));
         let d_hidden = B::float_matmul(dy.clone(), weights.down(slot));
-        let (d_gate_up, hidden) = swiglu_backward::<B>(activations, d_hidden);
+        let (d_first, hidden) = activate_backward::<B>(activation, activations, d_hidden);
         if want_weights {
             let mut parts = vec![
-                flat::<B>(B::float_matmul(B::float_transpose(d_gate_up.clone()), x)),
-                flat::<B>(B::float_matmul(B::float_transpose(dy), hidden)),
+                flat::<B>(B::float_matmul(B::float_transpose(d_first.clone()), x)),
+                flat::<B>(B::float_matmul(B::float_transpose(dy.clone()), hidden)),
             ];
+            if weights.shape.bias {
+                parts.extend([&d_first, &dy].map(|grad| flat::<B>(B::float_sum_dim(grad.clone(), 0))));
+            }
             let padding = width - weights.shape.num_params();
             parts.extend((padding > 0).then(|| zeros(padding)));
             d_weights.push((row, parts));
         }
         if want_tokens {
-            d_tokens.push(B::float_matmul(d_gate_up, weights.gate_up(slot)));
+            d_tokens.push(B::float_matmul(d_first, weights.gate_up(slot)));
         }
     }
     d_weights.sort_by_key(|(row, _)| *row);
@@ -76,6 +87,15 @@ pub(super) fn backward<B: Backend>(
             let parts = d_weights.into_iter().flat_map(|(_, parts)| parts).collect();
             B::float_reshape(B::float_cat(parts, 0), Shape::new([rows, width]))
         }),
+    }
+}
+
+/// `[m, D] -> [m, 2F or F]`
+fn first_projection<B: Backend>(x: FloatTensor<B>, weights: &ExpertWeights<B>, slot: usize) -> FloatTensor<B> {
+    let product = B::float_matmul(x, B::float_transpose(weights.gate_up(slot)));
+    match weights.biases(slot) {
+        Some([bias, _]) => B::float_add(product, bias),
+        None => product,
     }
 }
 
@@ -96,32 +116,4 @@ fn cat_rows<B: Backend>(mut parts: Vec<FloatTensor<B>>, like: &FloatTensor<B>) -
         1 => parts.swap_remove(0),
         _ => B::float_cat(parts, 0),
     }
-}
-
-/// `silu(gate) * up`. `[M, 2F] -> [M, F]`, gate in the first `F` columns.
-fn swiglu<B: Backend>(gate_up: FloatTensor<B>) -> FloatTensor<B> {
-    let (gate, up) = halves::<B>(gate_up);
-    let silu = B::float_mul(gate.clone(), B::sigmoid(gate));
-    B::float_mul(silu, up)
-}
-
-/// Backward of [`swiglu`]: the gradient of `gate_up` and, since backward needs it once more, the output.
-/// `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`
-fn swiglu_backward<B: Backend>(gate_up: FloatTensor<B>, grad: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (gate, up) = halves::<B>(gate_up);
-    let sigmoid = B::sigmoid(gate.clone());
-    let silu = B::float_mul(gate.clone(), sigmoid.clone());
-    let output = B::float_mul(silu.clone(), up.clone());
-    // d silu = sigmoid + silu * (1 - sigmoid)
-    let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1.0.into());
-    let d_silu = B::float_add(sigmoid, B::float_mul(silu.clone(), rest));
-    let d_gate = B::float_mul(B::float_mul(grad.clone(), up), d_silu);
-    let d_up = B::float_mul(grad, silu);
-    (B::float_cat(vec![d_gate, d_up], 1), output)
-}
-
-fn halves<B: Backend>(gate_up: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
-    let [rows, width] = gate_up.shape().dims();
-    let half = |start: usize| [Slice::from(0..rows), Slice::from(start..start + width / 2)];
-    (B::float_slice(gate_up.clone(), &half(0)), B::float_slice(gate_up, &half(width / 2)))
 }

@@ -26,7 +26,7 @@ pub struct RowIndices<B: Backend> {
 /// Whole experts, one a slot, for as long as a layer computes.
 #[derive(Debug)]
 pub struct ExpertWeights<B: Backend> {
-    /// Flat parameters of one expert a row: `gate_up` `[2F, D]`, then `down` `[D, F]`, then padding. `[rows, >= P]`
+    /// Flat parameters of one expert a row, as [`ExpertShape`] says, then padding. `[rows, >= P]`
     pub flat: FloatTensor<B>,
     /// The row of each slot's expert. Shape `[C]`.
     pub rows: Vec<usize>,
@@ -37,14 +37,25 @@ pub struct ExpertWeights<B: Backend> {
 }
 
 impl<B: Backend> ExpertWeights<B> {
-    /// A view of the slot's gate and up projection. `[2F, D]`
+    /// A view of the slot's first projection: gate, if there is one, and up. `[2F or F, D]`
     pub fn gate_up(&self, slot: usize) -> FloatTensor<B> {
-        self.part(slot, 0..self.shape.gate_up_len(), [2 * self.shape.ffn, self.shape.hidden])
+        self.part(slot, 0..self.shape.gate_up_len(), [self.shape.first_width(), self.shape.hidden])
     }
 
     /// A view of the slot's down projection. `[D, F]`
     pub fn down(&self, slot: usize) -> FloatTensor<B> {
-        self.part(slot, self.shape.gate_up_len()..self.shape.num_params(), [self.shape.hidden, self.shape.ffn])
+        self.part(slot, self.shape.gate_up_len()..self.shape.bias_start(), [self.shape.hidden, self.shape.ffn])
+    }
+
+    /// Views of the slot's biases: of the first projection, `[1, 2F or F]`, and of the second, `[1, D]`.
+    pub fn biases(&self, slot: usize) -> Option<[FloatTensor<B>; 2]> {
+        let (start, width) = (self.shape.bias_start(), self.shape.first_width());
+        self.shape.bias.then(|| {
+            [
+                self.part(slot, start..start + width, [1, width]),
+                self.part(slot, start + width..self.shape.num_params(), [1, self.shape.hidden]),
+            ]
+        })
     }
 
     fn part(&self, slot: usize, range: Range<usize>, dims: [usize; 2]) -> FloatTensor<B> {

@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Instant};
 
 use burn::tensor::{Int, Tensor};
 use burn_fsep_planner::{
-    Layout, PlannerError, Topology,
+    Layout, PlannerError, RoutingCounts, Topology,
     dispatch::{DispatchPlan, Dispatcher, EvenSplit},
     repair::LayoutRepair,
 };
@@ -22,6 +22,8 @@ pub(super) struct LayerState {
     active: RwLock<Active>,
     dispatch: Mutex<Dispatching>,
     last: Mutex<Last>,
+    /// Assignments of each expert on all ranks, of the training passes since they were taken. Shape `[E]`.
+    expert_loads: Mutex<Vec<u64>>,
     /// What static expert parallelism would do with the same tokens: the baseline of the statistics.
     static_layout: Layout,
 }
@@ -82,6 +84,7 @@ impl LayerState {
                 static_plan: DispatchPlan::new(),
             }),
             last: Mutex::default(),
+            expert_loads: Mutex::new(vec![0; experts]),
             static_layout: Layout::static_ep(ranks, experts.div_ceil(ranks), experts)?,
             spec,
         })
@@ -99,6 +102,18 @@ impl LayerState {
     pub fn unshard_plan(&self) -> (Arc<Layout>, Arc<UnshardPlan>) {
         let Active { layout, unshard, .. } = self.active.read().clone();
         (layout, unshard)
+    }
+
+    /// A training pass of a step has been routed so.
+    pub fn add_expert_loads(&self, counts: &RoutingCounts) {
+        self.expert_loads.lock().iter_mut().zip(counts.expert_totals()).for_each(|(sum, load)| *sum += load);
+    }
+
+    /// What was added since the last call. Shape `[E]`.
+    pub fn take_expert_loads(&self) -> Vec<u64> {
+        let mut loads = self.expert_loads.lock();
+        let none = vec![0; loads.len()];
+        std::mem::replace(&mut *loads, none)
     }
 
     pub fn stats(&self) -> Option<LayerStats> {

@@ -49,6 +49,18 @@ impl FsepRuntime {
         StepStats { layers: self.inner.layers.read().iter().filter_map(|layer| layer.stats()).collect() }
     }
 
+    /// Assignments of each expert of a layer on all ranks, of the training passes of steps since the last call; zeros if there is
+    /// no such layer. Shape `[E]`.
+    pub(crate) fn take_expert_loads(&self, layer: usize) -> Vec<u64> {
+        let layers = self.inner.layers.read();
+        layers.get(layer).map(|layer| layer.take_expert_loads()).unwrap_or_default()
+    }
+
+    /// Forgets the training passes since an optimizer step: none comes of them.
+    pub(crate) fn forget_expert_loads(&self) {
+        self.inner.layers.read().iter().for_each(|layer| drop(layer.take_expert_loads()));
+    }
+
     /// Adds the layer that `spec` describes, given its number.
     pub(crate) fn register_layer(&self, spec: impl FnOnce(usize) -> LayerSpec) -> Result<Arc<LayerSpec>, FsepError> {
         let mut layers = self.inner.layers.write();

@@ -37,9 +37,13 @@ impl ObservedSteps {
         is_free
     }
 
-    /// The planner, if it learns from a training pass that runs now.
+    /// Whether a training pass that runs now is part of a step.
+    pub fn is_observing(&self) -> bool {
+        self.0.read().in_step != Some(false)
+    }
+
+    /// The planner, if there is one.
     pub fn planner(&self) -> Option<Arc<BackgroundPlanner>> {
-        let observed = self.0.read();
-        if observed.in_step == Some(false) { None } else { observed.planner.upgrade() }
+        self.0.read().planner.upgrade()
     }
 }

@@ -10,11 +10,16 @@ use burn::{
     tensor::{FloatDType, Int, Tensor},
 };
 
+use parking_lot::Mutex;
+
 use super::{FsepRuntime, fsep_runtime::Inner, outputs::Outputs};
 use crate::{
     FsepError,
     comm::Operation,
-    ops::{self, Deferred, LayerPass, LayerSpec, PassHost, RoutedDispatch, Tracked, Unshard, UnshardRequest, Unshards},
+    ops::{
+        self, BesideTokens, Deferred, LayerPass, LayerSpec, PassHost, RoutedDispatch, Tracked, Unshard, UnshardRequest,
+        Unshards,
+    },
     schedule::ForwardStart,
     shard::UnshardPlan,
 };
@@ -28,13 +33,15 @@ pub(crate) struct PassStart {
     /// This rank's part of the experts, and its id.
     pub weights: Tensor<2>,
     pub param: ParamId,
+    /// What to do while tokens travel in forward.
+    pub beside: Option<BesideTokens>,
 }
 
 impl FsepRuntime {
     /// Exchanges the routing counts of a layer, plans its dispatch, and makes everything ready for its forward pass.
     /// Collective.
     pub(crate) fn begin_pass(&self, spec: &Arc<LayerSpec>, start: PassStart) -> Result<Arc<LayerPass>, FsepError> {
-        let PassStart { ends, tracked, weights, param } = start;
+        let PassStart { ends, tracked, weights, param, beside } = start;
         let (layer, is_sharded, schedule) = (spec.layer, spec.is_sharded(), &self.inner.schedule);
         if is_sharded {
             // Ids may be new after a record was loaded.
@@ -59,6 +66,7 @@ impl FsepRuntime {
             unshards,
             tracked,
             param_dtype,
+            beside_tokens: Mutex::new(beside),
         });
         if is_sharded && tracked.any() {
             schedule.await_backward(&pass);
@@ -76,8 +84,11 @@ impl FsepRuntime {
     ) -> Result<RoutedDispatch, FsepError> {
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
-        if let (true, Some(planner)) = (tracked.any(), self.inner.observed.planner()) {
-            planner.submit(layer, dispatch.pass, dispatch.counts.clone());
+        if tracked.any() && self.inner.observed.is_observing() {
+            self.layer(layer).add_expert_loads(&dispatch.counts);
+            if let Some(planner) = self.inner.observed.planner() {
+                planner.submit(layer, dispatch.pass, dispatch.counts.clone());
+            }
         }
         Ok(dispatch)
     }

@@ -3,27 +3,55 @@ use std::ops::Range;
 use burn_fsep_planner::SplitMix64;
 use serde::{Deserialize, Serialize};
 
-/// The sizes of one SwiGLU expert, and how its parameters lie in the flat vector of length `P = 3 * D * F`.
+/// The sizes of one expert, and how its parameters lie in its flat vector of length `P`.
 ///
-/// The vector holds `gate [F, D]`, `up [F, D]`, `down [D, F]`, row-major and in this order: the convention of
-/// `[out, in]` weights. Gate and up together are one `[2F, D]` matrix.
+/// The vector holds `gate [F, D]` if the expert is gated, `up [F, D]`, `down [D, F]`, row-major and in this order: the
+/// convention of `[out, in]` weights. Gate and up together are one `[2F, D]` matrix. If it has biases, those of gate and up, `[2F]`
+/// or `[F]`, and of down, `[D]`, follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ExpertShape {
     /// Hidden size `D`.
     pub hidden: usize,
     /// Intermediate size `F`.
     pub ffn: usize,
+    /// Whether there is a gate.
+    #[serde(default = "gated")]
+    pub gated: bool,
+    /// Whether both projections have biases.
+    #[serde(default)]
+    pub bias: bool,
+}
+
+/// What experts are of which it is not said: those of the first checkpoints.
+fn gated() -> bool {
+    true
 }
 
 impl ExpertShape {
-    /// Parameters `P` of one expert.
-    pub fn num_params(&self) -> usize {
-        3 * self.hidden * self.ffn
+    /// A gated expert without biases.
+    pub fn new(hidden: usize, ffn: usize) -> Self {
+        Self { hidden, ffn, gated: true, bias: false }
     }
 
-    /// Parameters of gate and up together: where `down` starts.
+    /// Width of the first projection's output: `2F` with a gate, `F` without.
+    pub fn first_width(&self) -> usize {
+        if self.gated { 2 * self.ffn } else { self.ffn }
+    }
+
+    /// Parameters `P` of one expert.
+    pub fn num_params(&self) -> usize {
+        let biases = if self.bias { self.first_width() + self.hidden } else { 0 };
+        self.bias_start() + biases
+    }
+
+    /// Parameters of the first projection's matrix: where `down` starts.
     pub fn gate_up_len(&self) -> usize {
-        2 * self.hidden * self.ffn
+        self.first_width() * self.hidden
+    }
+
+    /// Parameters of both matrices: where the biases start.
+    pub fn bias_start(&self) -> usize {
+        self.gate_up_len() + self.hidden * self.ffn
     }
 
     /// Shard length `S = ceil(P / N)`; the last shards are padded with zeros.
@@ -32,7 +60,8 @@ impl ExpertShape {
     }
 }
 
-/// Initial parameters of one expert, those at these positions of its flat vector; zeros from `P` on, as shards are padded.
+/// Initial parameters of one expert, those at these positions of its flat vector; biases are zeros, and so is what is beyond `P`,
+/// as shards are padded.
 /// Shape `[positions]`.
 ///
 /// Each value is a function of the arguments and its position alone. So training does not depend on the world size, and a
@@ -47,7 +76,7 @@ pub fn expert_parameters(
 ) -> impl Iterator<Item = f32> {
     let stream = mix(mix(seed, layer as u64 + 1), expert as u64 + 1);
     let [gate_up_bound, down_bound] = [shape.hidden, shape.ffn].map(|fan_in| 1.0 / (fan_in as f32).sqrt());
-    let (down_start, end) = (shape.gate_up_len(), shape.num_params());
+    let (down_start, end) = (shape.gate_up_len(), shape.bias_start());
     // The number at this place of the sequence of SplitMix64, which is the same on every platform and in every version.
     let draw = move |position: usize| uniform(mix(stream, position as u64 + 1));
     positions.map(move |position| match position {
@@ -79,7 +108,7 @@ mod tests {
 
     #[test]
     fn shards_are_the_expert() {
-        let shape = ExpertShape { hidden: 3, ffn: 5 };
+        let shape = ExpertShape::new(3, 5);
         let params = expert(shape, 7, 0, 2);
         for world_size in [1, 2, 3, 4, 7, 8, 100] {
             let len = shape.shard_len(world_size);
@@ -94,7 +123,7 @@ mod tests {
     /// Of 3 * 2^40 parameters: drawn, or held, whole they would take an hour and 12 TiB.
     #[test]
     fn a_shard_takes_no_more_than_itself() {
-        let (shape, world_size) = (ExpertShape { hidden: 1 << 20, ffn: 1 << 20 }, 1 << 36);
+        let (shape, world_size) = (ExpertShape::new(1 << 20, 1 << 20), 1 << 36);
         let len = shape.shard_len(world_size);
         assert_eq!(len, 48);
         for rank in [0, 1, world_size / 2, world_size - 1] {
@@ -107,7 +136,7 @@ mod tests {
     /// and in the next expert, that have nothing to do with each other.
     #[test]
     fn values_are_uniform_and_independent() {
-        let shape = ExpertShape { hidden: 64, ffn: 256 };
+        let shape = ExpertShape::new(64, 256);
         let experts = [expert(shape, 0, 0, 0), expert(shape, 0, 0, 1), expert(shape, 0, 1, 0), expert(shape, 1, 0, 0)];
         let mean = |values: &mut dyn ExactSizeIterator<Item = f64>| {
             let len = values.len() as f64;
@@ -140,7 +169,7 @@ mod tests {
 
     #[test]
     fn experts_and_layers_differ() {
-        let shape = ExpertShape { hidden: 2, ffn: 2 };
+        let shape = ExpertShape::new(2, 2);
         let base = expert(shape, 0, 0, 0);
         assert_eq!(base, expert(shape, 0, 0, 0));
         for other in [(1, 0, 0), (0, 1, 0), (0, 0, 1)] {
@@ -151,7 +180,7 @@ mod tests {
     /// On every platform: ranks of one job may run on different ones. These are Python's.
     #[test]
     fn values_of_a_seed_are_fixed() {
-        let shape = ExpertShape { hidden: 4, ffn: 1 };
+        let shape = ExpertShape::new(4, 1);
         let params: Vec<u32> = expert(shape, 7, 2, 3).into_iter().map(f32::to_bits).collect();
         assert_eq!(
             [0, 1, 7, 8, 11].map(|position| params[position]),

@@ -9,6 +9,7 @@ mod clip;
 mod collector;
 #[cfg(feature = "dataset")]
 mod data;
+mod expert_bias;
 mod gradients;
 mod params;
 mod planner_callback;
@@ -29,6 +30,9 @@ pub use callback::{OptimizerContext, StepContext, TrainingCallback};
 pub use clip::clip_grad_norm;
 #[cfg(feature = "dataset")]
 pub use data::RankDataset;
+#[cfg(feature = "learner")]
+pub(crate) use expert_bias::has_expert_biases;
+pub use expert_bias::update_expert_biases;
 #[cfg(feature = "learner")]
 pub(crate) use gradients::GradientStep;
 pub use planner_callback::PlannerCallback;

@@ -7,6 +7,7 @@ use burn::{
 
 use super::{
     PlannerCallback, PlannerReport, TrainerConfig, TrainingCallback, broadcast_parameters, gradients::GradientStep,
+    update_expert_biases,
 };
 use crate::{
     FsepError, FsepRuntime,
@@ -194,6 +195,7 @@ impl<M: Module> Trainer<M> {
     /// Forgets the batches that wait for the rest of theirs.
     pub fn discard_window(&mut self) {
         self.gradients.discard_window();
+        self.runtime.forget_expert_loads();
         self.batches = 0;
     }
 
@@ -204,7 +206,10 @@ impl<M: Module> Trainer<M> {
         let span = self.runtime.timeline().and_then(|timeline| timeline.compute("optimizer"));
         // Without another handle on the model, the optimizer may write in place.
         let model = self.model.take().ok_or_else(ended)?;
-        self.model = Some(self.runtime.run(|| self.optimizer.step(lr, model, grads))?);
+        self.model = Some(self.runtime.run(|| {
+            let model = self.optimizer.step(lr, model, grads);
+            update_expert_biases(&self.runtime, model)
+        })?);
         drop(span);
         self.progress.step = step;
         self.progress.iteration += std::mem::take(&mut self.batches);
