@@ -1,9 +1,13 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_fsep::{FsepRuntime, moe::TokenMask, train::token_mean};
+use burn_fsep::{
+    FsepRuntime,
+    moe::{TokenMask, pooled_load_balancing_loss},
+    train::token_mean,
+};
 
-use crate::model::{CausalLm, next_token_loss};
+use crate::model::{CausalLm, FeedForward, next_token_loss};
 
 /// A rank's part of a batch of texts.
 #[derive(Debug, Clone)]
@@ -12,10 +16,12 @@ pub struct TokenBatch {
     pub ids: Tensor<2, Int>,
     /// Which tokens are real; `None` if all are.
     pub mask: Option<TokenMask>,
-    /// The same as 1 and 0. `[B, L]`
-    real: Option<Tensor<2>>,
-    /// Tokens that are predicted: all but the first of each text.
-    targets: usize,
+    /// The token after each; 0 where there is none. `[B * L]`
+    targets: Tensor<1, Int>,
+    /// 1 for tokens that have one after them, otherwise 0. `[B * L]`
+    weights: Tensor<1>,
+    /// How many have.
+    num_targets: usize,
 }
 
 /// Rows of a batch that are a rank's.
@@ -33,17 +39,20 @@ impl TokenBatch {
         for (row, tokens) in rows.iter().enumerate() {
             ids[row * length..][..tokens.len()].iter_mut().zip(tokens).for_each(|(id, &token)| *id = token as i32);
         }
-        let real: Vec<bool> = lens.iter().flat_map(|&len| (0..length).map(move |place| place < len)).collect();
-        let is_padded = real.contains(&false);
-        let as_number = || {
-            let values = real.iter().map(|&real| f32::from(u8::from(real))).collect();
-            Tensor::<2>::from_data(TensorData::new(values, [batch, length]), (device, DType::F32))
+        let flags = |last: usize| -> Vec<bool> {
+            lens.iter().flat_map(|&len| (0..length).map(move |place| place + last < len)).collect()
         };
+        let (real, has_next) = (flags(0), flags(1));
+        let mut targets: Vec<i32> = ids[1..].iter().copied().chain([0]).collect();
+        targets.iter_mut().zip(&has_next).for_each(|(target, &has_next)| *target *= i32::from(has_next));
+        let weights: Vec<f32> = has_next.iter().map(|&has_next| f32::from(u8::from(has_next))).collect();
+        let num_targets = has_next.iter().filter(|&&has_next| has_next).count();
         Self {
             ids: Tensor::from_data(TensorData::new(ids, [batch, length]), device),
-            mask: is_padded.then(|| TokenMask::new(&real, device)),
-            real: is_padded.then(as_number),
-            targets: lens.iter().map(|len| len.saturating_sub(1)).sum(),
+            mask: real.contains(&false).then(|| TokenMask::new(&real, device)),
+            targets: Tensor::from_data(TensorData::new(targets, [batch * length]), device),
+            weights: Tensor::from_data(TensorData::new(weights, [batch * length]), (device, DType::F32)),
+            num_targets,
         }
     }
 
@@ -55,15 +64,30 @@ impl TokenBatch {
 }
 
 impl CausalLm {
-    /// The rank's loss, whose mean over ranks is the mean over all predicted tokens of minus their log probability.
-    /// Collective. `[1]`
+    /// The rank's loss, whose mean over ranks is the mean over all predicted tokens of minus their log probability, plus
+    /// `aux_loss_coeff` times transformers' load-balancing loss, which pools the layers. Collective. `[1]`
     ///
     /// # Panics
     ///
     /// As [`CausalLm::forward`].
-    pub fn loss(&self, batch: &TokenBatch, runtime: &FsepRuntime) -> Tensor<1> {
+    pub fn loss(&self, batch: &TokenBatch, aux_loss_coeff: f64, runtime: &FsepRuntime) -> Tensor<1> {
         let output = self.forward(batch.ids.clone(), batch.mask.as_ref());
-        let sum = next_token_loss(output.logits, batch.ids.clone(), batch.real.clone());
-        token_mean(runtime, sum, batch.targets)
+        let sum = next_token_loss(output.logits, batch.targets.clone(), batch.weights.clone());
+        let loss = token_mean(runtime, sum, batch.num_targets);
+        if aux_loss_coeff == 0.0 || output.routings.is_empty() {
+            return loss;
+        }
+        let balancing = pooled_load_balancing_loss(&output.routings).unwrap_or_else(|error| panic!("{error}"));
+        loss + balancing * aux_loss_coeff
+    }
+
+    /// Leaves the routers as they are while all else is trained.
+    pub fn freeze_routers(mut self) -> Self {
+        for layer in &mut self.model.layers {
+            if let FeedForward::Sparse(moe) = &mut layer.mlp {
+                moe.router.weight = moe.router.weight.clone().set_require_grad(false);
+            }
+        }
+        self
     }
 }

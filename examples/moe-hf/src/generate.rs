@@ -58,8 +58,7 @@ impl Sampling {
             let batch = TokenBatch::new(&[window], length, device);
             let scores = runtime.run(|| {
                 let logits = model.forward(batch.ids, None).logits;
-                let vocabulary = logits.dims()[2];
-                logits.narrow(1, length - 1, 1).reshape([1, vocabulary]).cast(DType::F32)
+                logits.narrow(0, length - 1, 1).cast(DType::F32)
             })?;
             let next = if self.temperature == 0.0 {
                 scores.argmax(1).into_data().iter::<i64>().next()

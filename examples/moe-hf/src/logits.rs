@@ -33,7 +33,10 @@ pub fn logits(args: &LogitsArgs) -> Result<(), MoeHfError> {
         return Err(MoeHfError::content(&args.ids, format!("row {row} has no token")));
     }
     if let Some(token) = ids.iter().flatten().find(|&&token| token as usize >= vocab_size) {
-        return Err(MoeHfError::content(&args.ids, format!("token {token} is not below the vocabulary of {vocab_size}")));
+        return Err(MoeHfError::content(
+            &args.ids,
+            format!("token {token} is not below the vocabulary of {vocab_size}"),
+        ));
     }
     let rows = ranks.run(|rank| -> Result<Vec<Vec<Vec<f32>>>, MoeHfError> {
         ranks::check_equal(rank.comm.as_ref(), "token ids or models", &(&ids, folder.digest()))?;
@@ -42,7 +45,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), MoeHfError> {
         let batch = TokenBatch::of_rank(&ids, &runtime, &device);
         let logits = runtime.run(|| model.forward(batch.ids.clone(), batch.mask.as_ref()).logits.cast(DType::F32))?;
         // All ranks get as many rows: gathering takes equally long buffers.
-        let [_, length, _] = logits.dims();
+        let [_, length] = batch.ids.dims();
         let ranks = runtime.world_size();
         let mut ours: Vec<f32> = logits.into_data().iter::<f32>().collect();
         ours.resize(ids.len().div_ceil(ranks) * length * vocab_size, 0.0);

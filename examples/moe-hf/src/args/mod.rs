@@ -9,6 +9,7 @@ mod make;
 mod parallel;
 
 pub use bench::BenchArgs;
+pub(crate) use command::check_positive;
 pub use command::{Cli, Command, InspectArgs};
 pub use finetune::{FinetuneArgs, OptimizerArgs};
 pub use generate::GenerateArgs;

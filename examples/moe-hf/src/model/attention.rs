@@ -5,9 +5,9 @@ use burn::{
 };
 
 use super::{
-    DecoderConfig, QkNorm, Rope,
+    DecoderConfig, QkNorm,
     linear::{linear, rms_norm},
-    mask::CausalMask,
+    positions::Positions,
 };
 
 /// Causal attention with rotary embeddings and grouped queries.
@@ -31,13 +31,6 @@ pub struct SelfAttention {
     clip_qkv: Option<f64>,
     #[module(skip)]
     sliding_window: Option<usize>,
-}
-
-/// What all layers of a forward pass share.
-#[derive(Debug, Clone)]
-pub(super) struct Positions {
-    pub rope: Rope,
-    pub mask: CausalMask,
 }
 
 impl SelfAttention {
@@ -64,36 +57,59 @@ impl SelfAttention {
         }
     }
 
-    /// `[B, L, D] -> [B, L, D]`
-    pub(super) fn forward(&self, hidden: Tensor<3>, positions: &Positions) -> Tensor<3> {
-        let [batch, length, _] = hidden.dims();
-        let query = self.heads(&self.q_proj, self.q_norm.as_ref(), hidden.clone());
-        let key = self.heads(&self.k_proj, self.k_norm.as_ref(), hidden.clone());
-        let value = self.heads(&self.v_proj, None, hidden);
-        let (query, key) = (positions.rope.rotate(query), positions.rope.rotate(key));
-        let attended = attention(query, key, value, positions.mask.of(self.sliding_window));
-        let width = attended.dims()[1] * self.head_dim;
-        self.o_proj.forward(attended.swap_dims(1, 2).reshape([batch, length, width]))
+    /// `[B * L, D] -> [B * L, D]`
+    pub(super) fn forward(&self, hidden: Tensor<2>, positions: &Positions) -> Tensor<2> {
+        let query = self.project(&self.q_proj, self.q_norm.as_ref(), hidden.clone());
+        let key = self.project(&self.k_proj, self.k_norm.as_ref(), hidden.clone());
+        let value = self.project(&self.v_proj, None, hidden);
+        self.o_proj.forward(self.attend(query, key, value, positions))
     }
 
-    /// Queries, keys or values. `[B, L, D] -> [B, heads, L, head_dim]`
-    fn heads(&self, projection: &Linear, norm: Option<&RmsNorm>, hidden: Tensor<3>) -> Tensor<4> {
-        let [batch, length, _] = hidden.dims();
-        let mut x = projection.forward(hidden);
-        let width = x.dims()[2];
-        let (whole, head): (Option<&RmsNorm>, _) = match norm {
-            Some(norm) if norm.gamma.dims()[0] == self.head_dim && width != self.head_dim => (None, Some(norm)),
-            norm => (norm, None),
+    /// Queries, keys or values, not rotated yet. `[T, D] -> [T, heads * head_dim]`
+    fn project(&self, projection: &Linear, norm: Option<&RmsNorm>, hidden: Tensor<2>) -> Tensor<2> {
+        let projected = projection.forward(hidden);
+        let [tokens, width] = projected.dims();
+        let normalised = match norm {
+            // Over heads, or over whole projections, as wide as the weight is.
+            Some(norm) => {
+                let part = norm.gamma.dims()[0];
+                rms_norm(norm, projected.reshape([tokens * width / part, part])).reshape([tokens, width])
+            }
+            None => projected,
         };
-        x = whole.map_or_else(|| x.clone(), |norm| rms_norm(norm, x.clone()));
-        let mut heads = x.reshape([batch, length, width / self.head_dim, self.head_dim]);
-        if let Some(norm) = head {
-            heads = rms_norm(norm, heads);
+        match self.clip_qkv {
+            Some(limit) => normalised.clamp(-limit, limit),
+            None => normalised,
         }
-        if let Some(limit) = self.clip_qkv {
-            heads = heads.clamp(-limit, limit);
-        }
-        heads.swap_dims(1, 2)
+    }
+
+    /// Rotates queries and keys, and attends. `[B * L, H * head_dim]`, `[B * L, KV * head_dim]` twice
+    /// `-> [B * L, H * head_dim]`
+    fn attend(&self, query: Tensor<2>, key: Tensor<2>, value: Tensor<2>, positions: &Positions) -> Tensor<2> {
+        let Positions { batch, length, rope, mask } = positions;
+        let Some(mask) = mask else {
+            #[cfg(feature = "libtorch")]
+            return super::fused::attention(
+                [query, key, value],
+                rope,
+                super::fused::AttentionShape {
+                    batch: *batch,
+                    length: *length,
+                    head_dim: self.head_dim,
+                    window: self.sliding_window,
+                },
+            );
+            #[cfg(not(feature = "libtorch"))]
+            unreachable!("without fused kernels there is a mask");
+        };
+        let [tokens, width] = query.dims();
+        let heads = |x: Tensor<2>| {
+            let heads = x.dims()[1] / self.head_dim;
+            x.reshape([*batch, *length, heads, self.head_dim]).swap_dims(1, 2)
+        };
+        let (query, key) = (rope.rotate(heads(query)), rope.rotate(heads(key)));
+        let attended = attention(query, key, heads(value), mask.of(self.sliding_window));
+        attended.swap_dims(1, 2).reshape([tokens, width])
     }
 }
 

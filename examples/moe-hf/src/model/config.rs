@@ -35,6 +35,8 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// Weight of the load-balancing loss in the model's own training.
     pub router_aux_loss_coef: f64,
+    /// Tokens that end a text.
+    pub eos_tokens: Vec<u32>,
 }
 
 /// Over what queries and keys are normalised.

@@ -5,15 +5,14 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime,
-    moe::{MoeOutput, TokenMask},
+    moe::{LayerRouting, TokenMask},
     train::{GradientBuckets, GradientBucketsConfig},
 };
 
 use super::{
     DecoderConfig, DecoderLayer,
-    attention::Positions,
     linear::{linear, rms_norm},
-    mask::CausalMask,
+    positions::Positions,
 };
 
 /// A decoder with its projection to logits.
@@ -45,10 +44,10 @@ pub struct Decoder {
 /// What a forward pass returns.
 #[derive(Debug, Clone)]
 pub struct DecoderOutput {
-    /// Of the token after each, in the type of the computation. `[B, L, V]`
-    pub logits: Tensor<3>,
-    /// What each layer of experts says about its routing, for auxiliary losses.
-    pub moe_outputs: Vec<MoeOutput<3>>,
+    /// Of the token after each, in the type of the computation. `[B * L, V]`
+    pub logits: Tensor<2>,
+    /// How each layer of experts has routed, for the load-balancing loss.
+    pub routings: Vec<LayerRouting>,
 }
 
 impl CausalLm {
@@ -93,28 +92,24 @@ impl CausalLm {
     ///
     /// If a collective fails: run it inside of [`FsepRuntime::run`].
     pub fn forward(&self, ids: Tensor<2, Int>, mask: Option<&TokenMask>) -> DecoderOutput {
-        let [_, length] = ids.dims();
-        let device = ids.device();
-        let positions = Positions {
-            rope: self.config.rope.init(length, DType::from(self.compute_dtype), &device),
-            mask: CausalMask::new(&self.config.sliding_windows, length, &device),
-        };
-        let mut hidden = self.model.embed_tokens.forward(ids).cast(self.compute_dtype);
-        let mut moe_outputs = Vec::new();
+        let ([batch, length], device) = (ids.dims(), ids.device());
+        let positions = Positions::new([batch, length], &self.config, DType::from(self.compute_dtype), &device);
+        let embedded = self.model.embed_tokens.forward(ids).cast(self.compute_dtype);
+        // Rows of tokens: products of two matrices are faster than those of a batch of them.
+        let mut hidden: Tensor<2> = embedded.reshape([batch * length, self.config.hidden_size]);
+        let mut routings = Vec::new();
         for layer in &self.model.layers {
             let layer = self.buckets.prepare(layer, &hidden);
-            let (output, moe) = layer.forward(hidden, &positions, mask);
+            let (output, routing) = layer.forward(hidden, &positions, mask);
             hidden = output;
-            moe_outputs.extend(moe);
+            routings.extend(routing);
         }
-        hidden = rms_norm(&self.model.norm, hidden);
+        let norm = self.buckets.prepare(&self.model.norm, &hidden);
+        hidden = rms_norm(&norm, hidden);
         let logits = match &self.lm_head {
             Some(head) => self.buckets.prepare(head, &hidden).forward(hidden),
-            None => {
-                let embeddings = self.model.embed_tokens.weight.val().cast(self.compute_dtype);
-                hidden.matmul(embeddings.transpose().unsqueeze())
-            }
+            None => hidden.matmul(self.model.embed_tokens.weight.val().cast(self.compute_dtype).transpose()),
         };
-        DecoderOutput { logits, moe_outputs }
+        DecoderOutput { logits, routings }
     }
 }

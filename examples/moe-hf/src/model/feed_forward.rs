@@ -5,7 +5,7 @@ use burn::{
 };
 use burn_fsep::{
     FSEPMoE, FsepError, FsepRuntime,
-    moe::{MoeOutput, TokenMask},
+    moe::{LayerRouting, TokenMask},
 };
 
 use super::{FeedForwardConfig, linear::linear};
@@ -32,15 +32,15 @@ impl FeedForward {
         })
     }
 
-    /// The output, and what a layer of experts says about its routing. `[B, L, D] -> [B, L, D]`
-    pub(super) fn forward(&self, hidden: Tensor<3>, mask: Option<&TokenMask>) -> (Tensor<3>, Option<MoeOutput<3>>) {
+    /// The output, and how a layer of experts has routed. `[T, D] -> [T, D]`
+    pub(super) fn forward(&self, hidden: Tensor<2>, mask: Option<&TokenMask>) -> (Tensor<2>, Option<LayerRouting>) {
         match self {
             Self::Sparse(moe) => {
                 let output = match mask {
                     Some(mask) => moe.forward_masked(hidden, mask),
                     None => moe.forward_with_losses(hidden),
                 };
-                (output.hidden.clone(), Some(output))
+                (output.hidden, Some(output.routing))
             }
             Self::Dense(mlp) => (mlp.forward(hidden), None),
         }
@@ -67,8 +67,8 @@ impl GatedMlp {
         }
     }
 
-    /// `[B, L, D] -> [B, L, D]`
-    pub fn forward(&self, hidden: Tensor<3>) -> Tensor<3> {
+    /// `[T, D] -> [T, D]`
+    pub fn forward(&self, hidden: Tensor<2>) -> Tensor<2> {
         let gate = silu(self.gate_proj.forward(hidden.clone()));
         self.down_proj.forward(gate * self.up_proj.forward(hidden))
     }

@@ -5,10 +5,10 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime,
-    moe::{MoeOutput, TokenMask},
+    moe::{LayerRouting, TokenMask},
 };
 
-use super::{DecoderConfig, FeedForward, SelfAttention, attention::Positions, linear::rms_norm};
+use super::{DecoderConfig, FeedForward, SelfAttention, linear::rms_norm, positions::Positions};
 
 /// Attention and feed-forward, each normalised before.
 #[derive(Module, Debug)]
@@ -39,16 +39,16 @@ impl DecoderLayer {
         })
     }
 
-    /// `[B, L, D] -> [B, L, D]`
+    /// `[T, D] -> [T, D]`
     pub(super) fn forward(
         &self,
-        hidden: Tensor<3>,
+        hidden: Tensor<2>,
         positions: &Positions,
         mask: Option<&TokenMask>,
-    ) -> (Tensor<3>, Option<MoeOutput<3>>) {
+    ) -> (Tensor<2>, Option<LayerRouting>) {
         let attended = self.self_attn.forward(rms_norm(&self.input_layernorm, hidden.clone()), positions);
         let hidden = hidden + attended;
-        let (output, moe) = self.mlp.forward(rms_norm(&self.post_attention_layernorm, hidden.clone()), mask);
-        (hidden + output, moe)
+        let (output, routing) = self.mlp.forward(rms_norm(&self.post_attention_layernorm, hidden.clone()), mask);
+        (hidden + output, routing)
     }
 }

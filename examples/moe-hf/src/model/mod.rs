@@ -4,10 +4,13 @@ mod attention;
 mod config;
 mod decoder;
 mod feed_forward;
+#[cfg(feature = "libtorch")]
+mod fused;
 mod layer;
 mod linear;
 mod loss;
 mod mask;
+mod positions;
 mod rope;
 
 pub use attention::SelfAttention;
@@ -16,4 +19,4 @@ pub use decoder::{CausalLm, Decoder, DecoderOutput};
 pub use feed_forward::{FeedForward, GatedMlp};
 pub use layer::DecoderLayer;
 pub use loss::next_token_loss;
-pub use rope::{Rope, RopeConfig, RopeScaling};
+pub use rope::{Rope, RopeConfig};

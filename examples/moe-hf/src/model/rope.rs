@@ -1,6 +1,9 @@
 use std::f32::consts::TAU;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_fsep::hub::RopeScaling;
+
+use crate::MoeHfError;
 
 /// Rotary position embeddings (arXiv 2104.09864) as transformers' `modeling_rope_utils.py` computes them, in single precision
 /// step by step: an angle is a position times a frequency, so the last bit of a frequency shows in long texts.
@@ -13,62 +16,31 @@ pub struct RopeConfig {
     /// Positions that the model was made for (`max_position_embeddings`).
     pub max_positions: usize,
     /// How it is stretched to longer texts than it was trained on.
-    pub scaling: RopeScaling,
-}
-
-/// How rotary embeddings are stretched.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Not.
-    Default,
-    /// Positions are divided by a factor.
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// The base grows with the length of the text, once that is beyond `max_positions` (NTK-aware).
-    Dynamic {
-        /// How fast it grows.
-        factor: f64,
-    },
-    /// Low frequencies are interpolated, high ones left (arXiv 2309.00071).
-    Yarn {
-        /// How much longer texts may be; `None` is `max_positions / original_max_positions`.
-        factor: Option<f64>,
-        /// Positions of the training.
-        original_max_positions: usize,
-        /// Rotations within `original_max_positions` from which on nothing is interpolated.
-        beta_fast: f64,
-        /// Rotations below which all is interpolated.
-        beta_slow: f64,
-        /// Multiplies cosines and sines; `None` is that of the paper, of `mscale` and `mscale_all_dim`.
-        attention_factor: Option<f64>,
-        /// Slope of the attention factor's numerator, if the denominator has one, too.
-        mscale: Option<f64>,
-        /// Slope of its denominator.
-        mscale_all_dim: Option<f64>,
-        /// Whether the range of interpolation is rounded to whole dimensions.
-        truncate: bool,
-    },
-    /// Llama 3.1: as `Yarn`, by wavelengths.
-    Llama3 {
-        /// How much longer texts may be.
-        factor: f64,
-        /// `original_max_positions / low_freq_factor` is the wavelength beyond which all is interpolated.
-        low_freq_factor: f64,
-        /// `original_max_positions / high_freq_factor` is the wavelength below which nothing is.
-        high_freq_factor: f64,
-        /// Positions of the training.
-        original_max_positions: usize,
-    },
+    scaling: RopeScaling,
 }
 
 impl RopeConfig {
+    /// The embeddings of heads of this size.
+    ///
+    /// # Errors
+    ///
+    /// [`MoeHfError::Model`] if they are stretched in a way that is not known here.
+    pub fn new(theta: f64, head_dim: usize, max_positions: usize, scaling: RopeScaling) -> Result<Self, MoeHfError> {
+        use RopeScaling::{Default, Dynamic, Linear, Llama3, Yarn};
+        match scaling {
+            Default | Linear { .. } | Dynamic { .. } | Yarn { .. } | Llama3 { .. } => {
+                Ok(Self { theta, head_dim, max_positions, scaling })
+            }
+            other => Err(MoeHfError::Model(format!(
+                "position embeddings are stretched by {other:?}; known are default, linear, dynamic, yarn and llama3"
+            ))),
+        }
+    }
+
     /// Angle a position of each pair of dimensions, for a text of `length` positions. Shape `[head_dim / 2]`.
     pub fn frequencies(&self, length: usize) -> Vec<f32> {
         let plain = |base: f64| -> Vec<f32> { powers(base, self.head_dim).map(|power| 1.0 / power).collect() };
         match &self.scaling {
-            RopeScaling::Default => plain(self.theta),
             RopeScaling::Linear { factor } => plain(self.theta).into_iter().map(|f| f / *factor as f32).collect(),
             RopeScaling::Dynamic { factor } => {
                 let (most, dim) = (self.max_positions as f64, self.head_dim as f64);
@@ -76,9 +48,10 @@ impl RopeConfig {
                 let stretched = factor * longest / most - (factor - 1.0);
                 plain(self.theta * stretched.powf(dim / (dim - 2.0)))
             }
-            RopeScaling::Yarn { original_max_positions, beta_fast, beta_slow, truncate, .. } => {
-                let factor = self.yarn_factor() as f32;
-                let range = self.yarn_range([*beta_fast, *beta_slow], *original_max_positions as f64, *truncate);
+            RopeScaling::Yarn { factor, original_max_position_embeddings, beta_fast, beta_slow, truncate, .. } => {
+                let factor = *factor as f32;
+                let range =
+                    self.yarn_range([*beta_fast, *beta_slow], *original_max_position_embeddings as f64, *truncate);
                 powers(self.theta, self.head_dim)
                     .enumerate()
                     .map(|(pair, power)| {
@@ -87,9 +60,9 @@ impl RopeConfig {
                     })
                     .collect()
             }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let [factor, low, high] = [factor, low_freq_factor, high_freq_factor].map(|&f| f as f32);
-                let original = *original_max_positions as f32;
+                let original = *original_max_position_embeddings as f32;
                 let scale = |f: f32| match TAU / f {
                     wavelength if wavelength < original / high => f,
                     wavelength if wavelength > original / low => f / factor,
@@ -100,13 +73,19 @@ impl RopeConfig {
                 };
                 plain(self.theta).into_iter().map(scale).collect()
             }
+            // What else there is was refused.
+            _ => plain(self.theta),
         }
     }
 
     /// What cosines and sines are multiplied by: attention gets sharper where texts are longer.
     pub fn attention_factor(&self) -> f32 {
-        let RopeScaling::Yarn { attention_factor, mscale, mscale_all_dim, .. } = &self.scaling else { return 1.0 };
-        let scale = self.yarn_factor();
+        let (attention_factor, scale, mscale, mscale_all_dim) = match &self.scaling {
+            RopeScaling::Yarn { attention_factor, factor, mscale, mscale_all_dim, .. } => {
+                (attention_factor, *factor, mscale, mscale_all_dim)
+            }
+            _ => return 1.0,
+        };
         let slope = |mscale: f64| if scale <= 1.0 { 1.0 } else { 0.1 * mscale * scale.ln() + 1.0 };
         let is_slope = |mscale: &Option<f64>| mscale.filter(|&mscale| mscale != 0.0);
         let factor = attention_factor.unwrap_or_else(|| match (is_slope(mscale), is_slope(mscale_all_dim)) {
@@ -126,16 +105,6 @@ impl RopeConfig {
             Tensor::<4>::from_data(data, device).cast(dtype)
         };
         Rope { cos: table(f64::cos), sin: table(f64::sin) }
-    }
-
-    fn yarn_factor(&self) -> f64 {
-        match self.scaling {
-            RopeScaling::Yarn { factor: Some(factor), .. } => factor,
-            RopeScaling::Yarn { original_max_positions, .. } => {
-                self.max_positions as f64 / original_max_positions as f64
-            }
-            _ => 1.0,
-        }
     }
 
     /// Pairs of dimensions between which interpolation begins and is complete.
@@ -163,9 +132,9 @@ fn ramp([low, high]: [f64; 2], pair: usize) -> f32 {
 #[derive(Debug, Clone)]
 pub struct Rope {
     /// `[1, 1, L, head_dim / 2]`
-    cos: Tensor<4>,
+    pub(super) cos: Tensor<4>,
     /// `[1, 1, L, head_dim / 2]`
-    sin: Tensor<4>,
+    pub(super) sin: Tensor<4>,
 }
 
 impl Rope {
@@ -184,7 +153,7 @@ mod tests {
     use super::*;
 
     fn config(scaling: RopeScaling) -> RopeConfig {
-        RopeConfig { theta: 10000.0, head_dim: 8, max_positions: 64, scaling }
+        RopeConfig::new(10000.0, 8, 64, scaling).unwrap()
     }
 
     fn assert_near(actual: &[f32], expected: &[f64]) {
@@ -218,7 +187,7 @@ mod tests {
             factor: 8.0,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
-            original_max_positions: 1024,
+            original_max_position_embeddings: 1024,
         };
         let smooth = (1024.0 / (std::f64::consts::TAU * 100.0) - 1.0) / 3.0;
         let middle = 0.01 * ((1.0 - smooth) / 8.0 + smooth);
@@ -229,10 +198,10 @@ mod tests {
     /// pairs 0 and 1 stay, 3 is divided by 4, and 2 is half way.
     #[test]
     fn yarn_interpolates_between_two_dimensions() {
-        let yarn = |factor, truncate, attention_factor, mscale: [Option<f64>; 2]| {
+        let yarn = |truncate, attention_factor, mscale: [Option<f64>; 2]| {
             config(RopeScaling::Yarn {
-                factor,
-                original_max_positions: 4096,
+                factor: 4.0,
+                original_max_position_embeddings: 4096,
                 beta_fast: 32.0,
                 beta_slow: 1.0,
                 attention_factor,
@@ -241,18 +210,16 @@ mod tests {
                 truncate,
             })
         };
-        let plain = yarn(Some(4.0), true, None, [None; 2]);
+        let plain = yarn(true, None, [None; 2]);
         assert_near(&plain.frequencies(9), &[1.0, 0.1, 0.01 * 0.625, 0.00025]);
         assert_near(&[plain.attention_factor()], &[0.1 * 4f64.ln() + 1.0]);
-        assert_near(&[yarn(Some(4.0), true, Some(1.5), [None; 2]).attention_factor()], &[1.5]);
-        assert_near(&[yarn(Some(4.0), true, None, [Some(1.0), Some(1.0)]).attention_factor()], &[1.0]);
+        assert_near(&[yarn(true, Some(1.5), [None; 2]).attention_factor()], &[1.5]);
+        assert_near(&[yarn(true, None, [Some(1.0), Some(1.0)]).attention_factor()], &[1.0]);
         let [low, high] = [32.0, 1.0]
             .map(|rotations| 8.0 * (4096.0 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * 10000f64.ln()));
         let kept = 1.0 - (2.0 - low) / (high - low);
-        let sharp = yarn(Some(4.0), false, None, [None; 2]).frequencies(9);
+        let sharp = yarn(false, None, [None; 2]).frequencies(9);
         assert!((f64::from(sharp[2]) - 0.01 * (kept + (1.0 - kept) / 4.0)).abs() < 1e-8, "{sharp:?}");
-        // Without a factor it is 64 / 4096: nothing gets sharper.
-        assert_near(&[yarn(None, true, None, [None; 2]).attention_factor()], &[1.0]);
     }
 
     /// At position 1 the pair (1, 3) of ones with angles 1 and 0.01 becomes (cos - sin, cos + sin).
