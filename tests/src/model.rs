@@ -133,6 +133,17 @@ impl SmallMoe {
         self.input.weight = self.input.weight.clone().map(|weight| (weight * factor).detach().require_grad());
     }
 
+    /// The bias that each FSEP layer's router has on its choice; without one it is left out.
+    pub fn expert_biases(&self) -> Vec<Vec<f32>> {
+        let bias = |layer: &FeedForward| match layer {
+            FeedForward::Fsep(moe) => {
+                moe.router.expert_bias.as_ref().map(|bias| bias.val().into_data().iter().collect())
+            }
+            FeedForward::Dense(_) => None,
+        };
+        self.layers.iter().filter_map(bias).collect()
+    }
+
     /// Values of all replicated parameters.
     pub fn replicated(&self) -> Vec<f32> {
         let mut values = Vec::new();

@@ -1,10 +1,13 @@
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData, activation::softmax};
+use burn::{
+    module::{Module, ModuleVisitor, Param},
+    tensor::{Gradients, Tensor, TensorData, activation::softmax},
+};
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
     comm::{Communicator, local::LaunchConfig},
-    moe::DenseMoE,
+    moe::{DenseMoE, SharedExpert, TopKRouter},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
@@ -34,6 +37,8 @@ pub struct ParityStep {
     output: Vec<f32>,
     d_input: Vec<f32>,
     d_router: Vec<f32>,
+    /// Of the router's bias and of the shared expert, one after the other.
+    d_others: Vec<f32>,
     d_experts: Vec<f32>,
 }
 
@@ -112,6 +117,7 @@ impl ParityCase {
                     output: floats(output.hidden.inner()),
                     d_input: floats(x.grad(&grads).expect("input gradient")),
                     d_router: floats(layer.router.weight.val().grad(&grads).expect("router gradient")),
+                    d_others: other_gradients(&layer.router, &layer.shared_expert, &grads),
                     d_experts: floats(layer.experts.weight.val().grad(&grads).expect("experts' gradient")),
                 }
             })
@@ -139,10 +145,12 @@ impl ParityCase {
             };
             // A rank's gradients are those of its own loss; the dense ones of the mean over ranks.
             let share = |values: Vec<f32>| values.into_iter().map(|v| v / ranks as f32).collect::<Vec<_>>();
-            let mut router = vec![0.0; expected.d_router.len()];
-            for part in &parts {
-                router.iter_mut().zip(&part.d_router).for_each(|(sum, d)| *sum += d);
-            }
+            let sum_of = |of: fn(&ParityStep) -> &Vec<f32>| {
+                let mut sum = vec![0.0; of(expected).len()];
+                parts.iter().for_each(|part| sum.iter_mut().zip(of(part)).for_each(|(sum, d)| *sum += d));
+                sum
+            };
+            let router = sum_of(|s| &s.d_router);
             let experts = whole_experts(&parts, case, expected.d_experts.len());
             let per_expert = expected.d_experts.len() / case.config.num_moe_experts;
             let mut compare = |what: &str, actual: &[f32], expected: &[f32]| {
@@ -157,6 +165,7 @@ impl ParityCase {
             // steps' gradients are compared on one scale.
             let with_scale = |values: &[f32]| values.iter().copied().chain([scale]).collect::<Vec<_>>();
             compare("router gradient", &with_scale(&router), &with_scale(&expected.d_router));
+            compare("other gradients", &share(sum_of(|s| &s.d_others)), &expected.d_others);
             let by_expert = experts.chunks(per_expert).zip(expected.d_experts.chunks(per_expert));
             for (expert, (actual, expected)) in by_expert.enumerate() {
                 compare(&format!("gradient of expert {expert}"), actual, expected);
@@ -168,6 +177,24 @@ impl ParityCase {
 
 fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
+}
+
+/// The gradients of the replicated parameters but the router's weight: zeros where there is none.
+fn other_gradients(router: &TopKRouter, shared_expert: &Option<SharedExpert>, grads: &Gradients) -> Vec<f32> {
+    struct Visitor<'a>(&'a Gradients, Vec<f32>);
+
+    impl ModuleVisitor for Visitor<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let value = param.val();
+            let grad = value.grad(self.0).unwrap_or_else(|| value.inner().zeros_like());
+            self.1.extend(floats(grad));
+        }
+    }
+
+    let mut visitor = Visitor(grads, Vec::new());
+    router.bias.visit(&mut visitor);
+    shared_expert.visit(&mut visitor);
+    visitor.1
 }
 
 fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) -> ParityStep {
@@ -185,6 +212,7 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
         output: floats(output.hidden.inner()),
         d_input: or_zeros(x.grad(&grads), x),
         d_router: or_zeros(dense.router.weight.val().grad(&grads), dense.router.weight.val()),
+        d_others: other_gradients(&dense.router, &dense.shared_expert, &grads),
         d_experts: or_zeros(dense.weight.val().grad(&grads), dense.weight.val()),
     }
 }

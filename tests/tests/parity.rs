@@ -1,8 +1,13 @@
 //! FSEP equals the dense layer: values and all gradients, for any world size, layout and dispatch.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, comm::local::LaunchConfig, moe::RouterForcing,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
+    comm::local::LaunchConfig,
+    moe::{
+        ExpertActivation, ExpertBiasConfig, GroupScore, RouterForcing, RouterGroups, ScoreFunction, SharedExpertConfig,
+        TopKRouterConfig,
+    },
 };
 use burn_fsep_tests::{
     Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch,
@@ -110,6 +115,39 @@ fn auxiliary_losses_are_those_of_the_dense_layer() {
     });
     let mean = losses.into_iter().map(Result::unwrap).sum::<f32>() / ranks as f32;
     assert!((mean - expected).abs() <= 1e-5 * expected, "{mean} against {expected}");
+}
+
+#[test]
+fn activations_and_biases() {
+    let clamped = ExpertActivation::ClampedSwiGlu { alpha: 1.702, limit: 0.5 };
+    for activation in [clamped, ExpertActivation::Geglu, ExpertActivation::Gelu, ExpertActivation::ReluSquared] {
+        everywhere(&config(8, 2).with_activation(activation));
+        everywhere(&config(8, 2).with_activation(activation).with_add_bias_linear(true).with_moe_layer_recompute(true));
+    }
+    everywhere(&config(8, 2).with_add_bias_linear(true));
+}
+
+#[test]
+fn shared_experts() {
+    everywhere(&config(8, 2).with_shared_expert(Some(SharedExpertConfig::new(5))));
+    let gated = SharedExpertConfig::new(9).with_gate(true);
+    everywhere(&config(8, 2).with_shared_expert(Some(gated)).with_add_bias_linear(true));
+    everywhere(&config(8, 2).with_shared_expert(Some(gated)).with_activation(ExpertActivation::Gelu));
+}
+
+#[test]
+fn routers() {
+    let router = TopKRouterConfig::new;
+    let sigmoid = || router().with_score_function(ScoreFunction::Sigmoid);
+    let groups = |score| Some(RouterGroups::new(4, 2).with_score(score));
+    for router in [
+        router().with_pre_softmax(false).with_logit_bias(true),
+        router().with_norm_topk_prob(Some(false)).with_topk_scaling_factor(1.5).with_groups(groups(GroupScore::Max)),
+        sigmoid().with_groups(groups(GroupScore::TopTwoSum)).with_expert_bias(Some(ExpertBiasConfig::new())),
+        sigmoid().with_norm_topk_prob(Some(false)).with_dtype(Some(FloatDType::F32)),
+    ] {
+        everywhere(&config(8, 3).with_router(router));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use burn::{
     backend::Dispatch as AnyBackend,
     tensor::{
-        DType, FloatDType, Int, Tensor,
+        DType, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData,
         activation::{sigmoid, softmax},
     },
 };
@@ -44,12 +44,13 @@ pub(super) fn top_k(
     let chosen = best(ranked, topk);
     // A logit that is no number, or infinite, gives scores that are no numbers, and any expert: marked here, on the device, and
     // noticed where the counts are read anyway. One sigmoid says nothing of the others.
-    let without_scores = match config.score_function {
-        ScoreFunction::Softmax => None,
-        ScoreFunction::Sigmoid => Some(scores.clone().inner().sum_dim(1).is_nan().expand([logits.dims()[0], topk])),
-    };
+    let sum_of_scores = scores.clone().inner().sum_dim(1);
     let mut output = weigh(logits, scores, chosen, config, dtype);
-    let without_scores = without_scores.unwrap_or_else(|| output.probs.clone().inner().is_nan());
+    let probs = output.probs.clone().inner();
+    let without_scores = match config.score_function {
+        ScoreFunction::Softmax => probs.is_nan(),
+        ScoreFunction::Sigmoid => (probs + (sum_of_scores * 0.0).cast(dtype)).is_nan(),
+    };
     output.experts = output.experts.mask_fill(without_scores, num_experts as i64);
     output
 }
@@ -95,11 +96,13 @@ fn only_best_groups(ranked: Tensor<2>, groups: RouterGroups) -> Tensor<2> {
         }
     };
     let chosen = best(group_scores.reshape([tokens, num_groups]), group_topk);
-    let [zeros, ones] =
-        [[tokens, num_groups], [tokens, group_topk]].map(|dims| Tensor::<2>::zeros(dims, &ranked.device()));
-    let is_chosen = zeros.scatter(1, chosen, ones + 1.0, burn::tensor::IndexingUpdateOp::Add).greater_elem(0.5);
-    let is_chosen = is_chosen.reshape([tokens, num_groups, 1]).expand([tokens, num_groups, size]);
-    ranked.mask_fill(is_chosen.reshape([tokens, num_experts]).bool_not(), f64::NEG_INFINITY)
+    let zeros = Tensor::<2>::zeros([tokens, num_groups], (&ranked.device(), DType::F32));
+    let ones = Tensor::<2>::ones([tokens, group_topk], (&ranked.device(), DType::F32));
+    let is_chosen = zeros.scatter(1, chosen, ones, IndexingUpdateOp::Add);
+    let group_of_expert: Vec<i32> = (0..num_experts).map(|expert| (expert / size) as i32).collect();
+    let group_of_expert = TensorData::new(group_of_expert, [num_experts]);
+    let is_chosen = is_chosen.select(1, Tensor::from_data(group_of_expert, &ranked.device()));
+    ranked.mask_fill(is_chosen.lower_elem(0.5), f64::NEG_INFINITY)
 }
 
 /// Indices of the `topk` largest numbers of each row, the largest first, of equal ones the lower index. `[R, W] -> [R, topk]`
@@ -114,36 +117,123 @@ mod tests {
 
     use super::*;
 
-    fn routed(logits: &[f32], topk: usize) -> (Vec<f32>, Vec<i64>) {
-        let logits = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [1, logits.len()]), &Device::flex());
-        let output = top_k(logits, &TopKRouterConfig::new(), None, topk, DType::F32);
+    fn routed(config: &TopKRouterConfig, bias: Option<&[f32]>, logits: &[f32], topk: usize) -> (Vec<f32>, Vec<i64>) {
+        let device = Device::flex();
+        let logits = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [1, logits.len()]), &device);
+        let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), &device));
+        let output = top_k(logits, config, bias, topk, DType::F32);
         (output.probs.into_data().iter().collect(), output.experts.into_data().iter().collect())
+    }
+
+    fn assert_routed(config: &TopKRouterConfig, bias: Option<&[f32]>, logits: &[f32], expected: &[(i64, f32)]) {
+        let (probs, experts) = routed(config, bias, logits, expected.len());
+        assert_eq!(experts, expected.iter().map(|(expert, _)| *expert).collect::<Vec<_>>(), "{config:?}");
+        for (prob, (_, expected)) in probs.iter().zip(expected) {
+            assert!((prob - expected).abs() <= 1e-6 * expected.max(1e-3), "{config:?}: {probs:?}, not {expected}");
+        }
     }
 
     /// Probabilities 1/2, 1/4, 1/8, 1/8.
     #[test]
-    fn chosen_probabilities_sum_to_one_unless_there_is_only_one() {
+    fn weights_are_normalised_as_the_option_says() {
         let logits = [4.0f32.ln(), 2.0f32.ln(), 0.0, 0.0];
-        for (topk, expected) in [(1, vec![0.5]), (2, vec![2.0 / 3.0, 1.0 / 3.0])] {
-            let (probs, experts) = routed(&logits, topk);
-            assert_eq!(experts, (0..topk as i64).collect::<Vec<_>>());
-            assert!(probs.iter().zip(&expected).all(|(p, e): (_, &f32)| (p - e).abs() < 1e-6), "{probs:?}");
+        let config = TopKRouterConfig::new;
+        let (third, two_thirds) = (1.0 / 3.0, 2.0 / 3.0);
+        assert_routed(&config(), None, &logits, &[(0, two_thirds), (1, third)]);
+        assert_routed(&config(), None, &logits, &[(0, 0.5)]);
+        for (normalised, expected) in [(true, [two_thirds, third]), (false, [0.5, 0.25])] {
+            let config = config().with_norm_topk_prob(Some(normalised));
+            assert_routed(&config, None, &logits, &[(0, expected[0]), (1, expected[1])]);
         }
+        assert_routed(&config().with_norm_topk_prob(Some(true)), None, &logits, &[(0, 1.0)]);
+        let after = config().with_pre_softmax(false);
+        assert_routed(&after, None, &logits, &[(0, two_thirds), (1, third)]);
+        assert_routed(&after, None, &logits, &[(0, 1.0)]);
+        let scaled = config().with_norm_topk_prob(Some(false)).with_topk_scaling_factor(16.0);
+        assert_routed(&scaled, None, &logits, &[(0, 8.0), (1, 4.0)]);
     }
 
-    /// All probabilities but the first are 0.
+    /// All probabilities but the first are 0, and all sigmoids 1.
     #[test]
-    fn probabilities_that_underflow_leave_a_choice() {
-        assert_eq!(routed(&[200.0, 0.0, -1.0, -2.0], 2), (vec![1.0, 0.0], vec![0, 1]));
-        assert_eq!(routed(&[-2.0, -1.0, 0.0, 200.0], 3), (vec![1.0, 0.0, 0.0], vec![3, 2, 1]));
+    fn scores_that_underflow_leave_a_choice() {
+        for config in [TopKRouterConfig::new(), TopKRouterConfig::new().with_pre_softmax(false)] {
+            assert_routed(&config, None, &[200.0, 0.0, -1.0, -2.0], &[(0, 1.0), (1, 0.0)]);
+            assert_routed(&config, None, &[-2.0, -1.0, 0.0, 200.0], &[(3, 1.0), (2, 0.0), (1, 0.0)]);
+        }
+        let sigmoid = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid);
+        assert_routed(&sigmoid, None, &[60.0, 70.0, 80.0, 50.0], &[(2, 0.5), (1, 0.5)]);
     }
 
     #[test]
-    fn logits_without_probabilities_have_no_expert() {
+    fn logits_without_scores_have_no_expert() {
+        let sigmoid = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid);
         for bad in [f32::NAN, f32::INFINITY] {
-            assert_eq!(routed(&[0.0, bad, 1.0], 2).1, [3, 3], "{bad}");
+            assert_eq!(routed(&TopKRouterConfig::new(), None, &[0.0, bad, 1.0], 2).1, [3, 3], "{bad}");
         }
-        assert_eq!(routed(&[f32::NEG_INFINITY; 3], 2).1, [3, 3]);
-        assert_eq!(routed(&[0.0, f32::NEG_INFINITY, 1.0], 2).1, [2, 0]);
+        assert_eq!(routed(&sigmoid, None, &[0.0, f32::NAN, 1.0], 2).1, [3, 3]);
+        assert_eq!(routed(&TopKRouterConfig::new(), None, &[f32::NEG_INFINITY; 3], 2).1, [3, 3]);
+        for config in [TopKRouterConfig::new(), sigmoid] {
+            assert_eq!(routed(&config, None, &[0.0, f32::NEG_INFINITY, 1.0], 2).1, [2, 0]);
+        }
+    }
+
+    #[test]
+    fn of_equal_scores_the_lower_index_is_better() {
+        let groups = RouterGroups::new(4, 2).with_score(GroupScore::TopTwoSum);
+        for config in [
+            TopKRouterConfig::new(),
+            TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid),
+            TopKRouterConfig::new().with_groups(Some(groups)),
+        ] {
+            for zero in [0.0, -0.0] {
+                assert_eq!(routed(&config, None, &[0.0, zero, 0.0, zero, 0.0, 0.0, 0.0, 0.0], 3).1, [0, 1, 2]);
+            }
+            assert_eq!(routed(&config, Some(&[0.5; 8]), &[0.0; 8], 3).1, [0, 1, 2]);
+        }
+        assert_eq!(routed(&TopKRouterConfig::new(), None, &[1.0, 2.0, 1.0, 2.0, 1.0], 3).1, [1, 3, 0]);
+    }
+
+    /// DeepSeek-V3 (transformers #45440): with 0 in place of minus infinity experts 4 to 7 would win.
+    #[test]
+    fn experts_outside_of_the_best_groups_are_never_chosen() {
+        let config = TopKRouterConfig::new()
+            .with_score_function(ScoreFunction::Sigmoid)
+            .with_groups(Some(RouterGroups::new(4, 2).with_score(GroupScore::TopTwoSum)))
+            .with_topk_scaling_factor(2.5);
+        let logits = [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5];
+        let expected = [(0, 0.721518), (1, 0.669728), (2, 0.598857), (3, 0.509897)];
+        assert_routed(&config, Some(&[-1.0; 8]), &logits, &expected);
+    }
+
+    /// The best group by its two best experts is not that of the best expert.
+    #[test]
+    fn groups_count_for_their_best_or_for_their_two_best() {
+        let logits = [3.0, -9.0, 2.0, 2.0];
+        let of = |score| {
+            let groups = RouterGroups::new(2, 1).with_score(score);
+            let config = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid).with_groups(Some(groups));
+            routed(&config, None, &logits, 2).1
+        };
+        assert_eq!(of(GroupScore::Max), [0, 1]);
+        assert_eq!(of(GroupScore::TopTwoSum), [2, 3]);
+    }
+
+    /// flashinfer PR 3875: a weight that is what is left of score plus bias minus bias would be 0 here.
+    #[test]
+    fn weights_do_not_have_the_bias() {
+        let config = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid);
+        let logits = [(1e-8f32).ln(), 0.0, (2e-8f32).ln()];
+        let (one_third, two_thirds) = (1.0 / 3.0, 2.0 / 3.0);
+        assert_routed(&config, Some(&[12.0, 0.0, 12.0]), &logits, &[(0, one_third), (2, two_thirds)][..]);
+    }
+
+    /// Megatron-LM 1545: with sigmoids as they are, the loss falls with their sum, without any balance.
+    #[test]
+    fn shares_of_sigmoids_sum_to_one() {
+        let device = Device::flex();
+        let logits = Tensor::<2>::from_data(TensorData::new(vec![-3.0f32, -9.0, 1.0, 0.0], [1, 4]), &device);
+        let config = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid);
+        let sum = top_k(logits, &config, None, 2, DType::F32).scores.unwrap().sum().into_scalar::<f32>();
+        assert!((sum - 1.0).abs() < 1e-6, "{sum}");
     }
 }

@@ -3,19 +3,22 @@ use std::{collections::BTreeMap, sync::Arc};
 use burn::tensor::FloatDType;
 use burn_fsep_planner::Layout;
 use cudarc::{
-    driver::{CudaContext, CudaFunction, CudaModule, CudaStream, LaunchArgs, LaunchConfig, PushKernelArg},
+    driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchArgs, LaunchConfig, PushKernelArg},
     nvrtc::{CompileOptions, compile_ptx_with_opts},
 };
 use parking_lot::Mutex;
 use tch::{Device, Kind, TchError, Tensor};
+
+use super::super::ExpertActivation;
 
 /// The kernels of `kernels.cu`, compiled for one GPU.
 #[derive(Debug)]
 pub(super) struct Fused {
     /// The legacy default stream, on which LibTorch computes.
     stream: Arc<CudaStream>,
-    swiglu: CudaFunction,
-    swiglu_backward: CudaFunction,
+    /// By [`number_of`] an activation: forward and backward.
+    activations: Vec<[CudaFunction; 2]>,
+    top_k: CudaFunction,
     combine: CudaFunction,
     combine_backward: CudaFunction,
     sum_replicas: CudaFunction,
@@ -26,6 +29,20 @@ pub(super) struct Fused {
 /// Kernels compiled in this process, by GPU; `None` where they cannot be. Like cuBLAS's handles in LibTorch: a memory of
 /// what was made once, without any meaning of its own.
 static COMPILED: Mutex<BTreeMap<usize, Option<Arc<Fused>>>> = Mutex::new(BTreeMap::new());
+
+/// The activations' kernels, by [`number_of`].
+const ACTIVATIONS: [&str; 5] = ["swiglu", "clamped_swiglu", "geglu", "gelu", "relu_squared"];
+
+/// The number of an activation, and its two constants.
+fn number_of(activation: ExpertActivation) -> (usize, f32, f32) {
+    match activation {
+        ExpertActivation::SwiGlu => (0, 0.0, 0.0),
+        ExpertActivation::ClampedSwiGlu { alpha, limit } => (1, alpha as f32, limit as f32),
+        ExpertActivation::Geglu => (2, 0.0, 0.0),
+        ExpertActivation::Gelu => (3, 0.0, 0.0),
+        ExpertActivation::ReluSquared => (4, 0.0, 0.0),
+    }
+}
 
 /// Elements that a thread handles at a time.
 const VECTOR: i64 = 8;
@@ -76,8 +93,11 @@ impl Fused {
         let (major, _) = context.compute_capability()?;
         Ok(Self {
             stream: context.default_stream(),
-            swiglu: module.load_function("swiglu")?,
-            swiglu_backward: module.load_function("swiglu_backward")?,
+            activations: ACTIVATIONS
+                .iter()
+                .map(|name| Ok([module.load_function(name)?, module.load_function(&format!("{name}_backward"))?]))
+                .collect::<Result<_, DriverError>>()?,
+            top_k: module.load_function("top_k")?,
             combine: module.load_function("combine")?,
             combine_backward: module.load_function("combine_backward")?,
             sum_replicas: module.load_function("sum_replicas")?,
@@ -85,29 +105,65 @@ impl Fused {
         })
     }
 
-    /// `[M, 2F] -> [M, F]`
-    pub fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor, TchError> {
-        let (rows, ffn) = (gate_up.size()[0], gate_up.size()[1] / 2);
-        let hidden = Tensor::f_empty([rows, ffn], (gate_up.kind(), gate_up.device()))?;
-        let (pointers, width) = ([address(gate_up), address(&hidden)], groups(ffn));
-        self.launch(&self.swiglu, rows, width, |args| {
-            args.arg(&pointers[0]).arg(&pointers[1]).arg(&width);
+    /// The activation of gate, if there is one, and up, side by side. `[M, 2F or F] -> [M, F]`
+    pub fn activate(&self, activation: ExpertActivation, first: &Tensor, ffn: i64) -> Result<Tensor, TchError> {
+        let rows = first.size()[0];
+        let hidden = Tensor::f_empty([rows, ffn], (first.kind(), first.device()))?;
+        let (number, alpha, limit) = number_of(activation);
+        let (pointers, width) = ([address(first), address(&hidden)], groups(ffn));
+        self.launch(&self.activations[number][0], rows, width, |args| {
+            args.arg(&pointers[0]).arg(&pointers[1]).arg(&width).arg(&alpha).arg(&limit);
         })?;
         Ok(hidden)
     }
 
-    /// `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`: gradient of the input, and the output once more.
-    pub fn swiglu_backward(&self, gate_up: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor), TchError> {
-        let (rows, ffn) = (gate_up.size()[0], gate_up.size()[1] / 2);
+    /// `([M, 2F or F], [M, F]) -> ([M, 2F or F], [M, F])`: gradient of the input, and the output once more.
+    pub fn activate_backward(
+        &self,
+        activation: ExpertActivation,
+        first: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Tensor, Tensor), TchError> {
+        let [rows, ffn] = [grad.size()[0], grad.size()[1]];
         let grad = grad.f_contiguous()?;
-        let (d_gate_up, hidden) = (gate_up.f_empty_like()?, grad.f_empty_like()?);
-        let pointers = [gate_up, &grad, &d_gate_up, &hidden].map(address);
+        let (d_first, hidden) = (first.f_empty_like()?, grad.f_empty_like()?);
+        let (number, alpha, limit) = number_of(activation);
+        let pointers = [first, &grad, &d_first, &hidden].map(address);
         let width = groups(ffn);
-        self.launch(&self.swiglu_backward, rows, width, |args| {
+        self.launch(&self.activations[number][1], rows, width, |args| {
             pointers.iter().for_each(|pointer| _ = args.arg(pointer));
-            args.arg(&width);
+            args.arg(&width).arg(&alpha).arg(&limit);
         })?;
-        Ok((d_gate_up, hidden))
+        Ok((d_first, hidden))
+    }
+
+    /// As [`FsepDeviceOps::fsep_top_k`](super::super::FsepDeviceOps::fsep_top_k); `None` where the kernel does not apply.
+    pub fn top_k(numbers: &Tensor, topk: usize) -> Result<Option<Tensor>, TchError> {
+        /// Rows of a block; their numbers are in its shared memory.
+        const ROWS: u32 = 4;
+        const MAX_WIDTH: i64 = 2048;
+        let Device::Cuda(index) = numbers.device() else { return Ok(None) };
+        let [rows, width] = [numbers.size()[0], numbers.size()[1]];
+        let fits = numbers.kind() == Kind::Float && numbers.is_contiguous() && (1..=MAX_WIDTH).contains(&width);
+        let Some(gpu) = on_gpu(index).filter(|_| fits && topk as i64 <= width) else { return Ok(None) };
+        let chosen = Tensor::f_empty([rows, topk as i64], (Kind::Int64, numbers.device()))?;
+        if rows == 0 {
+            return Ok(Some(chosen));
+        }
+        let config = LaunchConfig {
+            grid_dim: ((rows as u32).div_ceil(ROWS), 1, 1),
+            block_dim: (32 * ROWS, 1, 1),
+            shared_mem_bytes: 4 * ROWS * width as u32,
+        };
+        let (pointers, sizes) = ([address(numbers), address(&chosen)], [rows as i32, width as i32, topk as i32]);
+        let mut args = gpu.stream.launch_builder(&gpu.top_k);
+        pointers.iter().for_each(|pointer| _ = args.arg(pointer));
+        sizes.iter().for_each(|size| _ = args.arg(size));
+        // SAFETY: the pointers are to `rows * width` numbers of single precision and to `rows * topk` long integers, both
+        // contiguous, and `topk` is at most `width`, so that each turn finds a number that was not taken. A block's rows fit
+        // into the shared memory that is asked for. As to the tensors' lives, see `launch`.
+        unsafe { args.launch(config) }.map_err(|error| TchError::Torch(error.to_string()))?;
+        Ok(Some(chosen))
     }
 
     /// `([R, D], [T * K], [T, K]) -> [T, D]`: rows of each token summed, weighted if there are probabilities.

@@ -25,6 +25,10 @@ impl FsepDeviceOps for LibTorch {
         (row_of, assignment_of, token_of, ends)
     }
 
+    fn fsep_top_k(numbers: TchTensor, topk: usize) -> TchTensor {
+        TchTensor::new(routing::top_k(&numbers.tensor, topk).unwrap_or_else(|error| panic!("{error}")))
+    }
+
     fn fsep_gather_ends(
         ends: TchTensor,
         header: Vec<u32>,

@@ -5,9 +5,13 @@ use burn_tch::TchTensor;
 use tch::{Kind, TchError, Tensor};
 
 use super::{
-    super::types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
-    cuda::{self, Fused},
+    super::{
+        ExpertActivation,
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+    },
+    activation, cuda,
 };
+use crate::shard::ExpertShape;
 
 /// Rows a slot up to which products of all slots in one launch beat a launch a slot (measured on an H200).
 const GROUPED_UP_TO: usize = 1024;
@@ -18,12 +22,22 @@ struct Matrices<'a> {
     rows: &'a [usize],
     hidden: i64,
     ffn: i64,
+    /// Width of the first projection.
+    first: i64,
+    has_bias: bool,
 }
 
 impl<'a> Matrices<'a> {
     fn new(weights: &'a ExpertWeights<LibTorch>) -> Self {
-        let (hidden, ffn) = (weights.shape.hidden as i64, weights.shape.ffn as i64);
-        Self { flat: weights.flat.tensor.shallow_clone(), rows: &weights.rows, hidden, ffn }
+        let ExpertShape { hidden, ffn, bias, .. } = weights.shape;
+        Self {
+            flat: weights.flat.tensor.shallow_clone(),
+            rows: &weights.rows,
+            hidden: hidden as i64,
+            ffn: ffn as i64,
+            first: weights.shape.first_width() as i64,
+            has_bias: bias,
+        }
     }
 
     /// The same views of another buffer of this shape.
@@ -31,28 +45,48 @@ impl<'a> Matrices<'a> {
         Self { flat, ..*self }
     }
 
-    /// `[2F, D]`
+    /// The first projection. `[2F or F, D]`
     fn gate_up(&self, slot: usize) -> Result<Tensor, TchError> {
-        self.part(slot, 0, [2 * self.ffn, self.hidden])
+        self.part(slot, 0, [self.first, self.hidden])
     }
 
     /// `[D, F]`
     fn down(&self, slot: usize) -> Result<Tensor, TchError> {
-        self.part(slot, 2 * self.ffn * self.hidden, [self.hidden, self.ffn])
+        self.part(slot, self.first * self.hidden, [self.hidden, self.ffn])
     }
 
     fn part(&self, slot: usize, start: i64, dims: [i64; 2]) -> Result<Tensor, TchError> {
         self.flat.f_select(0, self.rows[slot] as i64)?.f_narrow(0, start, dims[0] * dims[1])?.f_view(dims)
     }
 
-    /// Gate and up projections of all slots, `[C, 2F, D]`, if rows are in the order of slots.
+    /// Biases of the first projection, `[2F or F]`, and of the second, `[D]`, if there are any.
+    fn biases(&self, slot: usize) -> Result<Option<[Tensor; 2]>, TchError> {
+        if !self.has_bias {
+            return Ok(None);
+        }
+        let row = self.flat.f_select(0, self.rows[slot] as i64)?;
+        let start = self.bias_start();
+        Ok(Some([row.f_narrow(0, start, self.first)?, row.f_narrow(0, start + self.first, self.hidden)?]))
+    }
+
+    /// Parameters of both matrices.
+    fn bias_start(&self) -> i64 {
+        (self.first + self.ffn) * self.hidden
+    }
+
+    /// Parameters of an expert.
+    fn num_params(&self) -> i64 {
+        self.bias_start() + if self.has_bias { self.first + self.hidden } else { 0 }
+    }
+
+    /// First projections of all slots, `[C, 2F or F, D]`, if rows are in the order of slots.
     fn all_gate_up(&self) -> Result<Tensor, TchError> {
-        self.all(0, [2 * self.ffn, self.hidden])
+        self.all(0, [self.first, self.hidden])
     }
 
     /// `[C, D, F]`, likewise.
     fn all_down(&self) -> Result<Tensor, TchError> {
-        self.all(2 * self.ffn * self.hidden, [self.hidden, self.ffn])
+        self.all(self.first * self.hidden, [self.hidden, self.ffn])
     }
 
     fn all(&self, start: i64, dims: [i64; 2]) -> Result<Tensor, TchError> {
@@ -115,46 +149,70 @@ fn empty(rows: i64, width: i64, like: &Tensor) -> Result<Tensor, TchError> {
     Tensor::f_empty([rows, width], (like.kind(), like.device()))
 }
 
-/// Activations before SwiGLU of all slots. `[M, D] -> [M, 2F]`
-fn gate_up(tokens: &Tensor, weights: &Matrices<'_>, products: &Products<'_>) -> Result<Tensor, TchError> {
+/// The first projection of all slots. `[M, D] -> [M, 2F or F]`
+fn first_projection(
+    tokens: &Tensor,
+    weights: &Matrices<'_>,
+    products: &Products<'_>,
+    slot_rows: &[Range<usize>],
+) -> Result<Tensor, TchError> {
     let all = || weights.all_gate_up()?.f_transpose(1, 2);
-    products.product(tokens, 2 * weights.ffn, |slot| weights.gate_up(slot)?.f_tr(), all)
+    let out = products.product(tokens, weights.first, |slot| weights.gate_up(slot)?.f_tr(), all)?;
+    add_biases(&out, weights, slot_rows, 0)?;
+    Ok(out)
+}
+
+/// Adds each slot's bias of one projection, in place, if there are biases.
+fn add_biases(
+    out: &Tensor,
+    weights: &Matrices<'_>,
+    slot_rows: &[Range<usize>],
+    projection: usize,
+) -> Result<(), TchError> {
+    for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+        let Some(biases) = weights.biases(slot)? else { return Ok(()) };
+        let _ = part(out, rows)?.f_add_(&biases[projection])?;
+    }
+    Ok(())
 }
 
 pub(super) fn forward(
     tokens: &Tensor,
     weights: &ExpertWeights<LibTorch>,
+    activation: ExpertActivation,
     slot_rows: &[Range<usize>],
 ) -> Result<ExpertsOutput<LibTorch>, TchError> {
     let weights = Matrices::new(weights);
     let products = Products::new(tokens, &weights, slot_rows)?;
-    let gate_up = gate_up(tokens, &weights, &products)?;
-    let hidden = swiglu(&gate_up)?;
+    let first = first_projection(tokens, &weights, &products, slot_rows)?;
+    let hidden = activation::activate(activation, &first, weights.ffn)?;
     let all = || weights.all_down()?.f_transpose(1, 2);
     let output = products.product(&hidden, weights.hidden, |slot| weights.down(slot)?.f_tr(), all)?;
-    Ok(ExpertsOutput { output: TchTensor::new(output), kept: vec![TchTensor::new(gate_up)] })
+    add_biases(&output, &weights, slot_rows, 1)?;
+    Ok(ExpertsOutput { output: TchTensor::new(output), kept: vec![TchTensor::new(first)] })
 }
 
 pub(super) fn backward(
     args: ExpertsBackward<LibTorch>,
     weights: &ExpertWeights<LibTorch>,
+    activation: ExpertActivation,
     slot_rows: &[Range<usize>],
 ) -> Result<ExpertsGradients<LibTorch>, TchError> {
     let ExpertsBackward { tokens, kept, grad, want_tokens, want_weights } = args;
     let (tokens, grad) = (tokens.tensor, grad.tensor);
     let weights = Matrices::new(weights);
     let products = Products::new(&tokens, &weights, slot_rows)?;
-    let gate_up = match kept.and_then(|mut kept| kept.pop()) {
+    let first = match kept.and_then(|mut kept| kept.pop()) {
         Some(kept) => kept.tensor,
-        None => gate_up(&tokens, &weights, &products)?,
+        None => first_projection(&tokens, &weights, &products, slot_rows)?,
     };
     let d_hidden = products.product(&grad, weights.ffn, |slot| weights.down(slot), || weights.all_down())?;
-    let (d_gate_up, hidden) = swiglu_backward(&gate_up, d_hidden)?;
-    drop(gate_up);
+    let (d_first, hidden) = activation::backward(activation, &first, d_hidden)?;
+    drop(first);
 
     let d_weights = if want_weights {
         let out = weights.of(weights.flat.f_empty_like()?);
-        let used = 3 * weights.ffn * weights.hidden;
+        let used = weights.num_params();
         let width = out.flat.size()[1];
         if used < width {
             let _ = out.flat.f_narrow(1, used, width - used)?.f_zero_()?;
@@ -163,8 +221,11 @@ pub(super) fn backward(
             if rows.is_empty() {
                 let _ = out.flat.f_select(0, weights.rows[slot] as i64)?.f_zero_()?;
             } else {
-                let _ = part(&d_gate_up, rows)?.f_tr()?.f_mm_out(&out.gate_up(slot)?, &part(&tokens, rows)?)?;
+                let _ = part(&d_first, rows)?.f_tr()?.f_mm_out(&out.gate_up(slot)?, &part(&tokens, rows)?)?;
                 let _ = part(&grad, rows)?.f_tr()?.f_mm_out(&out.down(slot)?, &part(&hidden, rows)?)?;
+                for (mut bias, grad) in out.biases(slot)?.into_iter().flatten().zip([&d_first, &grad]) {
+                    bias.f_copy_(&part(grad, rows)?.f_sum_dim_intlist([0i64].as_slice(), false, None::<Kind>)?)?;
+                }
             }
         }
         Some(TchTensor::new(out.flat))
@@ -173,38 +234,7 @@ pub(super) fn backward(
     };
     drop(hidden);
     let d_tokens = want_tokens
-        .then(|| products.product(&d_gate_up, weights.hidden, |slot| weights.gate_up(slot), || weights.all_gate_up()))
+        .then(|| products.product(&d_first, weights.hidden, |slot| weights.gate_up(slot), || weights.all_gate_up()))
         .transpose()?;
     Ok(ExpertsGradients { tokens: d_tokens.map(TchTensor::new), weights: d_weights })
-}
-
-/// `silu(gate) * up`. `[M, 2F] -> [M, F]`
-fn swiglu(gate_up: &Tensor) -> Result<Tensor, TchError> {
-    let ffn = gate_up.size()[1] / 2;
-    if let Some(fused) = Fused::of(gate_up, ffn) {
-        return fused.swiglu(gate_up);
-    }
-    let [gate, up] = halves(gate_up, ffn)?;
-    gate.f_silu()?.f_mul_(&up)
-}
-
-/// Gradient of `gate_up`, and the output of SwiGLU once more. `([M, 2F], [M, F]) -> ([M, 2F], [M, F])`
-fn swiglu_backward(gate_up: &Tensor, mut grad: Tensor) -> Result<(Tensor, Tensor), TchError> {
-    let ffn = gate_up.size()[1] / 2;
-    if let Some(fused) = Fused::of(gate_up, ffn) {
-        return fused.swiglu_backward(gate_up, &grad);
-    }
-    let [gate, up] = halves(gate_up, ffn)?;
-    let d_gate_up = gate_up.f_empty_like()?;
-    let [d_gate, d_up] = halves(&d_gate_up, ffn)?;
-    let mut silu = gate.f_silu()?;
-    let _ = grad.f_mul_out(&d_up, &silu)?;
-    let hidden = silu.f_mul_(&up)?;
-    let d_silu = grad.f_mul_(&up)?;
-    let _ = gate.f_silu_backward_grad_input(&d_gate, &d_silu)?;
-    Ok((d_gate_up, hidden))
-}
-
-fn halves(gate_up: &Tensor, ffn: i64) -> Result<[Tensor; 2], TchError> {
-    Ok([gate_up.f_narrow(1, 0, ffn)?, gate_up.f_narrow(1, ffn, ffn)?])
 }

@@ -45,37 +45,120 @@ struct Eight {
     }
 };
 
-// One block a row: hidden = silu(gate) * up, with gate and up side by side.
-extern "C" __global__ void swiglu(const uint4 *gate_up, uint4 *hidden, int width) {
-    const uint4 *gates = gate_up + (size_t)blockIdx.x * 2 * width;
+// An expert's activation and its derivatives, by the number that cuda.rs gives it: SwiGLU, GPT-OSS's clamped SwiGLU, GEGLU,
+// GELU, squared ReLU. The last two have no gate.
+struct Activated {
+    float out, d_gate, d_up;
+};
+
+__device__ float normal_cdf(float x) { return 0.5f * (1.0f + erff(x * 0.70710678f)); }
+__device__ float gelu_slope(float x) { return normal_cdf(x) + x * 0.39894228f * expf(-0.5f * x * x); }
+
+template <int KIND> __device__ Activated activated(float gate, float up, float alpha, float limit) {
+    Activated a;
+    if (KIND == 0) {
+        float s = sigmoid(gate), silu = gate * s;
+        a.out = silu * up, a.d_gate = up * (s + silu * (1.0f - s)), a.d_up = silu;
+    } else if (KIND == 1) {
+        float g = fminf(gate, limit), u = fminf(fmaxf(up, -limit), limit) + 1.0f;
+        float s = sigmoid(alpha * g), act = g * s;
+        a.out = act * u;
+        a.d_gate = gate <= limit ? u * (s + alpha * act * (1.0f - s)) : 0.0f;
+        a.d_up = fabsf(up) <= limit ? act : 0.0f;
+    } else if (KIND == 2) {
+        float act = gate * normal_cdf(gate);
+        a.out = act * up, a.d_gate = up * gelu_slope(gate), a.d_up = act;
+    } else if (KIND == 3) {
+        a.out = up * normal_cdf(up), a.d_gate = 0.0f, a.d_up = gelu_slope(up);
+    } else {
+        float relu = fmaxf(up, 0.0f);
+        a.out = relu * relu, a.d_gate = 0.0f, a.d_up = 2.0f * relu;
+    }
+    return a;
+}
+
+// One block a row: hidden = activation(gate, up), with gate, if there is one, and up side by side.
+template <int KIND>
+__device__ void activate(const uint4 *first, uint4 *hidden, int width, float alpha, float limit) {
+    const bool gated = KIND < 3;
+    const uint4 *gates = first + (size_t)blockIdx.x * (gated ? 2 : 1) * width;
+    const uint4 *ups = gates + (gated ? width : 0);
     uint4 *out = hidden + (size_t)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        Eight gate(gates[i]), up(gates[width + i]), result;
+        Eight gate(gates[i]), up(ups[i]), result;
 #pragma unroll
-        for (int j = 0; j < 8; j++) result.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
+        for (int j = 0; j < 8; j++) result.v[j] = activated<KIND>(gate.v[j], up.v[j], alpha, limit).out;
         out[i] = result.raw();
     }
 }
 
 // One block a row: gradient of gate and up, and hidden once more.
-extern "C" __global__ void swiglu_backward(const uint4 *gate_up, const uint4 *grad, uint4 *d_gate_up, uint4 *hidden,
-                                           int width) {
-    const uint4 *gates = gate_up + (size_t)blockIdx.x * 2 * width;
-    uint4 *d_gates = d_gate_up + (size_t)blockIdx.x * 2 * width;
+template <int KIND>
+__device__ void activate_backward(const uint4 *first, const uint4 *grad, uint4 *d_first, uint4 *hidden, int width,
+                                  float alpha, float limit) {
+    const bool gated = KIND < 3;
+    size_t start = (size_t)blockIdx.x * (gated ? 2 : 1) * width;
+    const uint4 *gates = first + start, *ups = gates + (gated ? width : 0);
+    uint4 *d_gates = d_first + start, *d_ups = d_gates + (gated ? width : 0);
     size_t row = (size_t)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        Eight gate(gates[i]), up(gates[width + i]), g(grad[row + i]), d_gate, d_up, result;
+        Eight gate(gates[i]), up(ups[i]), g(grad[row + i]), d_gate, d_up, result;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float s = sigmoid(gate.v[j]);
-            float silu = gate.v[j] * s;
-            result.v[j] = silu * up.v[j];
-            d_up.v[j] = g.v[j] * silu;
-            d_gate.v[j] = g.v[j] * up.v[j] * (s + silu * (1.0f - s));
+            Activated a = activated<KIND>(gate.v[j], up.v[j], alpha, limit);
+            result.v[j] = a.out;
+            d_gate.v[j] = g.v[j] * a.d_gate;
+            d_up.v[j] = g.v[j] * a.d_up;
         }
-        d_gates[i] = d_gate.raw();
-        d_gates[width + i] = d_up.raw();
+        if (gated) d_gates[i] = d_gate.raw();
+        d_ups[i] = d_up.raw();
         hidden[row + i] = result.raw();
+    }
+}
+
+#define ACTIVATION(KIND, NAME)                                                                                         \
+    extern "C" __global__ void NAME(const uint4 *first, uint4 *hidden, int width, float alpha, float limit) {          \
+        activate<KIND>(first, hidden, width, alpha, limit);                                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void NAME##_backward(const uint4 *first, const uint4 *grad, uint4 *d_first, uint4 *hidden,   \
+                                               int width, float alpha, float limit) {                                  \
+        activate_backward<KIND>(first, grad, d_first, hidden, width, alpha, limit);                                    \
+    }
+ACTIVATION(0, swiglu)
+ACTIVATION(1, clamped_swiglu)
+ACTIVATION(2, geglu)
+ACTIVATION(3, gelu)
+ACTIVATION(4, relu_squared)
+
+// One warp a row: indices of its largest numbers, the largest first and of equal ones the lower index; what is no number
+// counts as the smallest.
+extern "C" __global__ void top_k(const float *numbers, long long *chosen, int rows, int width, int topk) {
+    extern __shared__ int keys_of_block[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int row = blockIdx.x * (blockDim.x / 32) + warp;
+    if (row >= rows) return;
+    // Integers in the order of the numbers; below all of them is what was chosen already.
+    const int TAKEN = 0x80000000;
+    int *keys = keys_of_block + warp * width;
+    for (int i = lane; i < width; i += 32) {
+        float number = numbers[(size_t)row * width + i] + 0.0f;
+        int bits = __float_as_int(number != number ? __int_as_float(0xff800000) : number);
+        keys[i] = bits >= 0 ? bits : bits ^ 0x7fffffff;
+    }
+    __syncwarp();
+    for (int k = 0; k < topk; k++) {
+        int key = TAKEN, at = width;
+        for (int i = lane; i < width; i += 32)
+            if (keys[i] > key || (keys[i] == key && i < at)) key = keys[i], at = i;
+        for (int offset = 16; offset > 0; offset /= 2) {
+            int other = __shfl_xor_sync(0xffffffffu, key, offset), other_at = __shfl_xor_sync(0xffffffffu, at, offset);
+            if (other > key || (other == key && other_at < at)) key = other, at = other_at;
+        }
+        if (lane == 0) {
+            chosen[(size_t)row * topk + k] = at;
+            keys[at] = TAKEN;
+        }
+        __syncwarp();
     }
 }
 

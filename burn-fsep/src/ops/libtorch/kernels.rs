@@ -7,7 +7,7 @@ use tch::TchError;
 
 use super::{
     super::{
-        FsepKernels,
+        ExpertActivation, FsepKernels,
         replicas::sum_on_device,
         tensor_exchange::PendingTensor,
         types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
@@ -25,17 +25,19 @@ impl FsepKernels for LibTorch {
     fn fsep_experts(
         tokens: &TchTensor,
         weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsOutput<Self>, FsepError> {
-        experts::forward(&tokens.tensor, weights, slot_rows).map_err(device_error)
+        experts::forward(&tokens.tensor, weights, activation, slot_rows).map_err(device_error)
     }
 
     fn fsep_experts_backward(
         args: ExpertsBackward<Self>,
         weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
-        experts::backward(args, weights, slot_rows).map_err(device_error)
+        experts::backward(args, weights, activation, slot_rows).map_err(device_error)
     }
 
     unsafe fn fsep_combine(rows: &TchTensor, row_of: &TchTensor, probs: &TchTensor) -> Result<TchTensor, FsepError> {

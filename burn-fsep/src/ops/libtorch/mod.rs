@@ -4,6 +4,7 @@
 //! once over all slots. On an NVIDIA GPU in bf16, SwiGLU and the combination of the experts' outputs are kernels of our
 //! own, since LibTorch has no fused ones: apart they take a sixth of a layer's time.
 
+mod activation;
 mod adamw;
 mod combine;
 mod cuda;

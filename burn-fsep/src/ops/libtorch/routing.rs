@@ -1,6 +1,9 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::{cuda::upload, kernels::device_error};
+use super::{
+    cuda::{Fused, upload},
+    kernels::device_error,
+};
 use crate::{
     FsepError,
     comm::{DeviceCommunicator, Operation},
@@ -47,6 +50,19 @@ pub(super) fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Ten
     let bounds = Tensor::f_arange_start(1, num_experts + 3, (kind, device))?;
     let ends = bounds.f_searchsorted(&sorted, false, false, "left", None::<Tensor>)?;
     Ok([row_of, assignment_of, token_of, ends])
+}
+
+/// As [`FsepDeviceOps::fsep_top_k`](super::super::FsepDeviceOps::fsep_top_k).
+pub(super) fn top_k(numbers: &Tensor, topk: usize) -> Result<Tensor, TchError> {
+    let numbers = numbers.f_contiguous()?;
+    if let Some(chosen) = Fused::top_k(&numbers, topk)? {
+        return Ok(chosen);
+    }
+    // A stable sort leaves equal numbers in the order of their indices. Of numbers that are none it would take the first.
+    let smallest = f64::NEG_INFINITY;
+    let numbers = numbers.f_nan_to_num(smallest, f64::INFINITY, smallest)?;
+    let (_, order) = numbers.f_sort_stable(true, 1, true)?;
+    order.f_narrow(1, 0, topk as i64)?.f_contiguous()
 }
 
 #[cfg(test)]
