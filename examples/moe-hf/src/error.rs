@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use burn_fsep::{
     FsepError,
     comm::CommError,
+    hub::HubError,
     launch::{LaunchError, RunError},
 };
 use thiserror::Error;
@@ -39,6 +40,9 @@ pub enum MoeHfError {
     /// No text to train on.
     #[error("{0}")]
     Corpus(String),
+    /// A model's folder could not be read or written.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// The computation failed.
     #[error(transparent)]
     Fsep(#[from] FsepError),

@@ -32,6 +32,15 @@ impl ModelFolder {
         Ok(Self { path: path.to_path_buf(), hub, decoder })
     }
 
+    /// The decoder of a folder that may have no weights.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelFolder::open`].
+    pub fn config_only(path: &Path) -> Result<DecoderConfig, MoeHfError> {
+        Ok(Self::open(path)?.decoder)
+    }
+
     /// What the model is made of.
     pub fn decoder(&self) -> &DecoderConfig {
         &self.decoder
@@ -71,7 +80,7 @@ impl ModelFolder {
     ) -> Result<CausalLm, MoeHfError> {
         let decoder = self.decoder.clone().with_parallel(parallel);
         let model = CausalLm::new(&decoder, parallel.dtype.compute(), runtime, device)?;
-        Ok(self.hub.load(model, &LoadConfig::new())?)
+        Ok(self.hub.load(model, &LoadConfig::new().with_runtime(runtime))?)
     }
 
     /// Saves a model of this folder's kind in the hub's format, with this folder's tokenizer. Collective.
