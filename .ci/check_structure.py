@@ -18,6 +18,7 @@ ROOMS = [
     "launch",
     "learner",
     "train",
+    "hub",
     "checkpoint",
     "moe",
     "runtime",

@@ -7,7 +7,7 @@ use std::{
 use burn_fsep_planner::PlannerError;
 use thiserror::Error;
 
-use crate::{checkpoint::CheckpointError, comm::CommError};
+use crate::{checkpoint::CheckpointError, comm::CommError, hub::HubError};
 
 /// What can go wrong in `burn-fsep`.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -22,6 +22,9 @@ pub enum FsepError {
     /// A checkpoint could not be saved or loaded.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A model folder could not be read or written.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// A configuration that cannot work.
     #[error("invalid configuration: {0}")]
     Config(String),

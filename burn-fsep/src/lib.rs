@@ -10,6 +10,7 @@
 //! - [`comm`]: communicators, what FSEP needs from a process group;
 //! - [`launch`]: being a rank, as a thread or as a process of a launcher, with one call;
 //! - [`checkpoint`]: checkpoints of sharded training, for any number of ranks;
+//! - [`hub`]: model folders as Hugging Face transformers writes them, read and written by any number of ranks;
 //! - [`train`]: whole training steps ([`train::Trainer`]), and the parts that they are made of;
 //! - `learner` (the feature of that name): training through burn-train's Learner;
 //! - [`planner`]: the crate `burn-fsep-planner`, for layouts, topologies, dispatchers and planners.
@@ -38,6 +39,7 @@ mod burn_compat;
 pub mod checkpoint;
 pub mod comm;
 mod error;
+pub mod hub;
 pub mod launch;
 #[cfg(feature = "learner")]
 pub mod learner;

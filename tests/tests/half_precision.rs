@@ -3,8 +3,15 @@
 //! In a file of its own: a device's element type is set once in a process.
 #![cfg(feature = "libtorch")]
 
-use burn::tensor::{Device, FloatDType, IntDType, Tensor, TensorData};
-use burn_fsep::{FSEPMoEConfig, FsepRuntime, moe::RouterForcing};
+use burn::{
+    module::Param,
+    tensor::{Device, FloatDType, IntDType, Tensor, TensorData},
+};
+use burn_fsep::{
+    FSEPMoEConfig, FsepRuntime,
+    moe::{ExpertActivation, RouterForcing},
+    shard::ExpertShape,
+};
 use burn_fsep_tests::plain_device;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -45,32 +52,57 @@ fn bf16_is_as_exact_as_plain_operations() {
     let mut device = plain_device();
     device.configure((FloatDType::BF16, IntDType::I64)).expect("the device was not used before");
     let (half, full) = (device.autodiff(), Device::flex().autodiff());
+    let clamped = ExpertActivation::ClampedSwiGlu { alpha: 1.702, limit: 1.0 };
+    let experts = [
+        (ExpertActivation::SwiGlu, false),
+        (ExpertActivation::SwiGlu, true),
+        (clamped, true),
+        (ExpertActivation::Geglu, false),
+        (ExpertActivation::Gelu, true),
+        (ExpertActivation::ReluSquared, false),
+    ];
+    for (activation, bias) in experts {
+        check(activation, bias, &half, &full);
+    }
+}
+
+fn check(activation: ExpertActivation, bias: bool, half: &Device, full: &Device) {
     // Many tokens a slot, few, none at all for some, and sizes that no vector divides.
     for (hidden, ffn, experts, topk, tokens) in
         [(64, 96, 8, 2, 100), (64, 32, 2, 1, 2100), (256, 128, 16, 4, 64), (48, 40, 16, 2, 3), (20, 12, 4, 1, 50)]
     {
-        let shape = format!("D={hidden} F={ffn} E={experts} K={topk} T={tokens}");
+        let shape = format!("{activation:?}, bias {bias}, D={hidden} F={ffn} E={experts} K={topk} T={tokens}");
         let shares = (0..experts).map(|expert| 2.0 / (experts * (experts + 1)) as f64 * (expert + 1) as f64).collect();
         // Forced: rounding could change which expert is chosen.
         let config = FSEPMoEConfig::new(hidden, ffn, experts)
             .with_moe_router_topk(topk)
+            .with_activation(activation)
+            .with_add_bias_linear(bias)
             .with_moe_router_force(Some(RouterForcing::Shares(shares)));
         let mut random = StdRng::seed_from_u64(tokens as u64);
-        let mut normal = || {
-            let values = (0..tokens * hidden).map(|_| random.random_range(-2.0f32..2.0)).collect::<Vec<_>>();
-            TensorData::new(values, [tokens, hidden])
+        let mut uniform = |dims: [usize; 2], bound: f32| {
+            let values = (0..dims[0] * dims[1]).map(|_| random.random_range(-bound..bound)).collect::<Vec<_>>();
+            TensorData::new(values, dims)
         };
-        let inputs = [normal(), normal()];
+        let inputs = [uniform([tokens, hidden], 2.0), uniform([tokens, hidden], 2.0)];
+        // Biases are initialised as zeros.
+        let shape_of_expert = ExpertShape { gated: activation.is_gated(), bias, ..ExpertShape::new(hidden, ffn) };
+        let values = uniform([experts, shape_of_expert.num_params()], 1.5 / (hidden as f32).sqrt());
+        let with_values = |weight: Param<Tensor<2>>, device: &Device| {
+            weight.map(|_| Tensor::from_data(values.clone(), device).require_grad())
+        };
         let dense = |device: &Device| {
-            let layer = config.init_dense(0, 0, device).expect("the configuration is possible");
+            let mut layer = config.init_dense(0, 0, device).expect("the configuration is possible");
+            layer.weight = with_values(layer.weight, device);
             let parameters = [layer.router.weight.val(), layer.weight.val()];
             step(device, &inputs, |x| layer.forward(x), parameters)
         };
-        let exact = dense(&full);
-        let plain = dense(&half);
-        let layer = config.init(&FsepRuntime::single(), &half);
+        let exact = dense(full);
+        let plain = dense(half);
+        let mut layer = config.init(&FsepRuntime::single(), half);
+        layer.experts.weight = with_values(layer.experts.weight, half);
         let parameters = [layer.router.weight.val(), layer.experts.weight.val()];
-        let ours = step(&half, &inputs, |x| layer.forward(x), parameters);
+        let ours = step(half, &inputs, |x| layer.forward(x), parameters);
         for (what, ((ours, plain), exact)) in ["output", "input gradient", "router gradient", "experts' gradient"]
             .into_iter()
             .zip(ours.iter().zip(&plain).zip(&exact))

@@ -18,6 +18,8 @@ pub(crate) struct ModulePath<T> {
 #[derive(Debug)]
 struct Field {
     name: String,
+    /// What it stands in.
+    container: String,
     is_variant: bool,
     is_running_statistic: bool,
 }
@@ -36,6 +38,7 @@ impl<T: Value> ModulePath<T> {
         }
         self.fields.push(Field {
             name: name.into(),
+            container: container.into(),
             is_variant: container.starts_with("Enum:"),
             is_running_statistic: is_running_statistic(name, container),
         });
@@ -54,6 +57,12 @@ impl<T: Value> ModulePath<T> {
     /// The same without variants of enums.
     pub fn path_without_variants(&self) -> String {
         join(self.fields.iter().filter(|field| !field.is_variant))
+    }
+
+    /// The same as names, each with the container in which the field stands.
+    pub fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+        let fields = self.fields.iter().filter(|field| !field.is_variant);
+        fields.map(|field| (field.name.as_str(), field.container.as_str()))
     }
 
     /// Whether it is no parameter, though visitors and mappers meet it as one: a statistic of the rank's own batches.

@@ -9,13 +9,40 @@ use std::{
 use super::CheckpointError;
 use crate::comm::{CommError, Communicator, Operation, all_gather_u64};
 
+/// An error that all ranks are to have if one has it.
+pub(crate) trait SharedError: std::fmt::Display + From<CommError> + Send + 'static {
+    /// From 1: of several ranks' errors the worst counts.
+    fn severity(&self) -> u8;
+
+    /// The error of a rank as the others have it.
+    fn of_peer(rank: usize, message: String, severity: u8) -> Self;
+
+    /// A thread that worked for the rank panicked.
+    fn panicked(reason: String) -> Self;
+}
+
+impl SharedError for CheckpointError {
+    /// Damage is the least: an older checkpoint may be whole.
+    fn severity(&self) -> u8 {
+        if self.is_damage() { 1 } else { 2 }
+    }
+
+    fn of_peer(rank: usize, message: String, severity: u8) -> Self {
+        Self::Peer { rank, message, damaged: severity == 1 }
+    }
+
+    fn panicked(reason: String) -> Self {
+        Self::Panicked(reason)
+    }
+}
+
 /// How long a rank waits for its own thread before it meets the others again.
 const ROUND: Duration = Duration::from_millis(100);
 /// The longest message of an error that goes to other ranks.
 const MAX_MESSAGE: usize = 2000;
 
 /// Every rank's bytes, of whatever length. Collective.
-pub(super) fn gather(comm: &dyn Communicator, operation: Operation, ours: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+pub(crate) fn gather(comm: &dyn Communicator, operation: Operation, ours: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
     let lens = all_gather_u64(comm, operation, &[ours.len() as u64])?;
     let longest = lens.iter().copied().max().unwrap_or(0) as usize;
     if longest == 0 {
@@ -31,16 +58,16 @@ pub(super) fn gather(comm: &dyn Communicator, operation: Operation, ours: &[u8])
 /// The result of all ranks: this rank's if all succeeded. Collective.
 ///
 /// All ranks return an error if one has one, and all of the same kind: damage only if nothing else is wrong.
-pub(super) fn agree<T>(
+pub(crate) fn agree<T, E: SharedError>(
     comm: &dyn Communicator,
     operation: Operation,
-    result: Result<T, CheckpointError>,
-) -> Result<T, CheckpointError> {
+    result: Result<T, E>,
+) -> Result<T, E> {
     // Of an error its kind, greater if it is worse, and its message.
     let mut ours = Vec::new();
     if let Err(error) = &result {
         let message = error.to_string();
-        ours.push(if error.is_damage() { 1 } else { 2 });
+        ours.push(error.severity());
         ours.extend_from_slice(&message.as_bytes()[..message.floor_char_boundary(MAX_MESSAGE)]);
     }
     let kind = ours.first().copied();
@@ -56,24 +83,24 @@ pub(super) fn agree<T>(
     }
     let rank = all.iter().position(|theirs| theirs.first() == Some(&worst)).unwrap_or(0);
     let message = String::from_utf8_lossy(&all[rank][1..]).into_owned();
-    Err(CheckpointError::Peer { rank, message, damaged: worst == 1 })
+    Err(E::of_peer(rank, message, worst))
 }
 
 /// Work with files on a thread of its own.
 #[derive(Debug)]
-pub(super) struct Work<T> {
-    results: Receiver<Result<T, CheckpointError>>,
-    done: Option<Result<T, CheckpointError>>,
+pub(crate) struct Work<T, E = CheckpointError> {
+    results: Receiver<Result<T, E>>,
+    done: Option<Result<T, E>>,
 }
 
-impl<T: Send + 'static> Work<T> {
-    pub fn start(work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static) -> Self {
+impl<T: Send + 'static, E: SharedError> Work<T, E> {
+    pub fn start(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Self {
         let (sender, results) = channel();
         let spawned = thread::Builder::new().name("checkpoint".into()).spawn(move || {
             // Nobody waits any more if the training ended with an error.
             let _ = sender.send(work());
         });
-        let done = spawned.err().map(|error| Err(CheckpointError::Panicked(format!("no thread: {error}"))));
+        let done = spawned.err().map(|error| Err(E::panicked(format!("no thread: {error}"))));
         Self { results, done }
     }
 
@@ -82,9 +109,7 @@ impl<T: Send + 'static> Work<T> {
             self.done = match self.results.recv_timeout(wait) {
                 Ok(result) => Some(result),
                 Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => {
-                    Some(Err(CheckpointError::Panicked("see the message above".into())))
-                }
+                Err(RecvTimeoutError::Disconnected) => Some(Err(E::panicked("see the message above".into()))),
             };
         }
         self.done.is_some()
@@ -96,7 +121,7 @@ impl<T: Send + 'static> Work<T> {
         comm: &dyn Communicator,
         operation: Operation,
         wait: Duration,
-    ) -> Result<bool, CheckpointError> {
+    ) -> Result<bool, E> {
         let done = all_gather_u64(comm, operation, &[u64::from(self.is_done(wait))])?;
         Ok(done.iter().all(|&done| done == 1))
     }
@@ -104,7 +129,7 @@ impl<T: Send + 'static> Work<T> {
     /// Waits for the work of all ranks and [`agree`]s on its result. Collective.
     ///
     /// Disks differ in speed by more than any timeout for collectives, so ranks that are done keep meeting the others.
-    pub fn finish(mut self, comm: &dyn Communicator, operation: Operation) -> Result<T, CheckpointError> {
+    pub fn finish(mut self, comm: &dyn Communicator, operation: Operation) -> Result<T, E> {
         while !self.is_done_everywhere(comm, operation, ROUND)? {}
         let result = self.done.unwrap_or_else(|| unreachable!("the loop ends when the work is done"));
         agree(comm, operation, result)

@@ -34,9 +34,11 @@ mod tensors;
 mod tests;
 mod unsharded;
 
+pub(crate) use agree::{SharedError, Work, agree};
 pub use config::CheckpointConfig;
 pub use error::CheckpointError;
 pub use load::{CheckpointInfo, Loaded, list, load, verify};
 pub use progress::TrainingProgress;
+pub(crate) use reshard::Sharding;
 pub use save::{Checkpoints, save};
 pub use unsharded::{export_unsharded, import_unsharded};

@@ -4,7 +4,7 @@ use crate::{moe::ExpertsInfo, ops::WeightStorage};
 
 /// How the experts of one layer are sharded over ranks. All lengths in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Sharding {
+pub(crate) struct Sharding {
     pub storage: WeightStorage,
     /// World size `N`.
     pub ranks: usize,
@@ -16,7 +16,7 @@ pub(super) struct Sharding {
 
 /// A run of elements that two tensors of different shardings share: where it stands in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Overlap {
+pub(crate) struct Overlap {
     pub from: usize,
     pub to: usize,
     pub len: usize,
@@ -41,7 +41,7 @@ impl Sharding {
     }
 
     /// The experts whose parameters stand in the rows of a rank's tensor.
-    fn experts_of(&self, rank: usize) -> Range<usize> {
+    pub fn experts_of(&self, rank: usize) -> Range<usize> {
         match self.storage {
             WeightStorage::Sharded => 0..self.experts,
             WeightStorage::Resident => {
@@ -52,7 +52,7 @@ impl Sharding {
     }
 
     /// Which of an expert's parameters stand in each row of a rank's tensor; padding is left out.
-    fn params_of(&self, rank: usize) -> Range<usize> {
+    pub fn params_of(&self, rank: usize) -> Range<usize> {
         match self.storage {
             WeightStorage::Sharded => {
                 let len = self.params.div_ceil(self.ranks);

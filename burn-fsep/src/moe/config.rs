@@ -5,7 +5,9 @@ use burn::{
 
 use super::{
     DenseMoE, FSEPMoE, FsepExperts, RouterForcing, SharedExpert, SharedExpertConfig, TopKRouter, TopKRouterConfig,
-    forced_router::ForcedRouter, losses::AuxiliaryLosses,
+    forced_router::ForcedRouter,
+    losses::{AuxiliaryLosses, LoadBalancing},
+    replicated::Replicated,
 };
 use crate::{
     FsepError, FsepRuntime,
@@ -21,15 +23,6 @@ pub enum ExpertParallelism {
     /// Static expert parallelism with resident experts: rank `r` owns experts `r * E / N ..`, nothing is unsharded,
     /// nothing is balanced. The baseline.
     Static,
-}
-
-/// Over what the load-balancing loss is taken.
-#[derive(Config, Debug, Copy, PartialEq, Eq)]
-pub enum LoadBalancing {
-    /// All tokens of all ranks.
-    GlobalBatch,
-    /// Each sequence by itself (DeepSeek-V2's and V3's `seq_aux`): the last axis but one of the layer's input.
-    Sequence,
 }
 
 /// Configuration of an [`FSEPMoE`] layer. Options that Megatron-Core has carry its names.
@@ -84,17 +77,6 @@ pub struct FSEPMoEConfig {
     /// type of the parameters.
     #[config(default = "None")]
     pub compute_dtype: Option<FloatDType>,
-}
-
-/// What the dense layer and the sharded one have alike.
-pub(super) struct Replicated {
-    pub router: TopKRouter,
-    pub shared_expert: Option<SharedExpert>,
-    pub losses: AuxiliaryLosses,
-    pub forced: Option<ForcedRouter>,
-    pub activation: ExpertActivation,
-    /// The layer's number in its runtime.
-    pub layer: usize,
 }
 
 /// Parameters of a layer's experts in `f64` still have an address each.

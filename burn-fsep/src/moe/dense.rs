@@ -7,9 +7,9 @@ use super::{
     MoeOutput, SharedExpert, TokenMask, TopKRouter,
     activate::activate,
     assignments::Assignments,
-    config::Replicated,
     forced_router::ForcedRouter,
     losses::{AuxiliaryLosses, LayerRouting, Sequences},
+    replicated::Replicated,
     tokens::{from_token_rows, token_rows},
 };
 use crate::{

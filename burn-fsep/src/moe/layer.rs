@@ -2,10 +2,10 @@ use burn::{module::Module, tensor::Tensor};
 
 use super::{
     FsepExperts, FsepExpertsOutput, SharedExpert, TokenMask, TopKRouter,
-    config::Replicated,
     experts::Computed,
     forced_router::ForcedRouter,
     losses::{AuxiliaryLosses, LayerRouting, Sequences},
+    replicated::Replicated,
     tokens::{from_token_rows, token_rows},
 };
 use crate::{FsepError, FsepRuntime};

@@ -1,7 +1,19 @@
-use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::{
+    config::Config,
+    tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData},
+};
 
-use super::{LoadBalancing, RouterOutput, TokenMask};
+use super::{RouterOutput, TokenMask};
 use crate::FsepError;
+
+/// Over what the load-balancing loss is taken.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum LoadBalancing {
+    /// All tokens of all ranks.
+    GlobalBatch,
+    /// Each sequence by itself (DeepSeek-V2's and V3's `seq_aux`): the last axis but one of the layer's input.
+    Sequence,
+}
 
 /// Weights of the auxiliary losses; 0 is off.
 ///

@@ -108,7 +108,7 @@ impl FsepDeviceOps for burn::backend::Flex {
 }
 
 /// Indices of the largest numbers of a row, as [`FsepDeviceOps::fsep_top_k`] orders them.
-fn top_k_of(row: &[f32], topk: usize) -> Vec<i64> {
+pub(super) fn top_k_of(row: &[f32], topk: usize) -> Vec<i64> {
     let mut order: Vec<u32> = (0..row.len() as u32).collect();
     // Adding 0 makes minus 0 what it is equal to.
     let key = |&index: &u32| {

@@ -67,7 +67,22 @@ pub(super) fn top_k(numbers: &Tensor, topk: usize) -> Result<Tensor, TchError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::super::device_ops::top_k_of, *};
+
+    /// On the first GPU if there is one, else on the CPU.
+    #[test]
+    fn the_largest_numbers_are_those_found_in_host_memory() {
+        let device = if tch::Cuda::is_available() { tch::Device::Cuda(0) } else { tch::Device::Cpu };
+        for (rows, width, topk) in [(0, 8, 2), (1, 1, 1), (5, 3, 3), (1000, 64, 8), (333, 257, 6), (7, 2048, 40)] {
+            // Few different numbers, so that many are equal, and some that are none.
+            let numbers = Tensor::randint_low(-3, 4, [rows, width], (Kind::Float, tch::Device::Cpu));
+            let numbers = numbers.where_scalarother(&numbers.ge(-2.5), f64::NAN) * 0.5;
+            let chosen = Vec::<i64>::try_from(top_k(&numbers.to_device(device), topk).unwrap().flatten(0, 1)).unwrap();
+            let numbers = Vec::<f32>::try_from(numbers.flatten(0, 1)).unwrap();
+            let expected: Vec<i64> = numbers.chunks(width as usize).flat_map(|row| top_k_of(row, topk)).collect();
+            assert_eq!(chosen, expected, "{rows} rows of {width}, {topk}");
+        }
+    }
 
     #[test]
     fn equals_the_order_found_in_host_memory() {
