@@ -41,8 +41,7 @@ pub(crate) fn write(args: &MakeArgs) -> Result<ModelFolder, MoeHfError> {
     let views = views.collect::<Result<Vec<_>, _>>()?;
     // As transformers writes it, and asks for it.
     let metadata = [("format".to_string(), "pt".to_string())].into();
-    let bytes =
-        safetensors::serialize(views, Some(metadata)).map_err(|error| MoeHfError::content(&weights, error))?;
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| MoeHfError::content(&weights, error))?;
     write_whole(&weights, &bytes)?;
     ModelFolder::open(&args.output)
 }
@@ -65,7 +64,8 @@ fn shapes(args: &MakeArgs) -> Vec<(String, Vec<usize>)> {
     let (head, is_mixtral) = (hidden / HEADS, family == MakeFamily::Mixtral);
     let mut shapes = vec![("model.embed_tokens.weight".to_string(), vec![VOCABULARY, hidden])];
     for layer in 0..args.layers {
-        let mut add = |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        let mut add =
+            |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
         add("input_layernorm.weight", &[hidden]);
         add("post_attention_layernorm.weight", &[hidden]);
         for (name, heads) in [("q_proj", HEADS), ("k_proj", KEY_VALUE_HEADS), ("v_proj", KEY_VALUE_HEADS)] {

@@ -61,9 +61,8 @@ fn padding_changes_no_real_token() {
         let rows = whole.chunks_exact(whole.len() / 3).zip(lens);
         let expected: Vec<f32> = rows.flat_map(|(row, len)| row[..row.len() / 12 * len].to_vec()).collect();
         for ranks in [1, 2, 4] {
-            let actual = on_ranks(ranks, |runtime, device| {
-                logits(&load(family, runtime, device)?, &texts, runtime, device)
-            });
+            let actual =
+                on_ranks(ranks, |runtime, device| logits(&load(family, runtime, device)?, &texts, runtime, device));
             let error = error(&actual, &expected);
             println!("{family}, {ranks} ranks, padded: logits within {error:.2e} of the largest");
             assert!(error <= 1e-5, "{family}, {ranks} ranks: {error}");
