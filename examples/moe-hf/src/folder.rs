@@ -1,12 +1,12 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use burn::tensor::Device;
 use burn_fsep::{
     FsepRuntime,
-    hub::{HubFolder, LayerType, LoadConfig, ModelConfig, QkNorm},
+    hub::{HubFolder, LayerType, LoadConfig, ModelConfig, QkNorm, SaveConfig},
 };
 
 use crate::{
@@ -17,7 +17,6 @@ use crate::{
 /// A model's folder, and the decoder that it is of.
 #[derive(Debug)]
 pub struct ModelFolder {
-    path: PathBuf,
     hub: HubFolder,
     decoder: DecoderConfig,
 }
@@ -29,7 +28,7 @@ impl ModelFolder {
     pub fn open(path: &Path) -> Result<Self, MoeHfError> {
         let hub = HubFolder::open(path)?;
         let decoder = DecoderConfig::from_hub(hub.config())?;
-        Ok(Self { path: path.to_path_buf(), hub, decoder })
+        Ok(Self { hub, decoder })
     }
 
     /// The decoder of a folder that may have no weights.
@@ -83,13 +82,13 @@ impl ModelFolder {
         Ok(self.hub.load(model, &LoadConfig::new().with_runtime(runtime))?)
     }
 
-    /// Saves a model of this folder's kind in the hub's format, with this folder's tokenizer. Collective.
+    /// Saves a model of this folder's kind as a new folder in the hub's format, with this folder's tokenizer. Collective.
     ///
     /// # Errors
     ///
     /// What [`HubFolder::save`] returns.
     pub fn save(&self, model: &CausalLm, runtime: &FsepRuntime, output: &Path) -> Result<(), MoeHfError> {
-        todo!()
+        Ok(self.hub.save(runtime, model, output, &SaveConfig::new())?)
     }
 }
 

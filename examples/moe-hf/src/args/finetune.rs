@@ -11,7 +11,7 @@ use crate::MoeHfError;
 /// Options of `finetune`.
 #[derive(Args, Debug, Clone)]
 pub struct FinetuneArgs {
-    /// The model's folder [default: a tiny one is made in OUTPUT/tiny].
+    /// The model's folder [default: a tiny one is made in target/moe-hf/tiny].
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Text to train on [default: the sources of burn-fsep].
@@ -20,9 +20,9 @@ pub struct FinetuneArgs {
     /// How it is trained.
     #[command(flatten)]
     pub optimizer: OptimizerArgs,
-    /// Folder for the fine-tuned model [default: target/moe-hf/finetuned].
-    #[arg(long, value_name = "DIR", default_value = "target/moe-hf/finetuned", hide_default_value = true)]
-    pub output: PathBuf,
+    /// New folder for the fine-tuned model [default: target/moe-hf/finetuned, in place of the last one].
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
     /// Also write losses and imbalance of all steps to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     pub summary: Option<PathBuf>,
@@ -92,17 +92,22 @@ impl FinetuneArgs {
         if self.optimizer.steps == 0 && self.record_trace.is_some() {
             return refuse("--record-trace needs steps to record; --steps is 0".into());
         }
-        if self.model.as_deref().is_some_and(|model| is_same(model, &self.output)) {
-            return refuse(format!(
-                "--output is the model's own folder {}: give another one, so that the original stays",
-                self.output.display()
-            ));
+        if let Some(output) = self.output.as_deref().filter(|output| output.exists()) {
+            return refuse(format!("--output: {} is there already: give a new folder", output.display()));
         }
         Ok(())
     }
+
+    /// The folder for the fine-tuned model.
+    pub(crate) fn output(&self) -> PathBuf {
+        self.output.clone().unwrap_or_else(|| Path::new(OWN_FOLDER).join("finetuned"))
+    }
+
+    /// The folder of the model that is trained.
+    pub(crate) fn model(&self) -> PathBuf {
+        self.model.clone().unwrap_or_else(|| Path::new(OWN_FOLDER).join("tiny"))
+    }
 }
 
-fn is_same(a: &Path, b: &Path) -> bool {
-    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    real(a) == real(b)
-}
+/// Where the program writes what it is not told a place for.
+const OWN_FOLDER: &str = "target/moe-hf";

@@ -1,8 +1,8 @@
-use std::{path::PathBuf, sync::Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn_fsep::{comm::Operation, launch::Rank};
 
-use super::train::{Finetuned, Job, check_folder};
+use super::train::{Finetuned, Job};
 use crate::{
     Corpus, FinetuneArgs, MakeArgs, ModelFolder, MoeHfError, TextCodec,
     files::{check_output, write_json},
@@ -19,7 +19,6 @@ const THREADS: usize = 4;
 /// [`MoeHfError`] if an option cannot work, a file cannot be read or written, or training fails.
 pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
     args.check()?;
-    check_folder(&args.output)?;
     for (option, file) in [("--summary", &args.summary), ("--record-trace", &args.record_trace)] {
         file.as_deref().map_or(Ok(()), |file| check_output(option, file))?;
     }
@@ -44,7 +43,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
     if let Some([prompt, text]) = sample {
         println!("\nsample, after {prompt:?}:\n{text}");
     }
-    println!("\nsaved in the hub's format: {}", args.output.display());
+    println!("\nsaved in the hub's format: {}", args.output().display());
     Ok(())
 }
 
@@ -65,17 +64,13 @@ impl std::hash::Hash for Files {
 
 impl Files {
     /// The files of this process; the first rank makes the model if none is given.
-    fn shared(
-        args: &FinetuneArgs,
-        rank: &Rank,
-        shared: &Mutex<Option<std::sync::Arc<Self>>>,
-    ) -> Result<std::sync::Arc<Self>, MoeHfError> {
-        let model = args.model.clone().unwrap_or_else(|| tiny(args));
+    fn shared(args: &FinetuneArgs, rank: &Rank, shared: &Mutex<Option<Arc<Self>>>) -> Result<Arc<Self>, MoeHfError> {
+        let model = args.model();
         if args.model.is_none() && rank.is_first() {
             make::write(&MakeArgs::tiny(model.clone(), args.optimizer.seed))?;
         }
         rank.comm.barrier(Operation::new("the model's folder"))?;
-        let mut shared = shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(files) = &*shared {
             return Ok(files.clone());
         }
@@ -85,13 +80,8 @@ impl Files {
         if let Some(corpus) = &corpus {
             corpus.check(args.optimizer.seq_len)?;
         }
-        Ok(shared.insert(std::sync::Arc::new(Self { folder, codec, corpus })).clone())
+        Ok(shared.insert(Arc::new(Self { folder, codec, corpus })).clone())
     }
-}
-
-/// Beside the folder of the result.
-fn tiny(args: &FinetuneArgs) -> PathBuf {
-    args.output.with_file_name("tiny")
 }
 
 /// What has to be equal on all ranks, and names no file of one of them.
@@ -106,7 +96,7 @@ fn options(args: &FinetuneArgs) -> String {
 fn describe(args: &FinetuneArgs, files: &Files, ranks: usize) -> String {
     let what = match &args.model {
         Some(model) => format!("fine-tuning {}", model.display()),
-        None => format!("no --model: made a tiny one of bytes with random values in {}", tiny(args).display()),
+        None => format!("no --model: made a tiny one of bytes with random values in {}", args.model().display()),
     };
     let tokens = files.corpus.as_ref().map_or(String::new(), |corpus| {
         let unit = if matches!(files.codec, TextCodec::Bytes) { "bytes" } else { "tokens" };

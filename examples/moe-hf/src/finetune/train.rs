@@ -1,5 +1,3 @@
-use std::path::Path;
-
 use burn::{module::Module, tensor::Device};
 use burn_fsep::{
     FsepRuntime,
@@ -42,7 +40,7 @@ impl Job<'_> {
         let model = self.folder.load(&args.parallel, &runtime, &device)?;
         let Some(corpus) = self.corpus else {
             let summary = Recorder::new(&runtime, 0, false).summary;
-            self.folder.save(&model, &runtime, &args.output)?;
+            self.save(&model, &runtime)?;
             return Ok(Finetuned { summary, sample: None });
         };
         let held_out = corpus.held_out(HELD_OUT, options.seq_len);
@@ -50,9 +48,22 @@ impl Job<'_> {
         let (model, mut summary) = self.train(model, corpus, &runtime, &device)?;
         summary.valid_loss_before = Some(before);
         summary.valid_loss_after = Some(validate(&model, &held_out, options.batch, &runtime, &device)?);
-        self.folder.save(&model, &runtime, &args.output)?;
+        self.save(&model, &runtime)?;
         let sample = self.sample(&model, &held_out[0], &runtime, &device)?;
         Ok(Finetuned { summary, sample })
+    }
+
+    fn save(&self, model: &CausalLm, runtime: &FsepRuntime) -> Result<(), MoeHfError> {
+        let output = self.args.output();
+        // The folder that is nobody's but this program's: of the run before.
+        if self.args.output.is_none() && runtime.rank() == 0 && output.exists() {
+            std::fs::remove_dir_all(&output).map_err(MoeHfError::file(&output))?;
+        }
+        if let (0, Some(parent)) = (runtime.rank(), output.parent()) {
+            std::fs::create_dir_all(parent).map_err(MoeHfError::file(parent))?;
+        }
+        runtime.comm().barrier(Operation::new("the folder of the run before is gone"))?;
+        self.folder.save(model, runtime, &output)
     }
 
     fn train(
@@ -125,12 +136,4 @@ fn validate(
     let mut mean = [sum / weight];
     runtime.comm().all_reduce(Operation::new("held-out loss"), ReduceBuffer::F64(&mut mean), ReduceOp::Mean)?;
     Ok(mean[0])
-}
-
-/// Whether a folder for the result can be made.
-pub(super) fn check_folder(output: &Path) -> Result<(), MoeHfError> {
-    if output.exists() && !output.is_dir() {
-        return Err(MoeHfError::Option(format!("--output: {} is a file, not a folder", output.display())));
-    }
-    Ok(())
 }
