@@ -46,6 +46,28 @@ enum Request {
 /// What planners have learned, by layer; see [`LayerPlanner::save`].
 pub type PlannerStates = BTreeMap<usize, Vec<u8>>;
 
+/// Planners' states, while their thread gets to write them. Dropped, they are not waited for.
+#[derive(Debug)]
+pub struct PendingStates {
+    states: mpsc::Receiver<Result<PlannerStates, PlannerError>>,
+    shared: Arc<Shared>,
+}
+
+impl PendingStates {
+    /// Waits until they are written.
+    ///
+    /// # Errors
+    ///
+    /// As [`BackgroundPlanner::save`].
+    pub fn wait(self) -> Result<PlannerStates, PlannerError> {
+        if let Ok(states) = self.states.recv() {
+            return states;
+        }
+        self.shared.lock().check()?;
+        Err(PlannerError::Stopped("its thread ended".into()))
+    }
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
@@ -192,13 +214,17 @@ impl BackgroundPlanner {
     ///
     /// The error that stopped the planner, if one did; [`PlannerError::State`] if a state cannot be written.
     pub fn save(&self) -> Result<PlannerStates, PlannerError> {
+        self.start_save().wait()
+    }
+
+    /// As [`save`](Self::save), of the counts that were handed over before; returns at once.
+    pub fn start_save(&self) -> PendingStates {
         let (reply, states) = mpsc::channel();
-        let asked = self.requests.as_ref().is_some_and(|requests| requests.send(Request::Save(reply)).is_ok());
-        if let (true, Ok(states)) = (asked, states.recv()) {
-            return states;
+        if let Some(requests) = &self.requests {
+            // Fails only if the thread is gone, which `wait` reports.
+            let _ = requests.send(Request::Save(reply));
         }
-        self.shared.lock().check()?;
-        Err(PlannerError::Stopped("its thread ended".into()))
+        PendingStates { states, shared: self.shared.clone() }
     }
 
     /// How long the planned layers' last solutions took, all together.

@@ -41,7 +41,7 @@ mod test_cases;
 pub mod tools;
 mod topology;
 
-pub use background::{AgreedLayouts, BackgroundPlanner, PlannerStates};
+pub use background::{AgreedLayouts, BackgroundPlanner, PendingStates, PlannerStates};
 pub use error::PlannerError;
 pub use layer_planner::LayerPlanner;
 pub use layout::Layout;

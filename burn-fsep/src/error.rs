@@ -98,7 +98,7 @@ pub enum FsepError {
     /// The device, or what works on it, failed.
     #[error("the device failed: {0}")]
     Device(String),
-    /// The gradients cannot be clipped nor trained with.
+    /// The gradients cannot be clipped nor trained with. Found on all ranks alike.
     #[error(
         "the gradient norm of optimizer step {step} is {norm}: training diverged, or a batch has values that are not \
          finite. Nothing was changed by this step; look at its data and loss, or go on from a checkpoint with a lower \

@@ -339,7 +339,7 @@ fn the_trainer_ends_a_window_when_it_is_told_to() {
             assert_eq!(trainer.end_window(LR)?, Some(3));
             assert_eq!((trainer.progress().step, trainer.progress().iteration), (3, 5));
             trainer.step(LR, |model| model.loss(&[100.0]))?;
-            trainer.discard_window();
+            trainer.discard_window()?;
             assert_eq!(trainer.end_window(LR)?, None);
             Ok(trainer.finish()?.values())
         });

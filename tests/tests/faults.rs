@@ -15,6 +15,7 @@ use burn_fsep::{
         CommError, Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, RankError},
     },
+    moe::RouterForcing,
     train::{PlannerConfig, clip_grad_norm, sync_gradients},
 };
 use burn_fsep_planner::PlannerStrategy;
@@ -46,9 +47,9 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
     let never = Fault::Failure { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
     let calls = launch(&LaunchConfig::new(RANKS), |comm| step(comm, never));
     let calls = calls.into_iter().map(Result::unwrap).max().unwrap();
-    // The runtime; two layers of counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
+    // The runtime; two layers of options, counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
     // clipping.
-    assert_eq!(calls, 1 + 2 * (1 + 2 * 7) + 3);
+    assert_eq!(calls, 1 + 2 * (2 + 2 * 7) + 3);
 
     for mode in [FaultMode::Panic, FaultMode::Error] {
         for at in 0..calls {
@@ -112,12 +113,16 @@ fn ranks_with_different_models_are_told() {
     let other = |config: FSEPMoEConfig| config.with_slots_per_rank(Some(2));
     let tracked = |rank: usize| rank == 1;
     for (what, theirs, tracks_input) in [
-        ("experts", other(FSEPMoEConfig::new(4, 6, 3)), false),
-        ("ffn", other(FSEPMoEConfig::new(4, 8, 4)), false),
-        ("top-k", base().with_moe_router_topk(1), false),
-        ("slots", base().with_slots_per_rank(Some(3)), false),
-        ("storage", base().with_expert_parallelism(ExpertParallelism::Static), false),
-        ("tracked input", base(), true),
+        ("`num_moe_experts`", other(FSEPMoEConfig::new(4, 6, 3)), false),
+        ("`moe_ffn_hidden_size`", other(FSEPMoEConfig::new(4, 8, 4)), false),
+        ("`moe_router_topk`", base().with_moe_router_topk(1), false),
+        ("`slots_per_rank`", base().with_slots_per_rank(Some(3)), false),
+        ("`expert_parallelism`", base().with_expert_parallelism(ExpertParallelism::Static), false),
+        // Nothing that is exchanged shows these.
+        ("`moe_aux_loss_coeff`", base().with_moe_aux_loss_coeff(0.1), false),
+        ("`moe_z_loss_coeff`", base().with_moe_z_loss_coeff(0.1), false),
+        ("`moe_router_force`", base().with_moe_router_force(Some(RouterForcing::LoadBalancing)), false),
+        ("the wanted gradients", base(), true),
     ] {
         let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(20));
         let start = Instant::now();
@@ -133,7 +138,7 @@ fn ranks_with_different_models_are_told() {
         });
         assert!(start.elapsed() < LIMIT);
         let messages: Vec<String> = results.into_iter().map(|r| r.expect_err(what).to_string()).collect();
-        let told = |m: &String| m.contains("ranks disagree on") && m.contains("of layer 0");
+        let told = |m: &String| m.contains(what) && m.contains("of layer 0");
         assert!(messages.iter().all(told), "{what}: {messages:?}");
     }
 }

@@ -1,12 +1,17 @@
 //! Model folders of transformers: what is read of each family, on any number of ranks, is what the files have.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    time::Duration,
+};
 
 use burn::tensor::{Tensor, TensorData};
 use burn_fsep::{
     ExpertParallelism, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
-    hub::{Family, HubFolder, LoadConfig, ModelConfig},
+    hub::{Family, HubFolder, LoadConfig, ModelConfig, SaveConfig},
 };
 use burn_fsep_tests::{
     FileTensor, GOLDEN, HubModel, assert_close, device, golden, launch, named_parameters, plain_device,
@@ -169,6 +174,87 @@ fn blocks_compute_what_those_of_transformers_do() {
             for output in outputs {
                 assert_close(name, &output, &tensors["block.output"].data(), 1e-5);
             }
+        }
+    }
+}
+
+/// A model of a golden folder, loaded and saved again by some ranks.
+fn round_trip(name: &str, ranks: usize, config: &SaveConfig, to: &Path) {
+    on_ranks(ranks, |runtime| {
+        let model = load(name, runtime, ExpertParallelism::Fsep)?;
+        HubFolder::open(golden(name))?.save(runtime, &model, to, config)?;
+        Ok(())
+    });
+}
+
+fn json(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+}
+
+/// Files of a folder that is there whole, and nothing beside it.
+fn files_of(folder: &Path) -> Vec<String> {
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(folder.parent().unwrap()), [folder.file_name().unwrap().to_string_lossy()], "left beside it");
+    names(folder)
+}
+
+#[test]
+fn what_was_read_is_written_bit_for_bit() {
+    for name in GOLDEN {
+        let is_quantised = name.ends_with("mxfp4") || name.ends_with("fp8");
+        let source = read_model_tensors(&golden(name));
+        for ranks in [1, 2, 4] {
+            let temp = tempfile::tempdir().unwrap();
+            let to = temp.path().join("saved");
+            round_trip(name, ranks, &SaveConfig::new(), &to);
+            if is_quantised {
+                let saved = read_model_tensors(&to);
+                assert!(saved.values().all(|tensor| tensor.dtype == "BF16" || tensor.dtype == "F32"), "{name}");
+                let plain = plain_tensors(name);
+                assert_eq!(saved.keys().collect::<Vec<_>>(), plain.keys().collect::<Vec<_>>(), "{name}");
+                for (tensor, saved) in saved {
+                    assert_eq!(saved.shape, plain[&tensor].shape, "{name}: {tensor}");
+                    let rounded = |tensor: &FileTensor| -> Vec<half::bf16> {
+                        tensor.values().into_iter().map(half::bf16::from_f32).collect()
+                    };
+                    assert_eq!(rounded(&saved), rounded(&plain[&tensor]), "{name}: {tensor}");
+                }
+                let mut config = json(&golden(name).join("config.json"));
+                config.as_object_mut().unwrap().remove("quantization_config").unwrap();
+                assert_eq!(json(&to.join("config.json")), config);
+            } else {
+                assert!(read_model_tensors(&to) == source, "{name} on {ranks} ranks");
+                let same = |file: &str| fs::read(to.join(file)).unwrap() == fs::read(golden(name).join(file)).unwrap();
+                assert!(same("config.json"), "{name}");
+                // What transformers wrote to one file is that file.
+                assert!(name == "mixtral_sharded" || same("model.safetensors"), "{name} on {ranks} ranks");
+            }
+            assert_eq!(files_of(&to), ["config.json", "model.safetensors"], "{name}");
+
+            let temp = tempfile::tempdir().unwrap();
+            let to = temp.path().join("sharded");
+            round_trip(name, ranks, &SaveConfig::new().with_max_shard_size(10_000), &to);
+            let index = json(&to.join("model.safetensors.index.json"));
+            let map = index["weight_map"].as_object().unwrap();
+            let saved = read_model_tensors(&to);
+            assert!(map.keys().eq(saved.keys()), "{name}");
+            let bytes: usize = saved.values().map(|tensor| tensor.bytes.len()).sum();
+            assert_eq!(index["metadata"]["total_size"], bytes, "{name}");
+            let files: BTreeSet<_> = map.values().map(|file| file.as_str().unwrap()).collect();
+            assert!(files.len() > 3, "{name}");
+            for file in files {
+                let tensors = read_safetensors(&to.join(file));
+                let bytes: usize = tensors.values().map(|tensor| tensor.bytes.len()).sum();
+                assert!(bytes <= 10_000 || tensors.len() == 1, "{name}: {file}");
+                assert!(tensors.keys().all(|tensor| map[tensor] == file), "{name}: {file}");
+            }
+            assert!(is_quantised || saved == source, "{name} on {ranks} ranks, sharded");
+            HubFolder::open(&to).unwrap();
         }
     }
 }

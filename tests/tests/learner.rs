@@ -420,7 +420,7 @@ fn accumulated_gradients_make_fewer_steps() {
 fn callbacks_are_told_of_each_batch_and_of_each_optimizer_step() {
     use Event::{Batch, Optimizer};
     let plain = ShortTraining { epochs: 2, ..ShortTraining::new([2, 2]) };
-    let expected = [(1, 1), (2, 2), (3, 1), (4, 2)].map(|(step, batch)| [Optimizer(step, false), Batch(batch)]);
+    let expected = [(1, 1), (2, 2), (3, 1), (4, 2)].map(|(step, batch)| [Optimizer(step, true), Batch(batch)]);
     assert_eq!(plain.run()[0].events, expected.concat());
     let accumulated =
         ShortTraining { accumulation: Some(2), max_grad_norm: Some(0.5), epochs: 2, ..ShortTraining::new([3, 3]) };
@@ -430,9 +430,11 @@ fn callbacks_are_told_of_each_batch_and_of_each_optimizer_step() {
 
 #[test]
 fn a_gradient_norm_that_is_not_finite_ends_training_on_all_ranks() {
-    for (accumulation, steps) in [(None, 2), (Some(2), 1), (Some(5), 0)] {
-        let clipped = ShortTraining { max_grad_norm: Some(0.5), accumulation, ..ShortTraining::new([4, 4]) };
-        for result in (ShortTraining { overflow: Some(3), ..clipped.clone() }).try_run() {
+    for (max_grad_norm, accumulation, steps) in
+        [(None, None, 2), (Some(0.5), None, 2), (Some(0.5), Some(2), 1), (Some(0.5), Some(5), 0)]
+    {
+        let training = ShortTraining { max_grad_norm, accumulation, ..ShortTraining::new([4, 4]) };
+        for result in (ShortTraining { overflow: Some(3), ..training.clone() }).try_run() {
             let Some(FsepError::GradientNorm { step, norm }) = result.error else { panic!("{:?}", result.error) };
             assert!(!norm.is_finite());
             assert_eq!(step, steps + 1);

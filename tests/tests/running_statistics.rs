@@ -7,7 +7,7 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime,
-    checkpoint::{TrainingProgress, load, save},
+    checkpoint::{CheckpointConfig, TrainingProgress, load, save},
     comm::local::LaunchConfig,
     train::{GradientBucketsConfig, TrainerConfig},
 };
@@ -74,4 +74,27 @@ fn replicas_whose_statistics_differ_are_no_error() {
     });
     let means: Vec<_> = means.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect();
     assert_ne!(means[0], means[1]);
+}
+
+#[test]
+fn a_trainers_checkpoint_has_rank_0s() {
+    let folder = tempfile::tempdir().unwrap();
+    let means = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let checkpoints = CheckpointConfig::new(folder.path()).with_every(2);
+        let config = TrainerConfig::new().with_checkpoints(checkpoints.clone());
+        let mut trainer = config.init(&runtime, norm(), SgdConfig::new().init())?;
+        for _ in 0..2 {
+            let input = input(1.0 + runtime.rank() as f32);
+            trainer.step(0.1, |norm| norm.forward(input).powf_scalar(3.0).sum())?;
+        }
+        let trained = mean(trainer.model());
+        let loaded = checkpoints.init(&runtime)?.load_newest_whole(&norm(), trainer.optimizer())?.unwrap();
+        // What was trained on is left alone.
+        assert_eq!(mean(trainer.model()), trained);
+        Ok((trained, mean(&loaded.model)))
+    });
+    let means: Vec<_> = means.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect();
+    assert_ne!(means[0].0, means[1].0);
+    assert_eq!([&means[0].1, &means[1].1], [&means[0].0; 2]);
 }

@@ -1,14 +1,16 @@
 //! A loss that is the mean over the tokens of all ranks, however many each has.
 
+use std::time::Duration;
+
 use burn::{
     nn::{Linear, loss::CrossEntropyLossConfig},
-    optim::GradientsParams,
+    optim::{AdamWConfig, GradientsParams},
     tensor::{Int, Tensor, TensorData, activation::log_softmax},
 };
 use burn_fsep::{
-    FsepError, FsepRuntime,
+    FSEPMoEConfig, FsepError, FsepRuntime,
     comm::local::LaunchConfig,
-    train::{sync_gradients, token_mean, try_token_mean},
+    train::{TrainerConfig, sync_gradients, token_mean, try_token_mean},
 };
 use burn_fsep_tests::{device, fixed_linear, launch};
 
@@ -96,5 +98,29 @@ fn no_token_on_any_rank_is_an_error_on_all() {
     for (error, unwound) in results.into_iter().map(Result::unwrap) {
         assert!(error.to_string().contains("tokens of all ranks"), "{error}");
         assert_eq!(error, unwound);
+    }
+}
+
+#[test]
+fn a_rank_without_a_token_mean_is_told_what_the_others_wait_in() {
+    let results = launch(&LaunchConfig::new(2).with_timeout(Duration::from_secs(1)), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let layer = FSEPMoEConfig::new(4, 6, 4).try_init(&runtime, &device())?;
+        let mut trainer = TrainerConfig::new().init(&runtime, layer, AdamWConfig::new().init())?;
+        let mut step = |has_mean: bool| {
+            let x = Tensor::<2>::ones([6, 4], &device());
+            let loss = trainer.step(1e-3, |layer| {
+                let sum = layer.forward(x).sum();
+                if has_mean { token_mean(&runtime, sum, 6) } else { sum / 6.0 }
+            });
+            loss.map(drop)
+        };
+        step(true)?;
+        Ok(step(runtime.rank() == 0).unwrap_err().to_string())
+    });
+    for error in results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))) {
+        // One that the rank waits in, and one that the other does.
+        assert!(error.contains("number of tokens") && error.contains("backward of layer 0"), "{error}");
+        assert!(error.contains("Meanwhile rank "), "{error}");
     }
 }

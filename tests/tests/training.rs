@@ -5,9 +5,9 @@ use std::time::Duration;
 use burn::{
     data::dataloader::batcher::Batcher,
     module::Module,
-    nn::Linear,
+    nn::{Linear, LinearConfig},
     optim::AdamWConfig,
-    tensor::{Device, Tensor},
+    tensor::{Device, Distribution, Tensor},
 };
 use burn_fsep::{
     FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -220,10 +220,15 @@ fn a_trainer_connects_layers_that_a_rank_does_not_use() {
 
 #[test]
 fn a_trainer_goes_on_after_a_gradient_norm_that_is_not_finite() {
+    go_on_after_an_infinite_gradient(&TrainerConfig::new().with_max_grad_norm(1.0));
+    // Also where nothing is clipped.
+    go_on_after_an_infinite_gradient(&TrainerConfig::new());
+}
+
+fn go_on_after_an_infinite_gradient(config: &TrainerConfig) {
     let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
         let runtime = FsepRuntime::new(comm)?;
         let model = Branches::new(&runtime, &device())?;
-        let config = TrainerConfig::new().with_max_grad_norm(1.0);
         let mut trainer = config.init(&runtime, model, AdamWConfig::new().init())?;
         trainer.step(1e-2, |model| model.loss(true, 1.0))?;
         let before = trainer.model().linear.weight.val().into_data();
@@ -239,6 +244,50 @@ fn a_trainer_goes_on_after_a_gradient_norm_that_is_not_finite() {
         assert!(matches!(error, FsepError::GradientNorm { step: 2, .. }), "{error}");
         assert_eq!(iteration, 3, "the batch is done, though no step was made of it");
     }
+}
+
+#[test]
+fn a_discarded_window_leaves_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let results = launch(&LaunchConfig::new(2), |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
+        let config = TrainerConfig::new()
+            .with_accumulation_steps(2)
+            .with_planner(planner)
+            .with_checkpoints(CheckpointConfig::new(folder.path()));
+        let layer = layer(&runtime, &device());
+        let mut trainer = config.init(&runtime, layer, AdamWConfig::new().init())?;
+        let batch = |trainer: &mut Trainer<FSEPMoE>| {
+            let x = Tensor::<2>::random([64, 4], Distribution::Default, &device());
+            trainer.step(1e-2, |layer| layer.forward(x).square().mean()).map(drop)
+        };
+        let saved = |trainer: &mut Trainer<FSEPMoE>| -> Result<_, FsepError> {
+            trainer.save()?;
+            Ok((trainer.progress().clone(), runtime.layout(0)))
+        };
+        (0..2).try_for_each(|_| batch(&mut trainer))?;
+        let before = saved(&mut trainer)?;
+        assert_eq!(before.0.records.is_empty(), runtime.rank() > 0, "the planner's");
+        batch(&mut trainer)?;
+        trainer.discard_window()?;
+        assert_eq!(saved(&mut trainer)?, before);
+        (0..2).try_for_each(|_| batch(&mut trainer))?;
+        assert_ne!(saved(&mut trainer)?.0, before.0);
+        Ok(())
+    });
+    results.into_iter().for_each(|result| result.unwrap_or_else(|error| panic!("{error}")));
+}
+
+#[test]
+fn gradients_are_not_checked_where_that_is_switched_off() {
+    let model = LinearConfig::new(2, 1).init(&device());
+    let config = TrainerConfig::new().with_check_gradients(false);
+    let mut trainer = config.init(&FsepRuntime::single(), model, AdamWConfig::new().init()).unwrap();
+    let x = Tensor::<2>::ones([1, 2], &device());
+    let step = trainer.step(1e-2, |model| model.forward(x).sum() * f32::INFINITY).unwrap();
+    assert_eq!((step.optimizer_step, step.gradient_norm), (Some(1), None));
+    assert!(trainer.model().weight.val().sum().into_scalar::<f32>().is_nan());
 }
 
 /// A small layer's training on two ranks; what a rank's error says.
@@ -290,6 +339,7 @@ fn ranks_that_train_with_other_options_are_told_which() {
         ("accumulation", with(|config| config.with_accumulation(Accumulation::Sum))),
         ("accumulation_steps", with(|config| config.with_accumulation_steps(2))),
         ("max_grad_norm", with(|config| config.with_max_grad_norm(2.0))),
+        ("check_gradients", with(|config| config.with_check_gradients(false))),
         ("planner", with(|config| config.with_planner(PlannerConfig::new(PlannerStrategy::MinMax)))),
     ] {
         for error in errors {

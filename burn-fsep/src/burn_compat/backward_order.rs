@@ -10,45 +10,31 @@ mod tests {
     use std::sync::Arc;
 
     use burn::{
-        backend::{
-            Autodiff, Flex,
-            autodiff::{
-                checkpoint::{base::Checkpointer, strategy::NoCheckpointing},
-                grads::Gradients,
-                ops::{Backward, Ops, OpsKind},
-            },
-        },
+        backend::autodiff::{grads::Gradients, ops::Ops},
         tensor::{Device, Tensor},
     };
     use parking_lot::Mutex;
 
-    use crate::burn_compat::panics::catch_panic;
+    use crate::burn_compat::{
+        panics::catch_panic,
+        test_op::{OnBackward, pass_back, test_op},
+    };
 
     type Log = Arc<Mutex<Vec<&'static str>>>;
 
-    /// Passes a tensor through and writes its name down in backward.
-    #[derive(Debug)]
-    struct Told;
+    /// Writes its name down in backward.
+    #[derive(Debug, Clone)]
+    struct Told(Log, &'static str);
 
-    impl Backward<Flex, 1> for Told {
-        type State = (Log, &'static str);
-
-        fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+    impl OnBackward for Told {
+        fn on_backward(ops: Ops<Self, 1>, grads: &mut Gradients) {
             ops.state.0.lock().push(ops.state.1);
-            let gradient = grads.consume::<Flex>(&ops.node);
-            if let [Some(parent)] = ops.parents {
-                grads.register::<Flex>(parent.id, gradient);
-            }
+            pass_back(&ops, grads);
         }
     }
 
     fn told(tensor: Tensor<1>, log: &Log, name: &'static str) -> Tensor<1> {
-        let tensor = tensor.try_into_primitive::<Autodiff<Flex>>().unwrap();
-        let output = match Told.prepare::<NoCheckpointing>([tensor.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((log.clone(), name), tensor.into_primitive()),
-            OpsKind::UnTracked(prep) => prep.finish(tensor.into_primitive()),
-        };
-        Tensor::from_primitive::<Autodiff<Flex>>(output)
+        test_op(tensor, Told(log.clone(), name))
     }
 
     #[test]
@@ -77,24 +63,18 @@ mod tests {
         );
     }
 
-    /// Passes a tensor through, but no gradient back.
-    #[derive(Debug)]
+    /// Passes no gradient back.
+    #[derive(Debug, Clone)]
     struct Mute;
 
-    impl Backward<Flex, 1> for Mute {
-        type State = ();
-
-        fn backward(self, _: Ops<(), 1>, _: &mut Gradients, _: &mut Checkpointer) {}
+    impl OnBackward for Mute {
+        fn on_backward(_: Ops<Self, 1>, _: &mut Gradients) {}
     }
 
     #[test]
     fn a_parent_without_a_gradient_is_a_panic() {
         let x = Tensor::<1>::ones([1], &Device::flex().autodiff()).require_grad() * 2.0;
-        let x = x.try_into_primitive::<Autodiff<Flex>>().unwrap();
-        let OpsKind::Tracked(prep) = Mute.prepare::<NoCheckpointing>([x.node()]).compute_bound().stateful() else {
-            panic!("it is tracked");
-        };
-        let y = Tensor::<1>::from_primitive::<Autodiff<Flex>>(prep.finish((), x.into_primitive()));
+        let y = test_op(x, Mute);
         assert!(catch_panic(|| y.backward()).err().unwrap().contains("before they are registered"));
     }
 }

@@ -7,28 +7,23 @@
 mod tests {
     use burn::{
         backend::{
-            Autodiff, Flex,
-            autodiff::{
-                checkpoint::{base::Checkpointer, strategy::NoCheckpointing},
-                grads::Gradients,
-                ops::{Backward, Ops, OpsKind},
-            },
+            Flex,
+            autodiff::{grads::Gradients, ops::Ops},
         },
         tensor::{Device, Tensor},
     };
 
+    use crate::burn_compat::test_op::{OnBackward, pass_back, test_op};
+
     /// Looks at its parent's gradient twice while backward runs.
-    #[derive(Debug)]
+    #[derive(Debug, Clone)]
     struct Look;
 
-    impl Backward<Flex, 1> for Look {
-        type State = ();
-
-        fn backward(self, ops: Ops<(), 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-            let gradient = grads.consume::<Flex>(&ops.node);
+    impl OnBackward for Look {
+        fn on_backward(ops: Ops<Self, 1>, grads: &mut Gradients) {
+            pass_back(&ops, grads);
             let [parent] = ops.parents;
             let parent = parent.unwrap();
-            grads.register::<Flex>(parent.id, gradient);
             for _ in 0..2 {
                 let found = Tensor::<1>::from_primitive::<Flex>(grads.consume::<Flex>(&parent));
                 assert_eq!(found.into_scalar::<f32>(), 3.0);
@@ -40,12 +35,7 @@ mod tests {
     fn a_leafs_gradient_stays_when_it_is_looked_at() {
         let device = Device::flex().autodiff();
         let leaf = Tensor::<1>::ones([1], &device).require_grad();
-        let tensor = leaf.clone().try_into_primitive::<Autodiff<Flex>>().unwrap();
-        let OpsKind::Tracked(prep) = Look.prepare::<NoCheckpointing>([tensor.node()]).compute_bound().stateful() else {
-            panic!("a leaf is tracked");
-        };
-        let output = Tensor::<1>::from_primitive::<Autodiff<Flex>>(prep.finish((), tensor.into_primitive()));
-        let grads = (output * 3.0).backward();
+        let grads = (test_op(leaf.clone(), Look) * 3.0).backward();
         assert_eq!(leaf.grad(&grads).unwrap().into_scalar::<f32>(), 3.0);
     }
 }

@@ -18,6 +18,8 @@ mod param_tag;
 mod reparameterization;
 mod reshape;
 mod running_statistics;
+#[cfg(all(test, feature = "flex"))]
+mod test_op;
 
 #[cfg(feature = "learner")]
 pub(crate) use learner_records::learner_records;

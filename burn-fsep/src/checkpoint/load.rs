@@ -9,7 +9,7 @@ use burn_fsep_planner::Layout;
 
 use super::{
     CheckpointError, Checkpoints, TrainingProgress,
-    agree::{Work, agree, gather},
+    all_or_none::{Work, all_or_none, gather},
     content::{Content, check_files},
     folder::checkpoints,
     manifest::{Manifest, ParameterEntry},
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     FsepRuntime,
     burn_compat::{StateError, load_states},
-    comm::{self, Operation},
+    comm::{Operation, agree},
 };
 
 const FIND: Operation = Operation::new("list of checkpoints");
@@ -76,8 +76,8 @@ pub fn load<M: Module>(
         let layouts = layouts(&path, &manifest, &params, runtime)?;
         Ok((params, manifest, layouts, digest))
     });
-    let (params, manifest, layouts, digest) = agree(comm, CHECK, checked)?;
-    if let Some(difference) = comm::agree(comm, CHECK, &[("the checkpoint that they load", digest)])? {
+    let (params, manifest, layouts, digest) = all_or_none(comm, CHECK, checked)?;
+    if let Some(difference) = agree(comm, CHECK, &[("the checkpoint that they load", digest)])? {
         let hint = "it has to lie on a file system that all ranks share";
         return Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint });
     }
@@ -100,9 +100,9 @@ pub fn load<M: Module>(
         }
         None => CheckpointError::Unsupported { what: "optimizer".into(), reason },
     });
-    let optimizer = agree(comm, APPLY, optimizer)?;
+    let optimizer = all_or_none(comm, APPLY, optimizer)?;
     // Last: Burn's clones share running statistics, which this sets in `model`, too.
-    let model = agree(comm, APPLY, load_values(model, &params, values))?;
+    let model = all_or_none(comm, APPLY, load_values(model, &params, values))?;
     for (layer, layout) in layouts {
         let failed = |error: crate::FsepError| CheckpointError::Config(error.to_string());
         runtime.resume_layout(layer, Arc::new(layout)).map_err(failed)?;
@@ -158,7 +158,7 @@ impl Checkpoints {
     fn list_together(&self) -> Result<Vec<PathBuf>, CheckpointError> {
         let (comm, folder) = (self.runtime.comm(), &self.config.folder);
         let found = if comm.rank() == 0 { checkpoints(folder) } else { Ok(Vec::new()) };
-        let found = agree(comm, FIND, found)?;
+        let found = all_or_none(comm, FIND, found)?;
         let names = found.iter().filter_map(|(_, path)| path.file_name()?.to_str());
         let names = gather(comm, FIND, names.collect::<Vec<_>>().join("\n").as_bytes())?.swap_remove(0);
         let names = String::from_utf8_lossy(&names);

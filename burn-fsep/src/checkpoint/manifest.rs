@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 use super::{
     CheckpointError, TrainingProgress,
     reshard::Sharding,
-    tensors::{burn_dtype, check_len, digest, hex, open},
+    tensors::{burn_dtype, check_len, hex, open},
 };
-use crate::{moe::ExpertsInfo, ops::WeightStorage};
+use crate::{comm::digest, moe::ExpertsInfo, ops::WeightStorage};
 
 /// What the manifest of this version says of itself.
 const FORMAT: &str = "burn-fsep checkpoint";

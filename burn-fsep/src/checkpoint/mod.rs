@@ -5,7 +5,7 @@
 //! | file | content |
 //! | --- | --- |
 //! | `experts-RANK-of-N.safetensors` | a rank's part of the experts of all layers, and its optimizer state |
-//! | `replicated.safetensors` | everything else, equal on all ranks; scalars of the optimizer; the user's records |
+//! | `replicated.safetensors` | everything else, equal on all ranks, and rank 0's running statistics; scalars of the optimizer; the user's records |
 //! | `manifest.json` | sizes, types, layouts, progress; size and SHA-256 of each file |
 //! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum` writes it |
 //!
@@ -16,7 +16,7 @@
 //! - [`save`], [`load`], [`list`], [`verify`]: one checkpoint;
 //! - [`export_unsharded`], [`import_unsharded`]: whole experts in one file, for the dense model and for others.
 
-mod agree;
+mod all_or_none;
 mod config;
 mod content;
 mod error;
@@ -34,7 +34,7 @@ mod tensors;
 mod tests;
 mod unsharded;
 
-pub(crate) use agree::{SharedError, Work, agree};
+pub(crate) use all_or_none::{SharedError, Work, all_or_none};
 pub use config::CheckpointConfig;
 pub use error::CheckpointError;
 pub use load::{CheckpointInfo, Loaded, list, load, verify};

@@ -26,7 +26,7 @@ pub(super) struct ModelParam {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub experts: Option<ExpertsInfo>,
-    /// Whether it is a statistic of what this rank has seen, and no trained parameter.
+    /// Whether it is a statistic of what this rank has seen, and no trained parameter. Ranks' may differ.
     pub is_running_statistic: bool,
 }
 

@@ -7,7 +7,7 @@ use burn::{
 
 use super::{
     CheckpointConfig, CheckpointError, TrainingProgress,
-    agree::{Work, agree, gather},
+    all_or_none::{Work, all_or_none, gather},
     folder,
     manifest::{
         ExpertsEntry, FileEntry, MANIFEST, MANIFEST_SUM, Manifest, ParameterEntry, REPLICATED, StateEntry,
@@ -15,11 +15,11 @@ use super::{
     },
     output::{CreateFile, Disk},
     snapshot::{SavedParam, snapshot},
-    tensors::{HostTensor, check_len, digest, write_bytes, write_tensors},
+    tensors::{HostTensor, check_len, write_bytes, write_tensors},
 };
 use crate::{
     FsepRuntime,
-    comm::{self, Communicator, Difference, Operation, all_gather_u64},
+    comm::{Communicator, Difference, Operation, agree, all_gather_u64, digest},
 };
 
 const START: Operation = Operation::new("start of a checkpoint");
@@ -153,7 +153,7 @@ impl Checkpoints {
             let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
             Ok((params, manifest, digest, sequence))
         });
-        let (params, manifest, digest, sequence) = agree(comm, START, begun)?;
+        let (params, manifest, digest, sequence) = all_or_none(comm, START, begun)?;
         let sequence = all_gather_u64(comm, START, &[sequence])?[0];
         if let Err(error) = check_equal(comm, digest, &params, progress) {
             self.discard(sequence, step);
@@ -272,9 +272,6 @@ fn check_equal(
     params: &[SavedParam],
     progress: &TrainingProgress,
 ) -> Result<(), CheckpointError> {
-    let refuse = |difference: Difference, hint| {
-        Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint })
-    };
     // Before values are compared: there have to be equally many.
     let facts = [
         ("the step", progress.step),
@@ -282,32 +279,28 @@ fn check_equal(
         ("the iteration", progress.iteration),
         ("the parameters' names, shapes or optimizer state, or the layouts", parameters),
     ];
-    if let Some(difference) = comm::agree(group, START, &facts)? {
-        return refuse(difference, "all ranks have to save the same model after the same step");
+    if let Some(difference) = agree(group, START, &facts)? {
+        return Err(differ(difference, "all ranks have to save the same model after the same step"));
     }
-    let (mut values, mut hints) = (Vec::new(), Vec::new());
+    let mut values = Vec::new();
     for SavedParam { param, value, state } in params {
         for (field, &scalar) in &state.scalars {
             values.push((scalar_name(&param.path, field), digest(&HostTensor::from_scalar(scalar).bytes)));
         }
-        if param.experts.is_none() {
+        // Running statistics are of what each rank has seen: rank 0 writes its own.
+        if param.experts.is_none() && !param.is_running_statistic {
             values.push((param_name(&param.path), digest(&value.bytes)));
             let tensors = state.tensors.iter();
             values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
         }
-        hints.resize(values.len(), if param.is_running_statistic { RUNNING_STATISTICS } else { TRAINED_APART });
     }
-    match comm::agree(group, START, &values)? {
-        None => Ok(()),
-        Some(difference) => {
-            let hint = hints[difference.place];
-            refuse(difference, hint)
-        }
-    }
+    agree(group, START, &values)?.map_or(Ok(()), |difference| Err(differ(difference, TRAINED_APART)))
+}
+
+fn differ(Difference { field, rank, .. }: Difference, hint: &'static str) -> CheckpointError {
+    CheckpointError::Divergence { what: field, rank, hint }
 }
 
 const TRAINED_APART: &str = "the ranks train different models, and this checkpoint would hide it: give all of them the same \
                              values once, before the first step (`broadcast_parameters`), and average the gradients of \
                              each step (`sync_gradients`)";
-const RUNNING_STATISTICS: &str = "running statistics (`BatchNorm`) are each rank's own: `broadcast_parameters` before saving \
-                                  gives all ranks those of rank 0";

@@ -179,11 +179,6 @@ impl Write for HashingFile {
     }
 }
 
-/// For comparisons between ranks.
-pub(super) fn digest(bytes: &[u8]) -> u64 {
-    Sha256::digest(bytes).iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
-}
-
 pub(super) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 
 use super::{
     CheckpointError,
-    agree::{Work, agree},
+    all_or_none::{Work, all_or_none},
     content::{Entry, Part, check_files},
     folder::sync_folder,
     manifest::{Manifest, REPLICATED, experts_file, param_name},
@@ -118,13 +118,13 @@ pub fn import_unsharded<M: Module>(
     let path: PathBuf = file.into();
     let comm = runtime.comm();
     let (rank, ranks) = (comm.rank(), comm.size());
-    let params = agree(comm, IMPORT, model_params(runtime, model))?;
+    let params = all_or_none(comm, IMPORT, model_params(runtime, model))?;
     let reading = {
         let params = params.clone();
         Work::start(move || read_unsharded(&path, &params, rank, ranks))
     };
     let values = reading.finish(comm, IMPORT)?;
-    agree(comm, IMPORT, load_values(model, &params, values))
+    all_or_none(comm, IMPORT, load_values(model, &params, values))
 }
 
 fn read_unsharded(

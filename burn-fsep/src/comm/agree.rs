@@ -1,5 +1,7 @@
 use std::fmt;
 
+use sha2::{Digest, Sha256};
+
 use super::{CommError, Communicator, Operation, all_gather_u64};
 
 /// A value that is another one on a rank than on rank 0.
@@ -22,7 +24,7 @@ impl fmt::Display for Difference {
 }
 
 /// Compares values that have to be equal on all ranks with those of rank 0: all ranks get the same answer, `None` if they are
-/// equal. Larger things take part by a digest. Collective; `fields` are equally many on all ranks, with the same names.
+/// equal. Larger things take part by their [`digest`]. Collective; `fields` are equally many on all ranks, with the same names.
 ///
 /// # Errors
 ///
@@ -39,6 +41,11 @@ pub fn agree(
         let (rank, place) = (at / ours.len(), at % ours.len());
         Difference { rank, field: fields[place].0.as_ref().into(), place, values: [all[place], all[at]] }
     }))
+}
+
+/// A number that stands for bytes where ranks compare them, the same on every machine and in every build.
+pub fn digest(bytes: &[u8]) -> u64 {
+    Sha256::digest(bytes).iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
 }
 
 #[cfg(test)]
@@ -61,6 +68,12 @@ mod tests {
         let difference = ask(|rank| [rank / 2, rank]).unwrap();
         assert_eq!((difference.rank, difference.place, difference.values), (1, 1, [0, 1]));
         assert_eq!(difference.to_string(), "ranks 0 and 1 differ in `size`");
+    }
+
+    #[test]
+    fn a_digest_is_the_same_everywhere() {
+        // printf abc | sha256sum
+        assert_eq!(digest(b"abc"), 0xba78_16bf_8f01_cfea);
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl ControlGroup {
     }
 
     pub fn timed_out(&self, operation: Operation, missing: Vec<usize>) -> CommError {
-        CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing }
+        CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing, meanwhile: None }
     }
 }
 

@@ -22,8 +22,9 @@ pub enum CommError {
     /// Some ranks did not come in time.
     #[error(
         "`{operation}` timed out after {waited:?}: {} did not take part; they hang, were killed without notice, or do not \
-         reach this operation at all (an FSEP layer that is not connected to their loss?)",
-        absent(missing)
+         reach this operation at all (an FSEP layer that is not connected to their loss?){}",
+        absent(missing),
+        meanwhile.as_ref().map_or(String::new(), |what| format!(". Meanwhile {what}"))
     )]
     Timeout {
         /// The operation that timed out.
@@ -32,6 +33,8 @@ pub enum CommError {
         waited: std::time::Duration,
         /// The ranks that did not come; empty if the engine cannot tell.
         missing: Vec<usize>,
+        /// Where one of them has come, and the rank that waits has not, if the engine can tell.
+        meanwhile: Option<String>,
     },
     /// Ranks called different collectives, or the same one with different shapes.
     #[error(

@@ -20,7 +20,7 @@ pub mod process;
 mod reduce;
 mod rounds;
 
-pub use agree::{Difference, agree};
+pub use agree::{Difference, agree, digest};
 pub use communicator::{Communicator, PendingExchange, all_gather_u64};
 pub use device::{DeviceCommunicator, PendingDeviceExchange};
 pub use error::CommError;

@@ -118,14 +118,13 @@ impl Finder<'_> {
         let (gate_up, down) = (name("gate_up_proj"), name("down_proj"));
         let is_gpt_oss = self.lookup.family() == Family::GptOss;
         // GPT-OSS has [in, out] weights, but [out, in] where they are quantised, in blocks along `in`.
-        let is_transposed = |name: &str| {
-            let is_quantised =
-                self.lookup.get(name).is_some_and(|tensor| matches!(tensor.storage, Storage::Mxfp4 { .. }));
-            is_gpt_oss && !is_quantised
-        };
+        let is_quantised =
+            |name: &str| self.lookup.get(name).is_some_and(|tensor| matches!(tensor.storage, Storage::Mxfp4 { .. }));
+        let is_transposed = |name: &str| is_gpt_oss && !is_quantised(name);
         let matrix = |name: &str, [rows, columns]: [usize; 2]| {
             let shape = if is_transposed(name) { [experts, columns, rows] } else { [experts, rows, columns] };
-            self.find(name, &shape).map(|_| is_transposed(name))
+            self.find(name, &shape)?;
+            Ok::<_, HubError>(is_transposed(name) || is_gpt_oss && self.lookup.as_written)
         };
         let (first_is_transposed, down_is_transposed) =
             (matrix(&gate_up, [2 * ffn, hidden])?, matrix(&down, [hidden, ffn])?);

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, Metadata},
     path::{Component, Path, PathBuf},
 };
 
@@ -13,17 +12,6 @@ pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 /// The largest index: that of DeepSeek-V3 has 9 MB.
 const MAX_INDEX: u64 = 256 << 20;
-
-/// What the system says of a file, which is one: a named pipe would be waited for, a device read without end.
-///
-/// # Errors
-///
-/// [`HubError::Io`], also if it is missing.
-pub(super) fn regular_file(path: &Path) -> Result<Metadata, HubError> {
-    let failed = HubError::io("read", path);
-    let found = fs::metadata(path).map_err(&failed)?;
-    if found.is_file() { Ok(found) } else { Err(failed(std::io::Error::other("it is no regular file"))) }
-}
 
 /// Opens all files with weights of a folder, in the order of their names.
 ///
@@ -119,7 +107,7 @@ fn plain_name(index: &Path, name: &str) -> Result<(), HubError> {
 
 /// Refuses a link to a file outside of the folder. Those of the hub's own cache are known: there `snapshots/REVISION/NAME` is
 /// a link to `blobs/HASH` beside `snapshots`.
-fn stays_inside(folder: &Path, named_by: &Path, name: &str) -> Result<(), HubError> {
+pub(super) fn stays_inside(folder: &Path, named_by: &Path, name: &str) -> Result<(), HubError> {
     let path = folder.join(name);
     let resolve = |path: &Path| path.canonicalize().map_err(HubError::io("find", path));
     let (inside, target): (PathBuf, PathBuf) = (resolve(folder)?, resolve(&path)?);
@@ -146,6 +134,8 @@ fn hint(folder: &Path) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

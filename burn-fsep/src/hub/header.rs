@@ -13,8 +13,8 @@ use serde_json::Value;
 
 use super::{
     HubError,
-    folder::regular_file,
     json::{Object, parse_object},
+    regular_file::regular_file,
 };
 
 /// The longest table that the format allows.

@@ -91,7 +91,8 @@ impl HubFolder {
 
 impl Inner {
     pub fn lookup(&self) -> Lookup<'_> {
-        Lookup { folder: &self.path, files: &self.files, stored: &self.stored, config: &self.config }
+        let Self { path, files, stored, config, .. } = self;
+        Lookup { folder: path, files, stored, config, as_written: false }
     }
 
     /// Whether the tensors are of as many experts as the configuration says.

@@ -8,7 +8,7 @@ use serde::{
 };
 use serde_json::{Map, Number, Value};
 
-use super::{HubError, folder::regular_file};
+use super::{HubError, regular_file::regular_file};
 
 pub(super) type Object = Map<String, Value>;
 

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     FsepRuntime,
     burn_compat::ModulePath,
-    checkpoint::{Sharding, SharedError, Work, agree},
+    checkpoint::{Sharding, SharedError, Work, all_or_none},
     comm::{self, Communicator, Operation, local::LocalCommunicator},
     moe::ExpertsInfo,
 };
@@ -98,7 +98,7 @@ impl HubFolder {
         let comm = runtime.as_ref().map_or(&single as &dyn Communicator, FsepRuntime::comm);
         let plan = model_params(runtime.as_ref(), &model)
             .and_then(|params| Plan::new(&self.inner.lookup(), params, prefix, ignored));
-        let plan = Arc::new(agree(comm, LOAD, plan)?);
+        let plan = Arc::new(all_or_none(comm, LOAD, plan)?);
         check_equal(comm, &self.inner, &plan)?;
         let total = plan.params.iter().map(|planned| planned.param.bytes() as u64).sum();
         progress.tell(0, total, "");

@@ -1,7 +1,7 @@
 //! A model's parameters as this rank has them, without a look at their values: those that have none yet do not get one.
 
 use burn::{
-    module::{Module, ModuleVisitor, Param, ParamId},
+    module::{Module, ModuleVisitor, Param},
     tensor::{Bool, Device, Int, Tensor},
 };
 use safetensors::Dtype;
@@ -16,7 +16,6 @@ pub(super) struct ModelParam {
     pub path: String,
     /// The names of the fields that it is in, without variants of enums, each with the type of what the field stands in.
     pub fields: Vec<(String, String)>,
-    pub id: ParamId,
     pub dtype: Dtype,
     /// In the form in which Burn's records have it.
     pub shape: Vec<usize>,
@@ -95,7 +94,6 @@ impl ModuleVisitor for Collect {
         self.params.push(ModelParam {
             path: self.path.path(),
             fields: self.path.fields().map(|(name, container)| (name.into(), container.into())).collect(),
-            id: param.id,
             dtype,
             shape,
             is_transposed,

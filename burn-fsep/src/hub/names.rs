@@ -111,7 +111,6 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use burn::module::ParamId;
     use safetensors::Dtype;
 
     use super::*;
@@ -120,7 +119,6 @@ mod tests {
         let param = ModelParam {
             path: String::new(),
             fields: path.iter().map(|(name, container)| (name.to_string(), format!("Struct:{container}"))).collect(),
-            id: ParamId::new(),
             dtype: Dtype::F32,
             shape: Vec::new(),
             is_transposed: false,

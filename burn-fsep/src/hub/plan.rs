@@ -124,6 +124,8 @@ pub(super) struct Lookup<'a> {
     pub files: &'a [TensorFile],
     pub stored: &'a StoredTensors,
     pub config: &'a ModelConfig,
+    /// Whether tensors are those that are to be written, which are never quantised.
+    pub as_written: bool,
 }
 
 impl Lookup<'_> {

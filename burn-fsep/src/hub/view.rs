@@ -90,13 +90,6 @@ impl View {
         });
     }
 
-    /// The inverse of [`View::scatter`].
-    pub fn gather(&self, range: &Range<usize>, span: &Span, from: &[u8], to: &mut [u8], width: usize) {
-        self.pairs(range, span, |place, at| {
-            to[at * width..][..width].copy_from_slice(&from[place * width..][..width]);
-        });
-    }
-
     /// Each place in `range`, counted from its start, with its place in the span.
     fn pairs(&self, range: &Range<usize>, span: &Span, mut pair: impl FnMut(usize, usize)) {
         let columns = span.columns.clone().unwrap_or(0..self.columns);

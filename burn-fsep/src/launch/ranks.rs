@@ -1,9 +1,4 @@
-use std::{
-    cell::Cell,
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::{fmt, sync::Arc};
 
 use burn::tensor::Device;
 
@@ -12,7 +7,7 @@ use crate::{
     Timeline,
     burn_compat::panic_message,
     comm::{
-        CommError, Communicator, Operation, all_gather_u64,
+        CommError, Communicator, Difference, Operation, agree,
         local::{LaunchConfig, RankError, launch},
     },
 };
@@ -52,7 +47,8 @@ impl Ranks {
     /// # Errors
     ///
     /// [`RunError`], of the rank that failed of itself rather than for another's sake. In a job of processes what the first
-    /// rank learns and reports is [`RunError::ReportedByFirst`] on all others.
+    /// rank learns before it is done, it reports, whatever its own program returned; that is [`RunError::ReportedByFirst`] on all
+    /// others.
     pub fn run<T, E>(&self, program: impl Fn(Rank) -> Result<T, E> + Sync) -> Result<T, RunError<E>>
     where
         T: Send,
@@ -103,30 +99,29 @@ impl Ranks {
     ) -> Result<T, RunError<E>> {
         let config = environment.process_config().map_err(LaunchError::from)?;
         let config = config.with_timeout(self.config.timeout).with_rendezvous_timeout(self.config.rendezvous_timeout);
-        let (rank, first_reports) = (environment.rank, Cell::new(false));
-        let run = || {
-            config.run(|control| {
-                let result = self.run_rank(control.clone(), self.devices[0].clone(), Some(environment), program);
-                // Of a rank that did not say why it is gone, every other one says what it knows; all else reaches the first
-                // rank.
-                let is_loss = matches!(
-                    control.failure(),
-                    Some(CommError::PeerFailed { lost: true, .. } | CommError::Timeout { .. })
-                );
-                // mpirun kills the others, the first rank too, as soon as it sees a rank end with an error of its own.
-                let speaks_itself = self.transport == Transport::Mpi && lost_peer(&*control).is_none();
-                first_reports.set(rank != 0 && !is_loss && !speaks_itself);
-                result
-            })
-        };
-        let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        let rank = environment.rank;
+        let comm = Arc::new(config.init().map_err(CommError::from)?);
+        let run = |control| self.run_rank(control, self.devices[0].clone(), Some(environment), program);
+        let result = comm.run(run).map_err(|payload| {
             let message = panic_message(payload.as_ref());
-            Err(RunError::Rank(Box::new(RankError::Panicked { rank, message })))
-        });
-        result.map_err(|error| match first_reports.into_inner() {
-            true => RunError::ReportedByFirst(Box::new(error)),
-            false => error,
-        })
+            RunError::Rank(Box::new(RankError::Panicked { rank, message }))
+        })?;
+        // What is known now, after this rank has left, is what its peers know of each other, too.
+        let failure = comm.failure();
+        // Of a rank that did not say why it is gone, every other one says what it knows; all else reaches the first rank.
+        let is_loss = matches!(failure, Some(CommError::PeerFailed { lost: true, .. } | CommError::Timeout { .. }));
+        match (result, failure) {
+            // The others leave it to the first rank, whose own program was over before a collective could say it.
+            (Ok(_), Some(failure)) if rank == 0 && !is_loss => Err(failure.seen_from("end of the program").into()),
+            (Ok(result), _) => Ok(result),
+            (Err(error), _) => {
+                // mpirun kills the others, the first rank too, as soon as it sees a rank end with an error of its own.
+                let does_first_miss_it = self.transport == Transport::Mpi || comm.has_left(0);
+                let speaks_itself = does_first_miss_it && lost_peer(&*comm).is_none();
+                let first_reports = rank != 0 && !is_loss && !speaks_itself;
+                Err(if first_reports { RunError::ReportedByFirst(Box::new(error)) } else { error })
+            }
+        }
     }
 
     /// Runs the program of one rank, over the group in which the ranks met.
@@ -153,10 +148,8 @@ impl Ranks {
     fn check_engine<E>(&self, control: &dyn Communicator) -> Result<(), RunError<E>> {
         const TRANSPORTS: [Transport; 3] = [Transport::Control, Transport::Mpi, Transport::Nccl];
         let ours = TRANSPORTS.iter().position(|transport| *transport == self.transport).unwrap_or(0);
-        let all = all_gather_u64(control, Operation::new("engine of the ranks"), &[ours as u64])?;
-        // Against rank 0's, so that all ranks say the same.
-        match all.iter().position(|theirs| *theirs != all[0]) {
-            Some(rank) => Err(LaunchError::Config(format!(
+        match agree(control, Operation::new("engine of the ranks"), &[("engine", ours as u64)])? {
+            Some(Difference { rank, .. }) => Err(LaunchError::Config(format!(
                 "ranks 0 and {rank} exchange through different engines ({:?} is configured here): give all the same, and the \
                  same build",
                 self.config.engine
@@ -300,6 +293,27 @@ mod tests {
         assert!(first.to_string().contains("of rank 1"), "{first}");
         assert!(matches!(second, RunError::ReportedByFirst(_)), "{second}");
         assert_eq!(second.program(), Some(&FsepError::Callback("of rank 1".into())));
+    }
+
+    #[test]
+    fn an_error_after_the_first_process_is_done_is_told_once() {
+        // Before, while, and after rank 0 leaves.
+        for delay in [0, 1, 300] {
+            let program = |rank: Rank| {
+                rank.comm.barrier(MEETING)?;
+                if rank.is_first() {
+                    return Ok(());
+                }
+                std::thread::sleep(std::time::Duration::from_millis(delay));
+                Err(FsepError::Callback("of rank 1".into()))
+            };
+            let ends = processes(&[0, 1], |_, _| {}, program);
+            assert_eq!(ends[1].as_ref().unwrap_err().program(), Some(&FsepError::Callback("of rank 1".into())));
+            let errors = ends.iter().filter_map(|end| end.as_ref().err());
+            let told = errors.filter(|error| !matches!(error, RunError::ReportedByFirst(_)));
+            let told: Vec<_> = told.map(ToString::to_string).collect();
+            assert!(told.len() == 1 && told[0].contains("of rank 1"), "{delay} ms: {told:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use burn::train::{Learner, LearnerModel, metric::store::EventStoreClient};
-use burn_fsep_planner::Layout;
 
 use crate::{
     FsepError, FsepRuntime,
@@ -17,15 +16,6 @@ pub(super) struct LearnerCheckpoints {
     pub progress: TrainingProgress,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
-    window: Option<WindowStart>,
-    /// The records are those of a window's start.
-    pub is_rewound: bool,
-}
-
-/// What a checkpoint has to have of the time before the first batch of an accumulation window, if training is stopped in it.
-struct WindowStart {
-    layouts: Vec<Arc<Layout>>,
-    records: BTreeMap<String, Vec<u8>>,
 }
 
 impl LearnerCheckpoints {
@@ -38,7 +28,7 @@ impl LearnerCheckpoints {
         let checkpoints = config.map(|config| config.init(runtime)).transpose()?;
         let saved = (progress.step > 0).then_some(progress.step);
         let every = config.and_then(|config| config.every);
-        Ok(Self { checkpoints, every, event_store, progress, saved, window: None, is_rewound: false })
+        Ok(Self { checkpoints, every, event_store, progress, saved })
     }
 
     /// Whether a checkpoint is due after a step.
@@ -67,26 +57,7 @@ impl LearnerCheckpoints {
             records.ok_or_else(|| FsepError::Learner("it did not hand over its records".into()))?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
         checkpoints.save_records(&learner.model(), optimizer, &progress)?;
-        (self.saved, self.window) = (Some(self.progress.step), None);
-        Ok(())
-    }
-
-    /// Remembers what a checkpoint of now would have, with the callbacks' records.
-    pub fn begin_window(&mut self, runtime: &FsepRuntime) {
-        let layouts = (0..runtime.num_layers()).map(|layer| runtime.layout(layer)).collect();
-        self.window = Some(WindowStart { layouts, records: self.progress.records.clone() });
-    }
-
-    /// Goes back to where the window began, as far as a checkpoint knows of it: the next one is of there.
-    pub fn rewind(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
-        let Some(WindowStart { layouts, records }) = self.window.take() else { return Ok(()) };
-        for (layer, layout) in layouts.into_iter().enumerate() {
-            if !runtime.has_fixed_layout(layer) {
-                runtime.resume_layout(layer, layout)?;
-            }
-        }
-        self.progress.records = records;
-        self.is_rewound = true;
+        self.saved = Some(self.progress.step);
         Ok(())
     }
 

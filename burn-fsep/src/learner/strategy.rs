@@ -68,6 +68,12 @@ impl FsepStrategy {
         self
     }
 
+    /// As [`TrainerConfig::with_check_gradients`]. Gradients that are not finite end training on all ranks.
+    pub fn with_check_gradients(mut self, check: bool) -> Self {
+        self.config = self.config.with_check_gradients(check);
+        self
+    }
+
     /// As [`TrainerConfig::with_gradient_buckets`].
     pub fn with_gradient_buckets(mut self, buckets: GradientBuckets) -> Self {
         self.config = self.config.with_gradient_buckets(buckets);
@@ -177,17 +183,10 @@ impl FsepStrategy {
         if checkpoints.is_saved() {
             return Ok(());
         }
-        if !checkpoints.is_rewound {
-            self.take_records(checkpoints)?;
-        }
-        checkpoints.save(learner)
-    }
-
-    fn take_records(&self, checkpoints: &mut LearnerCheckpoints) -> Result<(), FsepError> {
         if self.runtime.rank() == 0 {
             self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
         }
-        Ok(())
+        checkpoints.save(learner)
     }
 
     /// An optimizer step of the batches up to the epoch's `iteration`.
@@ -225,6 +224,7 @@ impl FsepStrategy {
         interrupter: &Interrupter,
     ) -> Result<(), FsepError> {
         let mut batches = loader.iter();
+        let makes_checkpoints = self.config.checkpoints.is_some();
         let epoch = checkpoints.progress.epoch as usize;
         let mut iteration = checkpoints.progress.iteration as usize;
         for _ in 0..iteration {
@@ -245,17 +245,17 @@ impl FsepStrategy {
                         }
                     }
                     (_, true) => {
-                        gradients.discard_window();
-                        self.runtime.forget_expert_loads();
-                        checkpoints.rewind(&self.runtime)?;
+                        gradients.discard_window()?;
+                        if makes_checkpoints {
+                            self.each_callback(|callback| callback.on_window_discarded(&self.runtime))?;
+                        }
                     }
                     _ => {}
                 }
                 break;
             };
-            if gradients.accumulates() && !gradients.is_in_window() && !checkpoints.is_saved() {
-                self.take_records(checkpoints)?;
-                checkpoints.begin_window(&self.runtime);
+            if makes_checkpoints && gradients.begins_window() {
+                self.each_callback(|callback| callback.on_window_start(&self.runtime))?;
             }
             iteration += 1;
             gradients.begin(&learner.model())?;

@@ -146,7 +146,9 @@ impl FSEPMoEConfig {
         };
         let shape = self.shape();
         let storage = if is_static || ranks == 1 { WeightStorage::Resident } else { WeightStorage::Sharded };
+        let options = ops::options_of(self)?;
         let spec = runtime.register_layer(|layer| LayerSpec {
+            options,
             layer,
             rank: runtime.rank(),
             world_size: ranks,

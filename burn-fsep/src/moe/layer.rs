@@ -96,7 +96,7 @@ impl FSEPMoE {
     /// # Errors
     ///
     /// [`FsepError::Shape`] for an input of the wrong shape; [`FsepError::Divergence`] if ranks do not agree on the
-    /// layer; [`FsepError::NoExpert`] if a rank's router has logits that are no numbers; [`FsepError::Config`] if its experts
+    /// layer; [`FsepError::NoExpert`] if a rank's router has logits that are no numbers; [`FsepError::Config`] if ranks have other options for it, or its experts
     /// are another rank's shards or reparameterized; [`FsepError::Comm`] if a collective fails; [`FsepError::Panicked`] if the backend panics.
     pub fn try_forward<const R: usize>(&self, hidden: Tensor<R>) -> Result<MoeOutput<R>, FsepError> {
         self.runtime().run(|| self.forward_with_losses(hidden))

@@ -7,17 +7,17 @@ use crate::{FsepError, burn_compat::reshape};
 ///
 /// # Errors
 ///
-/// [`FsepError::Shape`] if the mask is one of another number of tokens.
+/// [`FsepError::Shape`] if the mask is one of another batch.
 pub(super) fn token_rows<const R: usize>(hidden: Tensor<R>, mask: Option<&TokenMask>) -> Result<Tensor<2>, FsepError> {
     let dims = hidden.dims();
     let tokens = dims[..R - 1].iter().product::<usize>();
     let rows = reshape(hidden, [tokens, dims[R - 1]]);
     let Some(mask) = mask else { return Ok(rows) };
-    if mask.num_tokens() != tokens {
+    if !mask.fits(&dims[..R - 1]) {
         return Err(FsepError::Shape {
             what: "mask of the MoE layer's tokens".into(),
             expected: format!("{tokens} tokens, as in the input {dims:?}"),
-            actual: format!("{}", mask.num_tokens()),
+            actual: format!("{}, as a mask {:?}", mask.num_tokens(), mask.dims()),
         });
     }
     // Also where all are real: on every rank the same operations, so that backward comes to the layers in the same order.
@@ -103,5 +103,19 @@ mod tests {
         let error = token_rows(Tensor::<3>::zeros([2, 3, 2], &Device::flex()), Some(&mask)).unwrap_err();
         assert!(matches!(&error, FsepError::Shape { what, .. } if what.contains("mask")), "{error}");
         assert!(error.to_string().contains("expected 6 tokens, as in the input [2, 3, 2], got 5"), "{error}");
+    }
+
+    #[test]
+    fn a_mask_is_of_the_batchs_shape_or_of_its_rows() {
+        let device = Device::flex();
+        let real = Tensor::<2, burn::tensor::Bool>::from_data(TensorData::new(vec![true; 6], [3, 2]), &device);
+        let mask = TokenMask::from_tensor(real).unwrap();
+        // Transposed: as many tokens, but others.
+        let error = token_rows(Tensor::<3>::zeros([2, 3, 2], &device), Some(&mask)).unwrap_err().to_string();
+        assert!(error.contains("6 tokens, as in the input [2, 3, 2], got 6, as a mask [3, 2]"), "{error}");
+        assert!(token_rows(Tensor::<3>::zeros([3, 2, 2], &device), Some(&mask)).is_ok());
+        assert!(token_rows(Tensor::<2>::zeros([6, 2], &device), Some(&mask)).is_ok());
+        let rows = TokenMask::new(&[true; 6], &device);
+        assert!(token_rows(Tensor::<3>::zeros([2, 3, 2], &device), Some(&rows)).is_ok());
     }
 }

@@ -1,8 +1,10 @@
+use std::collections::BTreeMap;
+
 use burn::tensor::{DType, FloatDType};
 use serde::{Deserialize, Serialize};
 
 use super::ExpertActivation;
-use crate::{comm::Operation, shard::ExpertShape};
+use crate::{FsepError, comm::Operation, shard::ExpertShape};
 
 /// How a rank keeps its experts' parameters between steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +42,20 @@ pub struct LayerSpec {
     pub compute_dtype: Option<FloatDType>,
     /// Recompute activations in backward instead of keeping them.
     pub recompute: bool,
+    /// All options of the layer's configuration; see [`options_of`].
+    pub options: BTreeMap<String, String>,
+}
+
+/// The options of a configuration by name, as JSON: ranks compare these, so that none is forgotten, however many there are.
+///
+/// # Errors
+///
+/// [`FsepError::Config`] if it is no JSON.
+pub fn options_of(config: &impl Serialize) -> Result<BTreeMap<String, String>, FsepError> {
+    let json = |error: serde_json::Error| FsepError::Config(format!("the layer's configuration: {error}"));
+    let options: BTreeMap<String, serde_json::Value> =
+        serde_json::to_value(config).and_then(serde_json::from_value).map_err(json)?;
+    Ok(options.into_iter().map(|(name, value)| (name, value.to_string())).collect())
 }
 
 impl LayerSpec {

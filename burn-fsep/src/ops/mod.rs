@@ -31,7 +31,7 @@ pub use expert_weights::UnshardRequest;
 pub use extension::{FsepOps, moe, plan_unshard};
 pub use gradient_hook::{GradientHook, GradientSink, gradient_hook};
 pub use kernels::FsepKernels;
-pub use layer_spec::{LayerSpec, WeightStorage};
+pub use layer_spec::{LayerSpec, WeightStorage, options_of};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use pass::{

@@ -1,7 +1,4 @@
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use burn_fsep_planner::{
     PlannerStrategy, Topology,
@@ -13,7 +10,7 @@ use derive_new::new;
 use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
-    comm::{Communicator, Operation, all_gather_u64},
+    comm::{Communicator, Operation, agree, digest},
 };
 
 /// Configuration of a rank's [`FsepRuntime`]; equal on all ranks.
@@ -135,11 +132,7 @@ impl FsepRuntimeConfig {
 
     /// Ranks with other seeds would train on shards of different experts, and nothing later would notice.
     fn check_equal(&self, comm: &dyn Communicator, topology: &Topology) -> Result<(), FsepError> {
-        let hash = |text: &str| {
-            let mut hasher = DefaultHasher::new();
-            text.hash(&mut hasher);
-            hasher.finish()
-        };
+        let hash = |text: &str| digest(text.as_bytes());
         let fields = [
             ("seed", self.seed),
             ("topology", hash(&format!("{topology:?}"))),
@@ -147,17 +140,11 @@ impl FsepRuntimeConfig {
             ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
         ];
-        let mine = fields.map(|(_, value)| value);
-        let all = all_gather_u64(comm, Operation::new("configuration of the runtime"), &mine)?;
-        for (rank, theirs) in all.chunks_exact(mine.len()).enumerate() {
-            // Against rank 0's, so that all ranks say the same.
-            if let Some(i) = (0..mine.len()).find(|&i| theirs[i] != all[i]) {
-                return Err(FsepError::Config(format!(
-                    "FsepRuntimeConfig has to be equal on all ranks, but ranks 0 and {rank} differ in `{}`",
-                    fields[i].0
-                )));
+        match agree(comm, Operation::new("configuration of the runtime"), &fields)? {
+            Some(difference) => {
+                Err(FsepError::Config(format!("FsepRuntimeConfig has to be equal on all ranks, but {difference}")))
             }
+            None => Ok(()),
         }
-        Ok(())
     }
 }

@@ -1,4 +1,10 @@
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
 
 use burn::tensor::{Int, Tensor};
 use burn_fsep_planner::{
@@ -11,7 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use super::{LayerStats, dispatcher_factory::DispatcherFactory, routing_message::RoutingMessage};
 use crate::{
     FsepError,
-    comm::Communicator,
+    comm::{Communicator, agree, digest},
     ops::{LayerSpec, RoutedDispatch, Tracked, token_exchange},
     shard::UnshardPlan,
 };
@@ -26,6 +32,8 @@ pub(super) struct LayerState {
     expert_loads: Mutex<Vec<u64>>,
     /// What static expert parallelism would do with the same tokens: the baseline of the statistics.
     static_layout: Layout,
+    /// Whether the ranks have compared their options of the layer.
+    is_compared: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -86,6 +94,7 @@ impl LayerState {
             last: Mutex::default(),
             expert_loads: Mutex::new(vec![0; experts]),
             static_layout: Layout::static_ep(ranks, experts.div_ceil(ranks), experts)?,
+            is_compared: AtomicBool::new(false),
             spec,
         })
     }
@@ -148,6 +157,22 @@ impl LayerState {
         self.active.write().moved_slots = 0;
     }
 
+    /// In the layer's first pass, checks that all ranks have configured it alike: of other options some would be noticed later
+    /// by what they do, others (a loss's weight) never. Collective.
+    fn compare_options(&self, comm: &dyn Communicator) -> Result<(), FsepError> {
+        if self.is_compared.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let fields: Vec<_> = self.spec.options.iter().map(|(name, json)| (name, digest(json.as_bytes()))).collect();
+        match agree(comm, self.spec.operation("options"), &fields)? {
+            Some(difference) => Err(FsepError::Config(format!(
+                "FSEPMoEConfig has to be equal on all ranks, but {difference} of layer {}; here it is {}",
+                self.spec.layer, self.spec.options[&difference.field]
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Gathers the counts of all ranks, checks that all mean the same layer, and plans the dispatch. Collective.
     pub fn route(
         &self,
@@ -157,6 +182,7 @@ impl LayerState {
         tracked: Tracked,
         ahead: Option<u64>,
     ) -> Result<RoutedDispatch, FsepError> {
+        self.compare_options(comm.as_ref())?;
         let layout = self.layout();
         let message = RoutingMessage { spec: &self.spec, layout: layout.fingerprint(), tracked, ahead };
         let counts = Arc::new(message.gather_counts(comm, ends)?);

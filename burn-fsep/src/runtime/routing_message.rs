@@ -12,7 +12,8 @@ use crate::{
     ops::{FsepDeviceOps, LayerSpec, Tracked, counts_of},
 };
 
-/// What a rank tells the others with its routing counts: what it takes the layer for.
+/// What a rank tells the others with its routing counts: what it takes the pass for. What it takes the layer for was compared
+/// before.
 pub(super) struct RoutingMessage<'a> {
     pub spec: &'a LayerSpec,
     /// Fingerprint of the layout.
@@ -25,33 +26,25 @@ pub(super) struct RoutingMessage<'a> {
 /// A part of the header: what it says, its words, and their text for messages.
 type Field = (&'static str, Range<usize>, fn(&[u32]) -> String);
 
-const FIELDS: [Field; 7] = [
+const FIELDS: [Field; 3] = [
     ("the layout", 0..2, |words| format!("fingerprint {:08x}{:08x}", words[1], words[0])),
     ("the wanted gradients", 2..3, |words| Tracked::describe(words[0])),
-    ("top-k", 3..4, |words| words[0].to_string()),
-    ("the experts' sizes", 4..6, |words| format!("D = {}, F = {}", words[0], words[1])),
-    ("expert parallelism", 6..7, |words| if words[0] == 1 { "static owners".into() } else { "sharded experts".into() }),
-    ("the compute type", 7..8, |words| format!("type {}", words[0])),
-    ("the prefetch (is begin_step called on all ranks?)", 8..10, |words| match words {
+    ("the prefetch (is begin_step called on all ranks?)", 3..5, |words| match words {
         [0, 0] => "none".into(),
         _ => format!("one under layout {:08x}{:08x}", words[1], words[0]),
     }),
 ];
 
 /// Words before the ends.
-const HEADER: usize = 10;
+const HEADER: usize = 5;
 
 impl RoutingMessage<'_> {
     fn header(&self) -> [u32; HEADER] {
-        let LayerSpec { topk, shape, fixed_layout, compute_dtype, .. } = self.spec;
         let halves = |word: u64| [word as u32, (word >> 32) as u32];
-        let ([layout, layout_high], tracked) = (halves(self.layout), self.tracked.bits());
-        let (topk, hidden, ffn, fixed) =
-            (*topk as u32, shape.hidden as u32, shape.ffn as u32, u32::from(*fixed_layout));
-        let dtype = compute_dtype.map_or(0, |dtype| dtype as u32 + 1);
+        let [layout, layout_high] = halves(self.layout);
         // No prefetch is a layout that no rank has.
         let [ahead, ahead_high] = halves(self.ahead.unwrap_or(0));
-        [layout, layout_high, tracked, topk, hidden, ffn, fixed, dtype, ahead, ahead_high]
+        [layout, layout_high, self.tracked.bits(), ahead, ahead_high]
     }
 
     /// All ranks' counts. `[E + 2] -> [N, E]`

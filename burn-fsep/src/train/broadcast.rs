@@ -8,7 +8,7 @@ use burn::{
 use super::params::{ModulePath, ParamVisitor, Placement, visit_params};
 use crate::{
     FsepError, FsepRuntime,
-    comm::{Operation, all_gather_u64},
+    comm::{Difference, Operation, agree},
 };
 
 const COUNT: Operation = Operation::new("number of replicated parameters");
@@ -47,40 +47,34 @@ pub(super) fn check_forms<M: Module>(runtime: &FsepRuntime, model: &M) -> Result
     let mut forms = Forms(Vec::new());
     visit_params(model, &mut forms);
     let (forms, comm) = (forms.0, runtime.comm());
-    let counts = all_gather_u64(comm, COUNT, &[forms.len() as u64])?;
-    if let Some(rank) = counts.iter().position(|&theirs| theirs != counts[0]) {
-        return Err(FsepError::Config(format!(
-            "ranks have different models: rank 0 has {} replicated parameters, rank {rank} has {}",
-            counts[0], counts[rank]
-        )));
+    let differ = |what: String| Err(FsepError::Config(format!("ranks have different models: {what}")));
+    if let Some(Difference { rank, values: [first, theirs], .. }) =
+        agree(comm, COUNT, &[("number of replicated parameters", forms.len() as u64)])?
+    {
+        return differ(format!("rank 0 has {first} replicated parameters, rank {rank} has {theirs}"));
     }
-    let ours: Vec<u64> = forms.iter().map(Form::fingerprint).collect();
-    let all = all_gather_u64(comm, FORM, &ours)?;
-    for (place, form) in forms.iter().enumerate() {
-        let theirs = |rank: usize| all[rank * forms.len() + place];
-        if let Some(rank) = (0..runtime.world_size()).find(|&rank| theirs(rank) != theirs(0)) {
-            return Err(FsepError::Config(format!(
-                "ranks have different models: the replicated parameter {} of {} is another one on rank {rank} than on \
-                 rank 0; here it is {:?} of {:?}",
-                place + 1,
-                forms.len(),
-                form.shape,
-                form.dtype
-            )));
-        }
-        if let DType::QFloat(_) = form.dtype {
-            return Err(FsepError::Config(format!(
-                "the replicated parameter {} of {} is quantized: quantize after training",
-                place + 1,
-                forms.len()
-            )));
-        }
+    let fields: Vec<_> = forms.iter().map(|form| (form.parameter.as_str(), form.fingerprint())).collect();
+    if let Some(Difference { rank, place, .. }) = agree(comm, FORM, &fields)? {
+        let Form { parameter, shape, dtype } = &forms[place];
+        return differ(format!(
+            "the replicated parameter {} of {} (`{parameter}`) is another one on rank {rank} than on rank 0; here it is \
+             {shape:?} of {dtype:?}",
+            place + 1,
+            forms.len()
+        ));
     }
-    Ok(())
+    match forms.iter().find(|form| matches!(form.dtype, DType::QFloat(_))) {
+        Some(Form { parameter, .. }) => Err(FsepError::Config(format!(
+            "the replicated parameter `{parameter}` is quantized: quantize after training"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// What has to be equal for a parameter's bytes to mean the same.
 struct Form {
+    /// Its path in the model, for messages.
+    parameter: String,
     shape: Vec<usize>,
     dtype: DType,
 }
@@ -100,7 +94,7 @@ impl ParamVisitor for Forms {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
         if Placement::at(path) == Placement::Replicated {
             let value = param.val();
-            self.0.push(Form { shape: value.shape().to_vec(), dtype: value.dtype() });
+            self.0.push(Form { parameter: path.path(), shape: value.shape().to_vec(), dtype: value.dtype() });
         }
     }
 }
@@ -216,8 +210,8 @@ mod tests {
         for (theirs, expected) in [
             (f32s(&[4]), "rank 0 has 3 replicated parameters, rank 2 has 2"),
             // As many bytes together.
-            (f32s(&[5, 4]), "parameter 2 of 3 is another one on rank 2"),
-            (vec![(4, DType::F32), (10, DType::BF16)], "parameter 3 of 3 is another one on rank 2"),
+            (f32s(&[5, 4]), "parameter 2 of 3 (`rows.0`) is another one on rank 2"),
+            (vec![(4, DType::F32), (10, DType::BF16)], "parameter 3 of 3 (`rows.1`) is another one on rank 2"),
         ] {
             let results = launch(&LaunchConfig::new(3), |comm| {
                 let runtime = FsepRuntime::new(comm)?;

@@ -20,7 +20,7 @@ pub struct StepContext<'a> {
 pub struct OptimizerContext<'a> {
     /// The optimizer step of the training, from 1; one that goes on from a checkpoint of burn-fsep goes on counting, too.
     pub step: u64,
-    /// The global norm of its gradients before clipping, equal on all ranks; `None` where nothing is clipped.
+    /// The global norm of its gradients before clipping, equal on all ranks; `None` where they are neither clipped nor checked.
     pub gradient_norm: Option<f64>,
     /// The rank's runtime.
     pub runtime: &'a FsepRuntime,
@@ -69,9 +69,28 @@ pub trait TrainingCallback: Send {
     /// An error ends the training.
     fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError>;
 
+    /// Called before the first of the batches that make an optimizer step together, where checkpoints are made: remembers what
+    /// [`on_window_discarded`](Self::on_window_discarded) needs. It comes often, so it should cost little.
+    ///
+    /// # Errors
+    ///
+    /// An error ends the training.
+    fn on_window_start(&mut self, _runtime: &FsepRuntime) -> Result<(), FsepError> {
+        Ok(())
+    }
+
+    /// Called where the batches since [`on_window_start`](Self::on_window_start) are forgotten, as training is stopped among them:
+    /// goes back to then, as layouts did. The next checkpoint is of then.
+    ///
+    /// # Errors
+    ///
+    /// An error ends the training.
+    fn on_window_discarded(&mut self, _runtime: &FsepRuntime) -> Result<(), FsepError> {
+        Ok(())
+    }
+
     /// Called when a checkpoint is made after a step, on rank 0, whose records are saved: adds what the callback has to know
-    /// again to go on as if training had not stopped. With gradient accumulation also before the first batch of a step: if training
-    /// is stopped before that step's last batch, its checkpoint has the records of then.
+    /// again to go on as if training had not stopped.
     ///
     /// # Errors
     ///

@@ -31,6 +31,19 @@ pub fn clip_grad_norm<M: Module>(
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(FsepError::Config(format!("the maximum gradient norm must be positive, got {max_norm}")));
     }
+    let norm = grad_norm(runtime, model, grads)?;
+    if norm.is_finite() && norm > max_norm {
+        scale(model, grads, max_norm / norm);
+    }
+    Ok(norm)
+}
+
+/// The global norm of all gradients, that of the unsharded model. Reads the device once. Collective.
+pub(super) fn grad_norm<M: Module>(
+    runtime: &FsepRuntime,
+    model: &M,
+    grads: &GradientsParams,
+) -> Result<f64, FsepError> {
     let mut squares = Squares { grads, seen: HashSet::new(), sums: Vec::new() };
     visit_params(model, &mut squares);
     let (replicated, sharded) =
@@ -38,11 +51,7 @@ pub fn clip_grad_norm<M: Module>(
     // Of the replicated parameters rank 0's: devices that add in another order must not clip by another norm.
     let mut square = [if runtime.rank() == 0 { replicated + sharded } else { sharded }];
     runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut square), ReduceOp::Sum)?;
-    let norm = square[0].sqrt();
-    if norm.is_finite() && norm > max_norm {
-        scale(model, grads, max_norm / norm);
-    }
-    Ok(norm)
+    Ok(square[0].sqrt())
 }
 
 /// Multiplies all gradients of a model.

@@ -1,9 +1,16 @@
+use std::sync::Arc;
+
 use burn::{
     module::Module,
     optim::{GradientsAccumulator, GradientsParams},
 };
+use burn_fsep_planner::Layout;
 
-use super::{Accumulation, TrainerConfig, clip::scale, clip_grad_norm, replicas, sync_gradients};
+use super::{
+    Accumulation, TrainerConfig,
+    clip::{grad_norm, scale},
+    clip_grad_norm, replicas, sync_gradients,
+};
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, agree},
@@ -18,6 +25,8 @@ pub(crate) struct GradientStep<M> {
     accumulator: GradientsAccumulator<M>,
     /// Batches in the accumulator.
     accumulated: usize,
+    /// The layouts before the first of them.
+    layouts: Vec<Arc<Layout>>,
     /// Optimizer steps made here.
     done: u64,
 }
@@ -45,6 +54,7 @@ impl<M: Module> GradientStep<M> {
             ("accumulation_steps", config.accumulation_steps as u64),
             ("accumulation", config.accumulation as u64),
             ("max_grad_norm", config.max_grad_norm.map_or(0, f64::to_bits)),
+            ("check_gradients", u64::from(config.check_gradients)),
             ("check_replicas_every", config.check_replicas_every.unwrap_or(0)),
             ("connect", u64::from(config.connect)),
             ("buckets", config.buckets.as_ref().map_or(0, |buckets| buckets.bucket_bytes() as u64)),
@@ -56,11 +66,21 @@ impl<M: Module> GradientStep<M> {
             )));
         }
         let (runtime, config) = (runtime.clone(), config.clone());
-        Ok(Self { runtime, config, accumulator: GradientsAccumulator::new(), accumulated: 0, done: 0 })
+        Ok(Self {
+            runtime,
+            config,
+            accumulator: GradientsAccumulator::new(),
+            accumulated: 0,
+            layouts: Vec::new(),
+            done: 0,
+        })
     }
 
     /// Before the forward pass of a batch. Collective.
-    pub fn begin(&self, model: &M) -> Result<(), FsepError> {
+    pub fn begin(&mut self, model: &M) -> Result<(), FsepError> {
+        if self.begins_window() {
+            self.layouts = (0..self.runtime.num_layers()).map(|layer| self.runtime.layout(layer)).collect();
+        }
         if let (true, Some(buckets)) = (self.accumulates(), &self.config.buckets) {
             buckets.pause();
         }
@@ -88,14 +108,29 @@ impl<M: Module> GradientStep<M> {
         Some(grads)
     }
 
-    /// Forgets the batches since the last window.
-    pub fn discard_window(&mut self) {
-        self.accumulated = 0;
+    /// Forgets the batches since the last window, and goes back to the layouts of then: a checkpoint of now has to be as if they
+    /// had never been. Callbacks go back after that.
+    pub fn discard_window(&mut self) -> Result<(), FsepError> {
+        if std::mem::take(&mut self.accumulated) == 0 {
+            return Ok(());
+        }
         self.accumulator.grads();
+        self.runtime.forget_expert_loads();
+        for (layer, layout) in std::mem::take(&mut self.layouts).into_iter().enumerate() {
+            if !self.runtime.has_fixed_layout(layer) {
+                self.runtime.resume_layout(layer, layout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the next batch is the first of several.
+    pub fn begins_window(&self) -> bool {
+        self.accumulates() && self.accumulated == 0
     }
 
     /// Whether a step takes more than one batch.
-    pub fn accumulates(&self) -> bool {
+    fn accumulates(&self) -> bool {
         self.config.accumulation_steps > 1
     }
 
@@ -105,7 +140,7 @@ impl<M: Module> GradientStep<M> {
     }
 
     /// Makes a window's gradients those of all ranks, for the training's optimizer step `step`, and returns their norm if they are
-    /// clipped. Collective.
+    /// clipped or checked. Collective.
     pub fn reduce(&mut self, model: &M, grads: &mut GradientsParams, step: u64) -> Result<Option<f64>, FsepError> {
         self.check_replicas(model)?;
         match &self.config.buckets {
@@ -113,8 +148,11 @@ impl<M: Module> GradientStep<M> {
             None => sync_gradients(&self.runtime, model, grads)?,
         }
         self.done += 1;
-        let Some(max_norm) = self.config.max_grad_norm else { return Ok(None) };
-        let norm = clip_grad_norm(&self.runtime, model, grads, max_norm)?;
+        let norm = match self.config.max_grad_norm {
+            Some(max_norm) => clip_grad_norm(&self.runtime, model, grads, max_norm)?,
+            None if self.config.check_gradients => grad_norm(&self.runtime, model, grads)?,
+            None => return Ok(None),
+        };
         if norm.is_finite() { Ok(Some(norm)) } else { Err(FsepError::GradientNorm { step, norm }) }
     }
 

@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, sync::Arc};
 
-use burn_fsep_planner::{BackgroundPlanner, PlannerStates};
+use burn_fsep_planner::{BackgroundPlanner, PendingStates, PlannerStates};
 
 use super::{PlannerConfig, PlannerReport, StepContext, TrainingCallback};
 use crate::{
@@ -21,12 +21,14 @@ pub struct PlannerCallback {
     running: Option<Arc<BackgroundPlanner>>,
     /// From a checkpoint, until training starts.
     learned: PlannerStates,
+    /// What it had learned when the last window of accumulated gradients began.
+    window: Option<PendingStates>,
     report: PlannerReport,
 }
 
 impl PlannerCallback {
     pub(super) fn new(config: PlannerConfig) -> Self {
-        Self { config, running: None, learned: PlannerStates::new(), report: PlannerReport::default() }
+        Self { config, running: None, learned: PlannerStates::new(), window: None, report: PlannerReport::default() }
     }
 
     /// A handle on what the planner did, for metrics; valid while and after training.
@@ -44,6 +46,11 @@ impl PlannerCallback {
     /// [`FsepError::Planner`] if a solver or predictor failed, [`FsepError::Comm`] if a rank is lost.
     pub fn step(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
         runtime.end_step();
+        self.adopt(runtime)
+    }
+
+    /// [`step`](Self::step) for a loop that has ended the runtime's step by itself.
+    pub(super) fn adopt(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
         let planner = match &self.running {
             Some(planner) => planner.clone(),
             None => self.start(runtime)?,
@@ -114,7 +121,20 @@ impl TrainingCallback for PlannerCallback {
     }
 
     fn on_step_end(&mut self, context: &StepContext<'_>) -> Result<(), FsepError> {
-        self.step(context.runtime)
+        self.adopt(context.runtime)
+    }
+
+    fn on_window_start(&mut self, _: &FsepRuntime) -> Result<(), FsepError> {
+        self.window = self.running.as_ref().map(|planner| planner.start_save());
+        Ok(())
+    }
+
+    fn on_window_discarded(&mut self, runtime: &FsepRuntime) -> Result<(), FsepError> {
+        if let Some(states) = self.window.take() {
+            self.learned = states.wait()?;
+            self.start(runtime)?;
+        }
+        Ok(())
     }
 
     fn on_checkpoint(&mut self, records: &mut BTreeMap<String, Vec<u8>>) -> Result<(), FsepError> {
@@ -236,6 +256,44 @@ mod tests {
             assert_eq!(go_on(&mut resumed, 1), expected);
             let different: std::collections::BTreeSet<_> = expected.iter().map(|layout| layout.as_slice()).collect();
             assert!(different.len() > 2, "the layout hardly changes");
+        });
+    }
+
+    #[test]
+    fn a_callback_goes_back_to_where_a_discarded_window_began() {
+        let records = |callback: &mut PlannerCallback| {
+            let mut records = BTreeMap::new();
+            callback.on_checkpoint(&mut records).unwrap();
+            records
+        };
+        on_ranks(|runtime, _| {
+            let mut callback = started(&synchronous(), runtime);
+            (1..=3).for_each(|pass| step(runtime, &mut callback, pass, skewed()));
+            let before = records(&mut callback);
+            callback.on_window_start(runtime).unwrap();
+            (4..=5).for_each(|pass| step(runtime, &mut callback, pass, vec![10, 10, 10, 70]));
+            assert_ne!(records(&mut callback), before);
+            callback.on_window_discarded(runtime).unwrap();
+            assert_eq!(records(&mut callback), before);
+            // It plans on.
+            step(runtime, &mut callback, 6, vec![10, 10, 10, 70]);
+            assert_ne!(records(&mut callback), before);
+        });
+    }
+
+    #[test]
+    fn a_window_begins_without_waiting_for_the_planner() {
+        on_ranks(|runtime, _| {
+            let (leave, wait) = std::sync::mpsc::channel::<()>();
+            let wait = Arc::new(Mutex::new(wait));
+            let config = PlannerConfig::new(PlannerStrategy::MinMax)
+                .with_solver(move |_| Box::new(Turning { layer: 0, turns: 0, wait: Some(wait.clone()) }));
+            let mut callback = started(&config, runtime);
+            // Dropped before the callback, which waits for its thread, also where an assertion fails.
+            let leave = leave;
+            step(runtime, &mut callback, 1, skewed());
+            callback.on_window_start(runtime).unwrap();
+            drop(leave);
         });
     }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     FsepError, FsepRuntime,
-    comm::{Operation, all_gather_u64},
+    comm::{Operation, agree, all_gather_u64},
 };
 
 const FINGERPRINT: Operation = Operation::new("fingerprint of the replicated parameters");
@@ -45,8 +45,7 @@ pub(super) fn check<M: Module>(runtime: &FsepRuntime, model: &M, hint: &'static 
     let rows = rows.0;
     let tell = |error: &FsepError| runtime.comm().abort(&error.to_string());
     let ours = fingerprint(rows.iter().map(|(_, row)| row)).inspect_err(tell)?;
-    let all = all_gather_u64(runtime.comm(), FINGERPRINT, &[ours])?;
-    if all.iter().all(|&theirs| theirs == all[0]) {
+    if agree(runtime.comm(), FINGERPRINT, &[("fingerprint", ours)])?.is_none() {
         return Ok(());
     }
     check_forms(runtime, model)?;

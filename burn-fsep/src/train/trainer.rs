@@ -64,7 +64,7 @@ pub struct TrainerStep {
     pub loss: Tensor<1>,
     /// The number of the optimizer step, from 1; `None` if gradients accumulate further.
     pub optimizer_step: Option<u64>,
-    /// The global norm of the step's gradients before clipping, equal on all ranks; `None` where nothing is clipped.
+    /// The global norm of the step's gradients before clipping, equal on all ranks; `None` where they are neither clipped nor checked.
     pub gradient_norm: Option<f64>,
 }
 
@@ -132,6 +132,9 @@ impl<M: Module> Trainer<M> {
         loss: impl FnOnce(&M) -> Tensor<1>,
     ) -> Result<TrainerStep, FsepError> {
         let model = self.model.as_ref().ok_or_else(ended)?;
+        if let (true, Some(planner)) = (self.gradients.begins_window(), &mut self.planner) {
+            told(&self.runtime, planner.on_window_start(&self.runtime))?;
+        }
         self.gradients.begin(model)?;
         let (loss, grads) = self.runtime.run(|| {
             let loss = loss(model);
@@ -149,7 +152,7 @@ impl<M: Module> Trainer<M> {
             step.optimizer_step = Some(self.progress.step);
         }
         if let Some(planner) = &mut self.planner {
-            told(&self.runtime, planner.step(&self.runtime))?;
+            told(&self.runtime, planner.adopt(&self.runtime))?;
         }
         self.save_if_due(step.optimizer_step.is_some())?;
         Ok(step)
@@ -192,11 +195,20 @@ impl<M: Module> Trainer<M> {
         Ok(Some(self.progress.step))
     }
 
-    /// Forgets the batches that wait for the rest of theirs.
-    pub fn discard_window(&mut self) {
-        self.gradients.discard_window();
-        self.runtime.forget_expert_loads();
+    /// Forgets the batches that wait for the rest of theirs: layouts and planner go back to where they were before the first of
+    /// them. On all ranks; nothing if there are none.
+    ///
+    /// # Errors
+    ///
+    /// The planner's.
+    pub fn discard_window(&mut self) -> Result<(), FsepError> {
+        let is_in_window = self.gradients.is_in_window();
         self.batches = 0;
+        self.gradients.discard_window()?;
+        match &mut self.planner {
+            Some(planner) if is_in_window => told(&self.runtime, planner.on_window_discarded(&self.runtime)),
+            _ => Ok(()),
+        }
     }
 
     fn optimize(&mut self, lr: ModuleLearningRate, mut grads: GradientsParams) -> Result<Option<f64>, FsepError> {

@@ -9,6 +9,9 @@ pub struct TrainerConfig {
     /// Largest global norm of the gradients of a step; `None` clips nothing.
     #[new(default)]
     pub max_grad_norm: Option<f64>,
+    /// Whether gradients have to be finite where nothing is clipped.
+    #[new(value = "true")]
+    pub check_gradients: bool,
     /// Batches whose gradients make an optimizer step.
     #[new(value = "1")]
     pub accumulation_steps: usize,
@@ -44,10 +47,17 @@ impl Default for TrainerConfig {
 
 impl TrainerConfig {
     /// Clips gradients by their global norm; see [`clip_grad_norm`](super::clip_grad_norm). A norm that is not finite is
-    /// [`FsepError::GradientNorm`](crate::FsepError::GradientNorm) on all ranks, before the optimizer sees the gradients; `f64::INFINITY` clips nothing and only
-    /// checks.
+    /// [`FsepError::GradientNorm`](crate::FsepError::GradientNorm) on all ranks, before the optimizer sees the gradients.
     pub fn with_max_grad_norm(mut self, max_norm: f64) -> Self {
         self.max_grad_norm = Some(max_norm);
+        self
+    }
+
+    /// Sets whether gradients that are not finite are the same error where nothing is clipped (by default): else the optimizer would
+    /// make every parameter NaN, and checkpoints would keep that. It costs their norm, which the host waits for once a step.
+    /// Clipping checks in any case.
+    pub fn with_check_gradients(mut self, check: bool) -> Self {
+        self.check_gradients = check;
         self
     }
 

@@ -12,7 +12,7 @@ use burn::{
 };
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig, ScheduleConfig, Timeline,
-    comm::{Communicator, Operation, ReduceBuffer, ReduceOp},
+    comm::{Communicator, Difference, Operation, ReduceBuffer, ReduceOp, agree, digest},
     launch::Rank,
     learner::{FsepStrategy, ImbalanceMetric, SilentRenderer, StaticImbalanceMetric},
     planner::PlannerStrategy,
@@ -20,7 +20,6 @@ use burn_fsep::{
         FusedAdamWConfig, GradientBuckets, GradientBucketsConfig, PlannerConfig, RankDataset, broadcast_parameters,
     },
 };
-use sha2::{Digest, Sha256};
 
 use crate::{
     Args, DeviceArg, MoeLmError, Planner,
@@ -181,13 +180,14 @@ fn check_equal(args: &Args, data: &TrainingData, comm: &dyn Communicator) -> Res
     args.training.text.clear();
     args.output.out = PathBuf::new();
     (args.output.summary, args.output.record_trace, args.output.timeline) = (None, None, None);
-    let ours = Sha256::digest(format!("{args:?}, text {}", data.digest));
-    let mut all = vec![0; ours.len() * comm.size()];
-    comm.all_gather(Operation::new("options of the ranks"), &ours, &mut all)?;
-    match all.chunks_exact(ours.len()).position(|theirs| *theirs != all[..ours.len()]) {
-        Some(rank) => Err(MoeLmError::Option(format!(
-            "ranks 0 and {rank} were started with other options, another text or another build: give all the same"
-        ))),
+    let fields = [
+        ("other options or another build", digest(format!("{args:?}").as_bytes())),
+        ("another text", digest(data.digest.as_bytes())),
+    ];
+    match agree(comm, Operation::new("options of the ranks"), &fields)? {
+        Some(Difference { rank, field, .. }) => {
+            Err(MoeLmError::Option(format!("ranks 0 and {rank} were started with {field}: give all the same")))
+        }
         None => Ok(()),
     }
 }

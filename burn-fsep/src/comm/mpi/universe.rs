@@ -122,7 +122,7 @@ fn bounded<T: Send + 'static>(
         }
         if start.elapsed() > timeout {
             let (operation, missing) = (operation.to_string(), Vec::new());
-            return Err(CommError::Timeout { operation, waited: timeout, missing });
+            return Err(CommError::Timeout { operation, waited: timeout, missing, meanwhile: None });
         }
     }
 }

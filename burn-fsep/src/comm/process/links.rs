@@ -29,6 +29,8 @@ const LEAVE_AFTER_FAILURE: Duration = Duration::from_secs(2);
 
 /// What is to be sent to the other processes of a group.
 pub(in crate::comm) struct Links {
+    /// This one.
+    rank: usize,
     /// By rank; `None` for this one, and empty after it has left.
     queues: Mutex<Vec<Option<mpsc::Sender<Outgoing>>>>,
     has_left: AtomicBool,
@@ -57,6 +59,7 @@ pub(super) fn connect(
     }
     let (size, running) = (queues.len(), streams.iter().flatten().count());
     let links = Arc::new(Links {
+        rank,
         queues: Mutex::new(queues),
         has_left: AtomicBool::new(false),
         timeout,
@@ -110,7 +113,7 @@ impl Links {
                 // Of a rank that has left nobody waits for anything.
                 Ok(Some(Message::Part(..))) if self.has_left.load(Ordering::Relaxed) => {}
                 Ok(Some(Message::Part(key, part))) => rounds.deliver(key, peer, part),
-                Ok(Some(Message::End(error))) => rounds.rank_failed(peer, error),
+                Ok(Some(Message::End(error))) => rounds.rank_failed(self.rank, peer, error),
                 Ok(Some(Message::Leave)) => rounds.leave(peer),
                 Ok(None) => break "its process ended without notice".into(),
                 Err(error) => break connection::describe(&error),

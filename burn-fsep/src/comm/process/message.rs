@@ -99,7 +99,7 @@ fn shortened(error: &CommError) -> CommError {
         | CommError::InvalidArgument { operation, reason }
         | CommError::Engine { operation, reason } => vec![operation, reason],
         CommError::Mismatch { operation, peer_operation, .. } => vec![operation, peer_operation],
-        CommError::Timeout { operation, .. } => vec![operation],
+        CommError::Timeout { operation, meanwhile, .. } => std::iter::once(operation).chain(meanwhile).collect(),
         CommError::Rendezvous(_) => vec![],
     };
     texts.into_iter().for_each(|text| text.truncate(text.floor_char_boundary(MAX_TEXT)));
@@ -172,7 +172,12 @@ mod tests {
         for error in [
             CommError::PeerFailed { rank: 7, operation: operation.clone(), reason: reason.clone(), lost: false },
             CommError::PeerFailed { rank: 0, operation: operation.clone(), reason: reason.clone(), lost: true },
-            CommError::Timeout { operation: operation.clone(), waited: Duration::MAX, missing: vec![1, 2] },
+            CommError::Timeout {
+                operation: operation.clone(),
+                waited: Duration::MAX,
+                missing: vec![1, 2],
+                meanwhile: Some(reason.clone()),
+            },
             CommError::mismatch(5, 0, 1, [operation.clone(), reason.clone()]),
             CommError::InvalidArgument { operation: operation.clone(), reason: reason.clone() },
             CommError::Engine { operation, reason },

@@ -71,7 +71,7 @@ impl RoundsCommunicator {
     }
 
     /// Runs a rank's program, which then leaves the group; its error or panic is what the others are told.
-    pub(in crate::comm) fn run<T, E: fmt::Display>(
+    pub(crate) fn run<T, E: fmt::Display>(
         self: &Arc<Self>,
         program: impl FnOnce(Arc<dyn Communicator>) -> Result<T, E>,
     ) -> std::thread::Result<Result<T, E>> {
@@ -90,6 +90,11 @@ impl RoundsCommunicator {
     /// until they have received what was sent to them. Dropping a rank's last communicator does the same.
     pub fn leave(&self) {
         self.member.leave();
+    }
+
+    /// Whether a rank has left in peace: of a failure that it was told later it knows nothing.
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        self.member.rounds.has_left(rank)
     }
 }
 

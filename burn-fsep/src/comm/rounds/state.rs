@@ -204,7 +204,7 @@ impl Rounds {
                 self.finish(&mut state, key, 1);
                 return Ok(parts);
             }
-            self.check_missing(&mut state, key, operation, deadline)?;
+            self.check_missing(&mut state, key, rank, operation, deadline)?;
             let grace = state.failure.as_ref().map(|failure| failure.since + GRACE);
             match deadline.into_iter().chain(grace).min() {
                 Some(limit) => drop(self.changed.wait_until(&mut state, limit)),
@@ -218,6 +218,7 @@ impl Rounds {
         &self,
         state: &mut State,
         key: RoundKey,
+        rank: usize,
         operation: &str,
         deadline: Option<Instant>,
     ) -> Result<(), CommError> {
@@ -237,8 +238,9 @@ impl Rounds {
         }
         // Whoever came just before the deadline was seen.
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            let missing = missing.collect();
-            let error = CommError::Timeout { operation: operation.into(), waited: self.timeout, missing };
+            let missing: Vec<usize> = missing.collect();
+            let meanwhile = state.meanwhile(rank, &missing);
+            let error = CommError::Timeout { operation: operation.into(), waited: self.timeout, missing, meanwhile };
             return Err(self.end(state, error, true));
         }
         Ok(())
@@ -253,11 +255,20 @@ impl Rounds {
         self.changed.notify_all();
     }
 
-    /// The group of a rank of another process has failed.
-    pub fn rank_failed(&self, rank: usize, error: CommError) {
+    /// Whether a rank has left in peace, rather than because the group has failed.
+    pub fn has_left(&self, rank: usize) -> bool {
+        self.state.lock().ranks[rank] == RankState::Left
+    }
+
+    /// The group of a rank of another process has failed, as `own`, of this process, learns.
+    pub fn rank_failed(&self, own: usize, rank: usize, error: CommError) {
         let mut state = self.state.lock();
         state.ranks[rank] = RankState::Ended;
-        self.end(&mut state, error, false);
+        // A rank that has left does not pass it on. So to the one that failed it has either left, or ended with the failure,
+        // and that one knows whether it was heard.
+        if state.failure.is_some() || state.ranks[own] != RankState::Left {
+            self.end(&mut state, error, false);
+        }
     }
 
     /// The connection to a rank of another process has ended. One that has left, or told why it ends, ends it.
@@ -268,6 +279,19 @@ impl Rounds {
             let operation = "waiting for its peers".into();
             self.end(&mut state, CommError::PeerFailed { rank, operation, reason, lost: true }, false);
         }
+    }
+}
+
+impl State {
+    /// Where one of the missing ranks has come, and `rank` has not: where programs differ, on other communicators of the group.
+    fn meanwhile(&self, rank: usize, missing: &[usize]) -> Option<String> {
+        let without_us = self.rounds.iter().filter(|(_, round)| round.parts[rank].is_none());
+        let theirs = without_us.filter_map(|((_, sequence), round)| {
+            let peer = *missing.iter().find(|&&peer| round.parts[peer].is_some())?;
+            Some((sequence, peer, &round.parts[peer].as_ref()?.signature))
+        });
+        let (_, peer, signature) = theirs.min_by_key(|(sequence, ..)| *sequence)?;
+        Some(format!("rank {peer} has come to {signature}, and rank {rank} has not"))
     }
 }
 

@@ -105,8 +105,13 @@ fn ranks_with_other_options_do_not_train() {
     let folder = tempfile::tempdir().unwrap();
     let job = process_job(folder.path(), &[]);
     let more_text = format!("--text '{}'", folder.path().join("text.txt").display());
-    for options in ["--no-prefetch", "--seed 7", "--mixed-precision", &more_text] {
-        assert_error(2, &other_options(&job, 1, options), "ranks 0 and 1 were started with other options");
+    for (options, what) in [
+        ("--no-prefetch", "other options"),
+        ("--seed 7", "other options"),
+        ("--mixed-precision", "other options"),
+        (&more_text, "another text"),
+    ] {
+        assert_error(2, &other_options(&job, 1, options), &format!("ranks 0 and 1 were started with {what}"));
         assert!(!folder.path().join("out").exists(), "{options}");
     }
 }

@@ -58,7 +58,7 @@ pub(crate) fn gather(comm: &dyn Communicator, operation: Operation, ours: &[u8])
 /// The result of all ranks: this rank's if all succeeded. Collective.
 ///
 /// All ranks return an error if one has one, and all of the same kind: damage only if nothing else is wrong.
-pub(crate) fn agree<T, E: SharedError>(
+pub(crate) fn all_or_none<T, E: SharedError>(
     comm: &dyn Communicator,
     operation: Operation,
     result: Result<T, E>,
@@ -126,13 +126,13 @@ impl<T: Send + 'static, E: SharedError> Work<T, E> {
         Ok(done.iter().all(|&done| done == 1))
     }
 
-    /// Waits for the work of all ranks and [`agree`]s on its result. Collective.
+    /// Waits for the work of all ranks and makes of it one result for [`all_or_none`]. Collective.
     ///
     /// Disks differ in speed by more than any timeout for collectives, so ranks that are done keep meeting the others.
     pub fn finish(mut self, comm: &dyn Communicator, operation: Operation) -> Result<T, E> {
         while !self.is_done_everywhere(comm, operation, ROUND)? {}
         let result = self.done.unwrap_or_else(|| unreachable!("the loop ends when the work is done"));
-        agree(comm, operation, result)
+        all_or_none(comm, operation, result)
     }
 }
 
@@ -148,7 +148,7 @@ mod tests {
     /// What three ranks make of their results.
     fn outcomes(results: [fn() -> Result<u8, CheckpointError>; 3]) -> Vec<Result<u8, CheckpointError>> {
         let ranks = launch(&LaunchConfig::new(3), |comm| -> Result<_, CheckpointError> {
-            Ok(agree(comm.as_ref(), OP, results[comm.rank()]()))
+            Ok(all_or_none(comm.as_ref(), OP, results[comm.rank()]()))
         });
         ranks.into_iter().map(Result::unwrap).collect()
     }
@@ -183,7 +183,7 @@ mod tests {
         let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(2));
         let ranks = launch(&config, |comm| {
             let rank = comm.rank();
-            let work = Work::start(move || {
+            let work: Work<_, CheckpointError> = Work::start(move || {
                 thread::sleep(Duration::from_secs(5 * rank as u64));
                 Ok(rank)
             });
