@@ -27,11 +27,11 @@ pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
     let Finetuned { summary, sample } = ranks.run(|rank| {
         let files = Files::shared(args, &rank, &shared)?;
         ranks::check_equal(rank.comm.as_ref(), "options, texts or models", &(options(args), &files))?;
-        let Files { folder, codec, corpus } = &*files;
+        let Files { folder, text } = &*files;
         if rank.is_first() {
             println!("{}", describe(args, &files, rank.comm.size()));
         }
-        Job { args, folder, codec, corpus: corpus.as_ref() }.run(&rank)
+        Job { args, folder, text: text.as_ref() }.run(&rank)
     })?;
     if !ranks.has_first() {
         return Ok(());
@@ -51,14 +51,13 @@ pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
 #[derive(Debug)]
 struct Files {
     folder: ModelFolder,
-    codec: TextCodec,
     /// `None` if no step is made.
-    corpus: Option<Corpus>,
+    text: Option<(TextCodec, Corpus)>,
 }
 
 impl std::hash::Hash for Files {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.folder.digest(), &self.corpus).hash(state);
+        (self.folder.digest(), self.text.as_ref().map(|(_, corpus)| corpus)).hash(state);
     }
 }
 
@@ -75,12 +74,14 @@ impl Files {
             return Ok(files.clone());
         }
         let folder = ModelFolder::open(&model)?;
-        let codec = TextCodec::open(&model, folder.decoder().vocab_size)?;
-        let corpus = (args.optimizer.steps > 0).then(|| Corpus::load(&args.text, &codec)).transpose()?;
-        if let Some(corpus) = &corpus {
+        let read = || {
+            let codec = TextCodec::open(&model, folder.decoder().vocab_size)?;
+            let corpus = Corpus::load(&args.text, &codec)?;
             corpus.check(args.optimizer.seq_len)?;
-        }
-        Ok(shared.insert(Arc::new(Self { folder, codec, corpus })).clone())
+            Ok::<_, MoeHfError>((codec, corpus))
+        };
+        let text = (args.optimizer.steps > 0).then(read).transpose()?;
+        Ok(shared.insert(Arc::new(Self { folder, text })).clone())
     }
 }
 
@@ -98,8 +99,8 @@ fn describe(args: &FinetuneArgs, files: &Files, ranks: usize) -> String {
         Some(model) => format!("fine-tuning {}", model.display()),
         None => format!("no --model: made a tiny one of bytes with random values in {}", args.model().display()),
     };
-    let tokens = files.corpus.as_ref().map_or(String::new(), |corpus| {
-        let unit = if matches!(files.codec, TextCodec::Bytes) { "bytes" } else { "tokens" };
+    let tokens = files.text.as_ref().map_or(String::new(), |(codec, corpus)| {
+        let unit = if matches!(codec, TextCodec::Bytes) { "bytes" } else { "tokens" };
         let text = if args.text.is_empty() { " (burn-fsep's sources; --text FILE... for other text)" } else { "" };
         format!("; {} {unit} to train on, {} held out{text}", corpus.train.len(), corpus.valid.len())
     });

@@ -16,9 +16,8 @@ use crate::{
 pub(super) struct Job<'a> {
     pub args: &'a FinetuneArgs,
     pub folder: &'a ModelFolder,
-    pub codec: &'a TextCodec,
     /// `None` if no step is made.
-    pub corpus: Option<&'a Corpus>,
+    pub text: Option<&'a (TextCodec, Corpus)>,
 }
 
 /// What a rank has at the end; equal on all ranks.
@@ -38,7 +37,7 @@ impl Job<'_> {
         let (runtime, device) = ranks::start(rank, args.parallel.dtype, options.seed)?;
         let device = device.autodiff();
         let model = self.folder.load(&args.parallel, &runtime, &device)?;
-        let Some(corpus) = self.corpus else {
+        let Some((codec, corpus)) = self.text else {
             let summary = Recorder::new(&runtime, 0, false).summary;
             self.save(&model, &runtime)?;
             return Ok(Finetuned { summary, sample: None });
@@ -49,7 +48,7 @@ impl Job<'_> {
         summary.valid_loss_before = Some(before);
         summary.valid_loss_after = Some(validate(&model, &held_out, options.batch, &runtime, &device)?);
         self.save(&model, &runtime)?;
-        let sample = self.sample(&model, &held_out[0], &runtime, &device)?;
+        let sample = self.sample(&model, codec, &held_out[0], &runtime, &device)?;
         Ok(Finetuned { summary, sample })
     }
 
@@ -103,6 +102,7 @@ impl Job<'_> {
     fn sample(
         &self,
         model: &CausalLm,
+        codec: &TextCodec,
         text: &[u32],
         runtime: &FsepRuntime,
         device: &Device,
@@ -113,7 +113,7 @@ impl Job<'_> {
         let prompt = &text[..text.len().min(48)];
         let sampling = Sampling { tokens: self.args.sample, temperature: 0.7, seed: self.args.optimizer.seed };
         let tokens = sampling.continue_text(&model.valid(), prompt, runtime, &device.clone().inner())?;
-        Ok(Some([self.codec.decode(prompt)?, self.codec.decode(&tokens)?]))
+        Ok(Some([codec.decode(prompt)?, codec.decode(&tokens)?]))
     }
 }
 
