@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     FsepRuntime,
-    checkpoint::{Work, agree},
+    checkpoint::{Work, all_or_none},
     comm::{self, Communicator, Operation},
 };
 
@@ -111,13 +111,13 @@ impl HubFolder {
     ) -> Result<(), HubError> {
         let comm = runtime.comm();
         let prepared = self.prepare(runtime, model, folder.as_ref(), config);
-        let job = Arc::new(agree(comm, SAVE, prepared)?);
+        let job = Arc::new(all_or_none(comm, SAVE, prepared)?);
         check_equal(comm, &self.inner, &job.plan)?;
         let values = param_values(model);
         check_replicas(comm, &job, &values)?;
         let output = job.output.clone();
         let begun = if comm.rank() == 0 { output.begin() } else { Ok(()) };
-        agree(comm, SAVE, begun)?;
+        all_or_none(comm, SAVE, begun)?;
         let written = Job::write(&job, comm, &values, &config.progress).and_then(|()| {
             let (job, config, rank) = (job.clone(), config.clone(), comm.rank());
             let committed = Work::start(move || if rank == 0 { complete(&job, &config) } else { Ok(()) });
@@ -156,7 +156,7 @@ fn check_replicas(comm: &dyn Communicator, job: &Job, values: &[ParamValue]) -> 
         Ok((planned.param.path.clone(), digest))
     });
     let digests: Result<Vec<_>, HubError> = digests.collect();
-    let digests = agree(comm, SAVE, digests)?;
+    let digests = all_or_none(comm, SAVE, digests)?;
     match comm::agree(comm, SAVE, &digests)? {
         None => Ok(()),
         Some(comm::Difference { field, rank, .. }) => Err(HubError::Divergence {

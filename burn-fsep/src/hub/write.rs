@@ -27,7 +27,7 @@ use super::{
     view::View,
 };
 use crate::{
-    checkpoint::{Sharding, Work, agree},
+    checkpoint::{Sharding, Work, all_or_none},
     comm::{Block, Communicator, ExchangePlan, Operation},
 };
 
@@ -139,7 +139,7 @@ impl Job {
         if units.iter().all(|units| units.iter().all(|unit| unit.expert.is_none())) {
             return Ok(vec![Vec::new(); ranks]);
         }
-        let (send, sends) = agree(comm, WRITE, self.pieces(values, units, rank, ranks))?;
+        let (send, sends) = all_or_none(comm, WRITE, self.pieces(values, units, rank, ranks))?;
         let mut plan = ExchangePlan { sends, ..ExchangePlan::default() };
         let mine = units.get(rank).copied().unwrap_or(&[]);
         let mut lens = Vec::with_capacity(ranks);
