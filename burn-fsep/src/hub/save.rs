@@ -26,7 +26,7 @@ impl HubFolder {
     ///
     /// Tensors have the names, shapes and types that this folder has: a model that was loaded and not changed is written bit for
     /// bit. What is quantised here is BF16 there, and `config.json` says so. What the model has not (and may not have) is copied,
-    /// and so are `config.json` and the files of the tokenizer. The new folder appears whole or not at all.
+    /// and so are `config.json` and the files of the tokenizer. The new folder appears whole or not at all; one job at a time writes it.
     ///
     /// Ranks write different files; a rank holds one replicated parameter, and some MB of the experts of all, at once.
     ///
