@@ -3,8 +3,6 @@ use std::{
     sync::Arc,
 };
 
-use sha2::{Digest, Sha256};
-
 use super::{
     HubError, ModelConfig,
     folder::{CONFIG, open_files},
@@ -13,6 +11,7 @@ use super::{
     plan::Lookup,
     stored::StoredTensors,
 };
+use crate::comm::digest;
 
 /// The largest `config.json`.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -126,12 +125,11 @@ impl Inner {
 
     /// What ranks compare: the folder may be another one on each node.
     pub fn digest(&self) -> u64 {
-        let mut hasher = Sha256::new();
-        hasher.update(serde_json::to_vec(&self.config_json).unwrap_or_default());
+        let mut all = serde_json::to_vec(&self.config_json).unwrap_or_default();
         for (name, tensor) in &self.stored.tensors {
-            hasher.update(format!("{name} {:?} {:?};", tensor.shape, tensor.dtype()));
+            all.extend(format!("{name} {:?} {:?};", tensor.shape, tensor.piece()).bytes());
         }
-        self.files.iter().for_each(|file| hasher.update(file.len.to_le_bytes()));
-        hasher.finalize().iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
+        self.files.iter().for_each(|file| all.extend(file.len.to_le_bytes()));
+        digest(&all)
     }
 }

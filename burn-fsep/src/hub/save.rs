@@ -1,7 +1,6 @@
 use std::{path::Path, sync::Arc};
 
 use burn::{module::Module, tensor::FloatDType};
-use sha2::{Digest, Sha256};
 
 use super::{
     HubError, HubFolder,
@@ -19,7 +18,7 @@ use super::{
 use crate::{
     FsepRuntime,
     checkpoint::{Work, all_or_none},
-    comm::{self, Communicator, Operation},
+    comm::{self, Communicator, Operation, digest},
 };
 
 const SAVE: Operation = Operation::new("save of a model folder");
@@ -150,11 +149,8 @@ fn check_replicas(comm: &dyn Communicator, job: &Job, values: &[ParamValue]) -> 
         return Ok(());
     }
     let replicated = || job.plan.params.iter().zip(values).filter(|(planned, _)| planned.param.experts.is_none());
-    let digests = replicated().map(|(planned, value)| {
-        let digest = Sha256::digest(value.all()?.as_bytes());
-        let digest = digest.iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte));
-        Ok((planned.param.path.clone(), digest))
-    });
+    let digests =
+        replicated().map(|(planned, value)| Ok((planned.param.path.clone(), digest(value.all()?.as_bytes()))));
     let digests: Result<Vec<_>, HubError> = digests.collect();
     let digests = all_or_none(comm, SAVE, digests)?;
     match comm::agree(comm, SAVE, &digests)? {
