@@ -2,7 +2,12 @@ use std::path::Path;
 
 use burn::tensor::FloatDType;
 
-use super::{Family, HubError, MoeFacts, RopeConfig, RopeScaling, json::Object, keys::Keys};
+use super::{
+    Family, HubError, MoeFacts, RopeConfig, RopeScaling,
+    folder::CONFIG,
+    json::{Object, read_object},
+    keys::Keys,
+};
 
 /// What `config.json` says of a model, under one name for all families and versions of transformers. Keys that are not there have
 /// the defaults of transformers 5.24, but for sizes, which have to be there.
@@ -128,11 +133,34 @@ pub enum Quantization {
     },
 }
 
+/// The largest `config.json`.
+const MAX_CONFIG: u64 = 16 << 20;
+
 impl ModelConfig {
+    /// What the `config.json` of a folder says; nothing else has to be in it.
+    ///
+    /// # Errors
+    ///
+    /// [`HubError::UnknownFamily`], [`HubError::Config`], [`HubError::Damaged`], [`HubError::Io`].
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self, HubError> {
+        Self::open_with_json(folder.as_ref()).map(|(config, _)| config)
+    }
+
+    /// The same, and the file's content.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelConfig::open`].
+    pub(super) fn open_with_json(folder: &Path) -> Result<(Self, Object), HubError> {
+        let file = folder.join(CONFIG);
+        let object = read_object(&file, MAX_CONFIG)?;
+        Ok((Self::read(&file, &object)?, object))
+    }
+
     /// # Errors
     ///
     /// [`HubError::UnknownFamily`], [`HubError::Config`].
-    pub(super) fn read(file: &Path, object: &Object) -> Result<Self, HubError> {
+    fn read(file: &Path, object: &Object) -> Result<Self, HubError> {
         let keys = Keys { file, object, prefix: "" };
         let found = keys.find_str("model_type")?.ok_or_else(|| keys.error("model_type", "is missing"))?;
         let family = Family::from_model_type(found).ok_or_else(|| HubError::UnknownFamily {

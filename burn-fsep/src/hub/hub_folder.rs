@@ -4,17 +4,9 @@ use std::{
 };
 
 use super::{
-    HubError, ModelConfig,
-    folder::{CONFIG, open_files},
-    header::TensorFile,
-    json::{Object, read_object},
-    plan::Lookup,
-    stored::StoredTensors,
+    HubError, ModelConfig, folder::open_files, header::TensorFile, json::Object, plan::Lookup, stored::StoredTensors,
 };
 use crate::comm::digest;
-
-/// The largest `config.json`.
-const MAX_CONFIG: u64 = 16 << 20;
 
 /// A model folder: what it says of itself, checked, and where its tensors are. Cloning gives another handle on the same.
 ///
@@ -57,9 +49,7 @@ impl HubFolder {
     /// [`HubError::Scales`] for what cannot be decoded; [`HubError::NumExperts`]; [`HubError::TwoNames`]; [`HubError::Io`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, HubError> {
         let path = folder.as_ref().to_path_buf();
-        let config_path = path.join(CONFIG);
-        let config_json = read_object(&config_path, MAX_CONFIG)?;
-        let config = ModelConfig::read(&config_path, &config_json)?;
+        let (config, config_json) = ModelConfig::open_with_json(&path)?;
         let files = open_files(&path)?;
         let stored = StoredTensors::new(&files, config.quantization.as_ref())?;
         let inner = Inner { path, config, config_json, files, stored };

@@ -4,13 +4,14 @@ use burn::tensor::Device;
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
+    hub::ModelConfig,
     launch::Rank,
     planner::{PlannerStrategy, SplitMix64},
     train::{FusedAdamWConfig, PlannerConfig, TrainerConfig},
 };
 
 use crate::{
-    BenchArgs, ModelFolder, MoeHfError, TokenBatch,
+    BenchArgs, MoeHfError, TokenBatch,
     inspect::ParameterCounts,
     memory::PeakMemory,
     model::{CausalLm, DecoderConfig},
@@ -25,7 +26,7 @@ use crate::{
 pub fn bench(args: &BenchArgs) -> Result<(), MoeHfError> {
     args.check()?;
     let ranks = args.parallel.init(1)?;
-    let mut config = ModelFolder::config_only(&args.config_only)?;
+    let mut config = DecoderConfig::from_hub(&ModelConfig::open(&args.config_only)?)?;
     if let Some(layers) = args.layers {
         let most = config.feed_forwards.len();
         if layers > most {

@@ -41,8 +41,8 @@ pub enum MoeHfError {
     #[error("{0}")]
     Corpus(String),
     /// A model's folder could not be read or written.
-    #[error(transparent)]
-    Hub(#[from] HubError),
+    #[error("{0}")]
+    Hub(Box<HubError>),
     /// The computation failed.
     #[error(transparent)]
     Fsep(#[from] FsepError),
@@ -54,6 +54,12 @@ pub enum MoeHfError {
 impl From<CommError> for MoeHfError {
     fn from(error: CommError) -> Self {
         Self::Fsep(error.into())
+    }
+}
+
+impl From<HubError> for MoeHfError {
+    fn from(error: HubError) -> Self {
+        Self::Hub(Box::new(error))
     }
 }
 

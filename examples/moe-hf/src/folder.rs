@@ -31,15 +31,6 @@ impl ModelFolder {
         Ok(Self { hub, decoder })
     }
 
-    /// The decoder of a folder that may have no weights.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelFolder::open`].
-    pub fn config_only(path: &Path) -> Result<DecoderConfig, MoeHfError> {
-        Ok(Self::open(path)?.decoder)
-    }
-
     /// What the model is made of.
     pub fn decoder(&self) -> &DecoderConfig {
         &self.decoder

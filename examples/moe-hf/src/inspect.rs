@@ -1,9 +1,9 @@
 use std::fmt::Write as _;
 
-use burn_fsep::FSEPMoEConfig;
+use burn_fsep::{FSEPMoEConfig, hub::ModelConfig};
 
 use crate::{
-    InspectArgs, ModelFolder, MoeHfError,
+    InspectArgs, MoeHfError,
     args::check_positive,
     model::{DecoderConfig, FeedForwardConfig, QkNorm},
 };
@@ -12,13 +12,13 @@ use crate::{
 ///
 /// # Errors
 ///
-/// [`MoeHfError`] if the model's folder cannot be read.
+/// [`MoeHfError`] if config.json cannot be read, or is of a model that this program does not run.
 pub fn inspect(args: &InspectArgs) -> Result<(), MoeHfError> {
     for &ranks in &args.ranks {
         check_positive([("--ranks", ranks)])?;
     }
-    let folder = ModelFolder::open(&args.model)?;
-    print!("{}", report(&folder, &args.ranks));
+    let config = ModelConfig::open(&args.model)?;
+    print!("{}", report(&config, &DecoderConfig::from_hub(&config)?, &args.ranks));
     Ok(())
 }
 
@@ -81,8 +81,7 @@ fn expert(moe: &FSEPMoEConfig) -> usize {
     3 * moe.hidden_size * moe.moe_ffn_hidden_size
 }
 
-fn report(folder: &ModelFolder, ranks: &[usize]) -> String {
-    let (decoder, config) = (folder.decoder(), folder.config());
+fn report(config: &ModelConfig, decoder: &DecoderConfig, ranks: &[usize]) -> String {
     let counts = ParameterCounts::of(decoder);
     let mut text = String::new();
     let mut line = |name: &str, value: String| {

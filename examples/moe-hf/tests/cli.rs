@@ -229,6 +229,25 @@ fn inspect_counts_every_parameter() {
     }
 }
 
+/// Of config.json alone: OLMoE-1B-7B has 6.9 billion parameters, 1.3 of them for each token. A tiny model takes its steps.
+#[test]
+fn a_configuration_is_enough_to_inspect_and_to_measure() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/olmoe-1b-7b");
+    let report = printed(&moe_hf(&["inspect", "--model", text(&configs), "--ranks", "8"]));
+    assert!(report.contains("(6.919 billion)") && report.contains("(1.282 billion)"), "{report}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny(folder.path(), &["--family", "olmoe"]);
+    std::fs::remove_file(model.join("model.safetensors")).unwrap();
+    let sizes = ["--layers", "1", "--batch", "2", "--seq-len", "16", "--warmup", "1", "--steps", "2", "--ranks", "2"];
+    let args: Vec<&str> = ["bench", "--config-only", text(&model)].into_iter().chain(sizes).collect();
+    let line: Value = serde_json::from_str(&printed(&moe_hf(&args))).unwrap();
+    assert_eq!((&line["ranks"], &line["layers"], &line["steps"]), (&2.into(), &1.into(), &2.into()));
+    for number in ["tokens_per_s", "step_ms", "peak_gib", "first_loss"] {
+        assert!(line[number].as_f64().unwrap() > 0.0, "{number}: {line}");
+    }
+}
+
 #[test]
 fn what_cannot_work_is_said_before_anything_is_computed() {
     let folder = tempfile::tempdir().unwrap();

@@ -12,6 +12,8 @@ use super::{FeedForwardConfig, linear::linear};
 
 /// The feed-forward layer of a decoder layer. The variants' names are in no name of a parameter on the hub.
 #[derive(Module, Debug)]
+// A model has few of them, and Burn's modules cannot stand in a box.
+#[allow(clippy::large_enum_variant)]
 pub enum FeedForward {
     /// Experts sharded over ranks.
     Sparse(FSEPMoE),
