@@ -1,6 +1,6 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use burn::tensor::{Device, FloatDType, IntDType};
+use burn::tensor::{DType, Device, FloatDType, IntDType, Tensor};
 use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::{Communicator, Operation, all_gather_u64},
@@ -12,9 +12,13 @@ use crate::{Dtype, MoeHfError};
 /// A rank's runtime, and its device with `dtype` as the type of new parameters. Collective.
 pub(crate) fn start(rank: &Rank, dtype: Dtype, seed: u64) -> Result<(FsepRuntime, Device), MoeHfError> {
     let mut device = rank.device.clone();
-    if dtype.parameters() != FloatDType::F32 {
-        let configured = device.configure((dtype.parameters(), IntDType::I64));
-        configured.map_err(|error| FsepError::Device(error.to_string()))?;
+    let parameters = dtype.parameters();
+    if parameters != FloatDType::F32
+        && let Err(error) = device.configure((parameters, IntDType::I64))
+        // Ranks that share a device also share its settings: one of them was first.
+        && Tensor::<1>::empty([1], &device).dtype() != DType::from(parameters)
+    {
+        return Err(FsepError::Device(error.to_string()).into());
     }
     Ok((rank.runtime(FsepRuntimeConfig::new().with_seed(seed))?, device))
 }

@@ -229,6 +229,30 @@ fn inspect_counts_every_parameter() {
     }
 }
 
+/// bfloat16 in the computation alone, and in all: rounding, not another training. The folder keeps its own types.
+#[test]
+fn half_precision_stays_near_single_precision() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, corpus) = (tiny(folder.path(), &[]), corpus(folder.path()));
+    let losses = |dtype: &str| -> Vec<f64> {
+        let [output, summary] = [dtype, "summary.json"].map(|name| folder.path().join(name));
+        let files = ["--model", text(&model), "--text", text(&corpus), "--output", text(&output)];
+        let rest = ["--summary", text(&summary), "--sample", "4", "--dtype", dtype, "--ranks", "2"];
+        let sizes = ["--steps", "8", "--seq-len", "16", "--batch", "4"];
+        printed(&moe_hf(&["finetune"].into_iter().chain(files).chain(rest).chain(sizes).collect::<Vec<_>>()));
+        let file = std::fs::read(output.join("model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&file).unwrap();
+        assert_eq!(tensors.tensor("lm_head.weight").unwrap().dtype(), safetensors::Dtype::F32);
+        json(&summary)["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
+    };
+    let single = losses("f32");
+    for dtype in ["mixed", "bf16"] {
+        for (half, single) in losses(dtype).iter().zip(&single) {
+            assert!((half - single).abs() < 0.02 * single, "{dtype}: {half} is not {single}");
+        }
+    }
+}
+
 /// Of config.json alone: OLMoE-1B-7B has 6.9 billion parameters, 1.3 of them for each token. A tiny model takes its steps.
 #[test]
 fn a_configuration_is_enough_to_inspect_and_to_measure() {

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// What is added to attention's scores: 0 where a position is seen, minus infinity where it is not.
 #[derive(Debug, Clone)]
@@ -37,7 +37,8 @@ fn mask(window: Option<usize>, length: usize, device: &Device) -> Tensor<4> {
     let sees = |query: usize, key: usize| key <= query && window.is_none_or(|window| query - key < window);
     let value = |query: usize, key: usize| if sees(query, key) { 0.0 } else { f32::NEG_INFINITY };
     let values: Vec<f32> = (0..length).flat_map(|query| (0..length).map(move |key| value(query, key))).collect();
-    Tensor::from_data(TensorData::new(values, [1, 1, length, length]), device)
+    // Beside scores in single precision, whatever the device makes by itself.
+    Tensor::from_data(TensorData::new(values, [1, 1, length, length]), (device, DType::F32))
 }
 
 #[cfg(test)]
