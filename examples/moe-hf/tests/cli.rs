@@ -304,6 +304,8 @@ fn what_cannot_work_is_said_before_anything_is_computed() {
         (vec!["finetune", "--output", text(there)], "is there already"),
         (vec!["finetune", "--lr", "0"], "--lr"),
         (vec!["finetune", "--seq-len", "1"], "--seq-len"),
+        (vec!["finetune", "--seq-len", "18446744073709551615"], "--seq-len"),
+        (vec!["finetune", "--batch", "18446744073709551615"], "--batch"),
         (vec!["finetune", "--model", text(&model), "--steps", "1"], "tokenizer.json"),
         (vec!["finetune", "--device", "cuda"], "--backend libtorch"),
         (vec!["finetune", "--steps", "0", "--record-trace", "x.csv"], "--record-trace"),
@@ -315,6 +317,8 @@ fn what_cannot_work_is_said_before_anything_is_computed() {
         (vec!["generate", "--model", text(&golden("deepseek_v3")), "--prompt", "a"], "deepseek_v3"),
         (vec!["inspect", "--model", text(&golden("gpt_oss"))], "attention sinks"),
         (vec!["make", "--output", text(&output), "--hidden", "12"], "--hidden"),
+        (vec!["make", "--output", text(&output), "--top-k", "9"], "--top-k"),
+        (vec!["make", "--output", text(there)], "is there already"),
     ] {
         let error = refused(&args);
         assert!(error.contains(named), "{args:?}: {error}");
