@@ -127,7 +127,7 @@ impl Job<'_> {
         let prompt = &text[..text.len().min(48)];
         let sampling = Sampling { tokens: self.args.sample, temperature: 0.7, seed: self.args.optimizer.seed };
         let tokens = sampling.continue_text(&model.valid(), prompt, runtime, &device.clone().inner())?;
-        Ok(Some([codec.decode(prompt)?, codec.decode(&tokens)?]))
+        Ok(Some([codec.decode(prompt)?, codec.decode_after(prompt, &tokens)?]))
     }
 }
 
