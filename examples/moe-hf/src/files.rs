@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -6,8 +6,7 @@ use crate::MoeHfError;
 
 /// Writes a file so that it is there whole or not at all.
 pub(crate) fn write_whole(path: &Path, content: &[u8]) -> Result<(), MoeHfError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
+    let partial = partial(path);
     let written = std::fs::write(&partial, content).and_then(|()| std::fs::rename(&partial, path));
     written.map_err(|error| {
         // Often it is not there.
@@ -32,5 +31,27 @@ pub(crate) fn check_output(option: &str, file: &Path) -> Result<(), MoeHfError> 
     if file.file_name().is_none() || file.is_dir() {
         return Err(MoeHfError::Option(format!("{option}: {} is a folder, not a file", file.display())));
     }
+    let partial = partial(file);
+    std::fs::File::create(&partial).map_err(MoeHfError::file(file))?;
+    // Another process of the job may have been faster.
+    let _ = std::fs::remove_file(&partial);
     Ok(())
+}
+
+/// The same for a folder, which is made then; those that it lies in are made now.
+pub(crate) fn check_output_folder(folder: &Path) -> Result<(), MoeHfError> {
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent).map_err(MoeHfError::file(parent))?;
+    }
+    if folder.exists() {
+        return Ok(());
+    }
+    std::fs::create_dir(folder).and_then(|()| std::fs::remove_dir(folder)).map_err(MoeHfError::file(folder))
+}
+
+/// Where a file is until it is whole.
+fn partial(file: &Path) -> PathBuf {
+    let mut partial = file.as_os_str().to_owned();
+    partial.push(".partial");
+    partial.into()
 }

@@ -23,7 +23,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), MoeHfError> {
         let (runtime, device) = ranks::start(&rank, args.parallel.dtype, args.seed)?;
         let model = folder.load(&args.parallel, &runtime, &device)?;
         let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, seed: args.seed };
-        codec.decode(&sampling.continue_text(&model, &prompt, &runtime, &device)?)
+        codec.decode_after(&prompt, &sampling.continue_text(&model, &prompt, &runtime, &device)?)
     })?;
     if ranks.has_first() {
         println!("{}{text}", args.prompt);

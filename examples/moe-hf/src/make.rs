@@ -15,6 +15,12 @@ use crate::{
 ///
 /// [`MoeHfError`] if an option cannot work or the folder cannot be written.
 pub fn make(args: &MakeArgs) -> Result<(), MoeHfError> {
+    if args.output.read_dir().map_or(args.output.exists(), |mut entries| entries.next().is_some()) {
+        return Err(MoeHfError::Option(format!(
+            "--output: {} is there already: give a new folder",
+            args.output.display()
+        )));
+    }
     let folder = write(args)?;
     println!("{}: {}", args.output.display(), folder.describe());
     Ok(())

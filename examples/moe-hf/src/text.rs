@@ -32,7 +32,7 @@ impl TextCodec {
             }
             return Ok(Self::Bytes);
         }
-        let tokenizer = Tokenizer::from_file(&file).map_err(|error| MoeHfError::content(&file, error))?;
+        let mut tokenizer = Tokenizer::from_file(&file).map_err(|error| MoeHfError::content(&file, error))?;
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
         if largest >= vocab_size {
             return Err(MoeHfError::content(
@@ -40,6 +40,9 @@ impl TextCodec {
                 format!("it has a token {largest}, but the model only {vocab_size} embeddings: it is another model's"),
             ));
         }
+        // Of whoever saved it: texts would end there, and prompts be filled up.
+        tokenizer.with_truncation(None).map_err(|error| MoeHfError::content(&file, error))?;
+        tokenizer.with_padding(None);
         Ok(Self::Tokenizer(Box::new(tokenizer)))
     }
 
@@ -75,6 +78,19 @@ impl TextCodec {
             }
         }
     }
+
+    /// The text of tokens that come after others: many tokenizers leave out the space before the first token of all.
+    ///
+    /// # Errors
+    ///
+    /// As [`TextCodec::encode`].
+    pub fn decode_after(&self, before: &[u32], tokens: &[u32]) -> Result<String, MoeHfError> {
+        let whole = self.decode(&[before, tokens].concat())?;
+        match whole.strip_prefix(&self.decode(before)?) {
+            Some(text) => Ok(text.into()),
+            None => self.decode(tokens),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -96,6 +112,35 @@ mod tests {
         let words = TextCodec::open(folder.path(), 5).unwrap();
         assert_eq!(words.encode(b"to be or not to bee").unwrap(), [0, 1, 2, 3, 0, 4]);
         assert_eq!(words.decode(&[3, 0]).unwrap(), "not to");
+    }
+
+    #[test]
+    fn a_text_goes_on_with_its_space() {
+        let folder = tempfile::tempdir().unwrap();
+        let metaspace = r#"{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}"#;
+        let words =
+            WORDS.replace(r#""decoder": null"#, &format!(r#""decoder": {metaspace}"#)).replace("\"not\"", "\"▁not\"");
+        std::fs::write(folder.path().join("tokenizer.json"), words).unwrap();
+        let codec = TextCodec::open(folder.path(), 5).unwrap();
+        assert_eq!(codec.decode(&[3]).unwrap(), "not");
+        assert_eq!(codec.decode_after(&[0], &[3]).unwrap(), " not");
+        assert_eq!(
+            TextCodec::Bytes.decode_after(&[116, 195], &[164, 111]).unwrap(),
+            TextCodec::Bytes.decode(&[164, 111]).unwrap()
+        );
+    }
+
+    #[test]
+    fn texts_are_not_cut_off_where_a_tokenizer_was_saved_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let truncation = r#"{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}"#;
+        let padding = r#"{"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 4,
+            "pad_type_id": 0, "pad_token": "?"}"#;
+        let words = WORDS.replace(r#""truncation": null"#, &format!(r#""truncation": {truncation}"#));
+        let words = words.replace(r#""padding": null"#, &format!(r#""padding": {padding}"#));
+        std::fs::write(folder.path().join("tokenizer.json"), words).unwrap();
+        let codec = TextCodec::open(folder.path(), 5).unwrap();
+        assert_eq!(codec.encode(b"to be or not to be").unwrap(), [0, 1, 2, 3, 0, 1]);
     }
 
     #[test]

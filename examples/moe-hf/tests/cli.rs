@@ -192,6 +192,22 @@ fn a_tiny_model_learns_and_its_folder_speaks() {
     assert_eq!(greedy.len(), "to ".len() + 3 + 1, "{greedy:?}");
 }
 
+/// What `finetune` saves where no folder is given can be fine-tuned further in the same place.
+#[test]
+fn the_default_folder_is_there_whatever_is_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, corpus) = (tiny(folder.path(), &[]), corpus(folder.path()));
+    let tuned = folder.path().join("target/moe-hf/finetuned");
+    for model in [&model, &tuned] {
+        let args = ["finetune", "--model", text(model), "--text", text(&corpus), "--sample", "0", "--ranks", "2"];
+        let sizes = ["--steps", "1", "--seq-len", "16", "--batch", "4"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-hf"));
+        printed(&command.args(args).args(sizes).current_dir(folder.path()).output().unwrap());
+        printed(&moe_hf(&["inspect", "--model", text(&tuned)]));
+        assert!(!tuned.with_extension("new").exists());
+    }
+}
+
 #[test]
 fn frozen_routers_stay() {
     let folder = tempfile::tempdir().unwrap();
@@ -288,13 +304,21 @@ fn what_cannot_work_is_said_before_anything_is_computed() {
         (vec!["finetune", "--output", text(there)], "is there already"),
         (vec!["finetune", "--lr", "0"], "--lr"),
         (vec!["finetune", "--seq-len", "1"], "--seq-len"),
+        (vec!["finetune", "--seq-len", "18446744073709551615"], "--seq-len"),
+        (vec!["finetune", "--batch", "18446744073709551615"], "--batch"),
         (vec!["finetune", "--model", text(&model), "--steps", "1"], "tokenizer.json"),
         (vec!["finetune", "--device", "cuda"], "--backend libtorch"),
         (vec!["finetune", "--steps", "0", "--record-trace", "x.csv"], "--record-trace"),
+        #[cfg(target_os = "linux")]
+        (vec!["finetune", "--model", text(&model), "--steps", "0", "--output", "/proc/no/folder"], "/proc/no"),
+        #[cfg(target_os = "linux")]
+        (vec!["finetune", "--summary", "/proc/no.json"], "/proc/no.json"),
         (vec!["generate", "--model", "no/such/folder", "--prompt", "a"], "no/such/folder"),
         (vec!["generate", "--model", text(&golden("deepseek_v3")), "--prompt", "a"], "deepseek_v3"),
         (vec!["inspect", "--model", text(&golden("gpt_oss"))], "attention sinks"),
         (vec!["make", "--output", text(&output), "--hidden", "12"], "--hidden"),
+        (vec!["make", "--output", text(&output), "--top-k", "9"], "--top-k"),
+        (vec!["make", "--output", text(there)], "is there already"),
     ] {
         let error = refused(&args);
         assert!(error.contains(named), "{args:?}: {error}");

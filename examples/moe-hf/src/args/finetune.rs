@@ -77,6 +77,11 @@ impl FinetuneArgs {
         if seq_len < 2 {
             return refuse("--seq-len must be at least 2: each token is predicted from those before it".into());
         }
+        // Positions in a batch are 32-bit numbers.
+        let tokens = seq_len.checked_add(1).and_then(|len| len.checked_mul(batch));
+        if tokens.is_none_or(|tokens| tokens > i32::MAX as usize) {
+            return refuse(format!("--batch {batch} of --seq-len {seq_len} are more tokens than a step can have"));
+        }
         for (name, value) in [("--lr", lr), ("--clip", clip)] {
             if !(value.is_finite() && value > 0.0) {
                 return refuse(format!("{name} must be a positive number, got {value}"));

@@ -2,13 +2,13 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::command::check_positive;
+use super::command::{check_positive, refuse};
 use crate::MoeHfError;
 
 /// Options of `make`.
 #[derive(Args, Debug, Clone)]
 pub struct MakeArgs {
-    /// Folder for the model.
+    /// New folder for the model.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
     /// Which family's model.
@@ -60,11 +60,11 @@ impl MakeArgs {
             ("--top-k", self.top_k),
             ("--ffn", self.ffn),
         ])?;
+        if self.top_k > self.experts {
+            return refuse(format!("--top-k {} is more than --experts {}", self.top_k, self.experts));
+        }
         if !self.hidden.is_multiple_of(8) {
-            return super::command::refuse(format!(
-                "--hidden {} is no multiple of 8, as four heads of an even size need",
-                self.hidden
-            ));
+            return refuse(format!("--hidden {} is no multiple of 8, as four heads of an even size need", self.hidden));
         }
         Ok(())
     }

@@ -1,3 +1,5 @@
+use std::{io::ErrorKind, path::Path};
+
 use burn::{module::Module, tensor::Device};
 use burn_fsep::{
     FsepRuntime,
@@ -9,7 +11,8 @@ use burn_fsep::{
 
 use super::record::{Recorder, Summary};
 use crate::{
-    Corpus, FinetuneArgs, ModelFolder, MoeHfError, TextCodec, TokenBatch, generate::Sampling, model::CausalLm, ranks,
+    Corpus, FinetuneArgs, ModelFolder, MoeHfError, TextCodec, TokenBatch, files::check_output_folder,
+    generate::Sampling, model::CausalLm, ranks,
 };
 
 /// What the ranks of a process share.
@@ -34,6 +37,9 @@ impl Job<'_> {
     /// The program of one rank.
     pub fn run(&self, rank: &Rank) -> Result<Finetuned, MoeHfError> {
         let (args, options) = (self.args, &self.args.optimizer);
+        if rank.is_first() {
+            check_output_folder(&args.output())?;
+        }
         let (runtime, device) = ranks::start(rank, args.parallel.dtype, options.seed)?;
         let device = device.autodiff();
         let model = self.folder.load(&args.parallel, &runtime, &device)?;
@@ -44,25 +50,36 @@ impl Job<'_> {
         };
         let held_out = corpus.held_out(HELD_OUT, options.seq_len);
         let before = validate(&model, &held_out, options.batch, &runtime, &device)?;
-        let (model, mut summary) = self.train(model, corpus, &runtime, &device)?;
-        summary.valid_loss_before = Some(before);
-        summary.valid_loss_after = Some(validate(&model, &held_out, options.batch, &runtime, &device)?);
+        let (model, mut recorder) = self.train(model, corpus, &runtime, &device)?;
+        recorder.summary.valid_loss_before = Some(before);
+        recorder.summary.valid_loss_after = Some(validate(&model, &held_out, options.batch, &runtime, &device)?);
         self.save(&model, &runtime)?;
+        // After the model, which is worth more.
+        if let Some(path) = &args.record_trace {
+            recorder.write_trace(path)?;
+        }
         let sample = self.sample(&model, codec, &held_out[0], &runtime, &device)?;
-        Ok(Finetuned { summary, sample })
+        Ok(Finetuned { summary: recorder.summary, sample })
     }
 
     fn save(&self, model: &CausalLm, runtime: &FsepRuntime) -> Result<(), MoeHfError> {
         let output = self.args.output();
-        // The folder that is nobody's but this program's: of the run before.
-        if self.args.output.is_none() && runtime.rank() == 0 && output.exists() {
-            std::fs::remove_dir_all(&output).map_err(MoeHfError::file(&output))?;
+        if self.args.output.is_some() {
+            return self.folder.save(model, runtime, &output);
         }
-        if let (0, Some(parent)) = (runtime.rank(), output.parent()) {
-            std::fs::create_dir_all(parent).map_err(MoeHfError::file(parent))?;
+        // The folder that is nobody's but this program's. What the run before left there may be the model that was trained: it goes
+        // when the new one is there.
+        let (new, is_first) = (output.with_extension("new"), runtime.rank() == 0);
+        if is_first {
+            remove(&new)?;
         }
-        runtime.comm().barrier(Operation::new("the folder of the run before is gone"))?;
-        self.folder.save(model, runtime, &output)
+        runtime.comm().barrier(Operation::new("room for the model"))?;
+        self.folder.save(model, runtime, &new)?;
+        if is_first {
+            remove(&output)?;
+            std::fs::rename(&new, &output).map_err(MoeHfError::file(&output))?;
+        }
+        Ok(())
     }
 
     fn train(
@@ -71,7 +88,7 @@ impl Job<'_> {
         corpus: &Corpus,
         runtime: &FsepRuntime,
         device: &Device,
-    ) -> Result<(CausalLm, Summary), MoeHfError> {
+    ) -> Result<(CausalLm, Recorder), MoeHfError> {
         let (args, options) = (self.args, &self.args.optimizer);
         let model = if options.freeze_router { model.freeze_routers() } else { model };
         let coeff = options.aux_loss_coeff.unwrap_or(model.config().router_aux_loss_coef);
@@ -93,10 +110,7 @@ impl Job<'_> {
             recorder.add(runtime, loss);
         }
         recorder.finish(options.batch * options.seq_len);
-        if let Some(path) = &args.record_trace {
-            recorder.write_trace(path)?;
-        }
-        Ok((trainer.finish()?, recorder.summary))
+        Ok((trainer.finish()?, recorder))
     }
 
     fn sample(
@@ -113,7 +127,15 @@ impl Job<'_> {
         let prompt = &text[..text.len().min(48)];
         let sampling = Sampling { tokens: self.args.sample, temperature: 0.7, seed: self.args.optimizer.seed };
         let tokens = sampling.continue_text(&model.valid(), prompt, runtime, &device.clone().inner())?;
-        Ok(Some([codec.decode(prompt)?, codec.decode(&tokens)?]))
+        Ok(Some([codec.decode(prompt)?, codec.decode_after(prompt, &tokens)?]))
+    }
+}
+
+/// Removes a folder, if it is there.
+fn remove(folder: &Path) -> Result<(), MoeHfError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(MoeHfError::file(folder)(error)),
+        _ => Ok(()),
     }
 }
 
