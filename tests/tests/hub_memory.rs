@@ -141,9 +141,10 @@ fn check_memory(ranks: usize, [layers, experts, hidden, ffn]: [usize; 4], allowe
     assert!(source.tensor_names().eq(saved.tensor_names()));
 }
 
+/// Of a model that one rank could not hold within these: what travels waits longer where a machine is busy.
 #[test]
 fn four_ranks_hold_their_parts() {
-    check_memory(4, [4, 8, 256, 1792], [40 * MB, 40 * MB]);
+    check_memory(4, [4, 8, 256, 1792], [64 * MB, 96 * MB]);
 }
 
 #[test]
