@@ -43,6 +43,14 @@ pub enum MoeHfError {
     /// A model's folder could not be read or written.
     #[error("{0}")]
     Hub(Box<HubError>),
+    /// The model's scores are no numbers.
+    #[error(
+        "no token can be token {token}: its scores are no numbers, so the model's values are damaged, or training diverged"
+    )]
+    NoScore {
+        /// Its place in the text.
+        token: usize,
+    },
     /// The computation failed.
     #[error(transparent)]
     Fsep(#[from] FsepError),

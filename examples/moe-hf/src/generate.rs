@@ -1,4 +1,4 @@
-use burn::tensor::{DType, Device, activation::softmax};
+use burn::tensor::{DType, Device};
 use burn_fsep::{FsepRuntime, planner::SplitMix64};
 
 use crate::{GenerateArgs, ModelFolder, MoeHfError, TextCodec, TokenBatch, model::CausalLm, ranks};
@@ -60,22 +60,52 @@ impl Sampling {
                 let logits = model.forward(batch.ids, None).logits;
                 logits.narrow(0, length - 1, 1).cast(DType::F32)
             })?;
-            let next = if self.temperature == 0.0 {
-                scores.argmax(1).into_data().iter::<i64>().next()
-            } else {
-                let mut rest = rng.unit() as f32;
-                let probabilities = softmax(scores / self.temperature, 1).into_data();
-                let position = probabilities.iter::<f32>().position(|p| {
-                    rest -= p;
-                    rest <= 0.0
-                });
-                position.map(|position| position as i64)
-            };
-            tokens.push(next.unwrap_or(0) as u32);
+            let scores: Vec<f32> = scores.into_data().iter::<f32>().collect();
+            let next =
+                draw(&scores, self.temperature, rng.unit()).ok_or(MoeHfError::NoScore { token: tokens.len() })?;
+            tokens.push(next as u32);
             if model.config().eos_tokens.contains(&tokens[tokens.len() - 1]) {
                 break;
             }
         }
         Ok(tokens.split_off(prompt.len()))
+    }
+}
+
+/// The token that a number between 0 and 1 draws from scores; `None` if none of them is finite. At temperature 0 the best one.
+fn draw(scores: &[f32], temperature: f64, unit: f64) -> Option<usize> {
+    let finite = || scores.iter().enumerate().filter(|(_, score)| score.is_finite());
+    let (best, &largest) = finite().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)))?;
+    if temperature == 0.0 {
+        return Some(best);
+    }
+    // The largest is taken off first, so that no temperature makes infinities.
+    let weights = || finite().map(|(i, score)| (i, (f64::from(score - largest) / temperature).exp()));
+    let mut rest = unit * weights().map(|(_, weight)| weight).sum::<f64>();
+    // Rounding may leave a rest after the last one.
+    let drawn = weights().find(|(_, weight)| {
+        rest -= weight;
+        rest <= 0.0
+    });
+    Some(drawn.map_or(best, |(i, _)| i))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_drawn_by_their_probabilities() {
+        let scores = [0.0, f32::NAN, 4.0f32.ln(), f32::NEG_INFINITY, 5.0f32.ln()];
+        for (unit, expected) in [(0.0, 0), (0.09, 0), (0.11, 2), (0.49, 2), (0.51, 4), (1.0, 4)] {
+            assert_eq!(draw(&scores, 1.0, unit), Some(expected), "{unit}");
+        }
+        for temperature in [0.0, 1e-300] {
+            assert_eq!(draw(&scores, temperature, 0.5), Some(4), "{temperature}");
+        }
+        assert_eq!(draw(&[1.0, 1.0], 0.0, 0.9), Some(0));
+        for temperature in [0.0, 1.0] {
+            assert_eq!(draw(&[f32::NAN, f32::INFINITY], temperature, 0.5), None);
+        }
     }
 }
