@@ -96,3 +96,21 @@ pub fn read_model_tensors(folder: &Path) -> BTreeMap<String, FileTensor> {
     };
     files.filter(is_model).flat_map(|path| read_safetensors(&path)).collect()
 }
+
+/// Writes a safetensors file with these tensors, in the order of their names.
+///
+/// # Panics
+///
+/// If it cannot be written.
+pub fn write_safetensors(path: &Path, tensors: &BTreeMap<String, FileTensor>) {
+    let mut table = serde_json::json!({ "__metadata__": { "format": "pt" } });
+    let mut data = Vec::new();
+    for (name, FileTensor { dtype, shape, bytes }) in tensors {
+        let end = data.len() + bytes.len();
+        table[name] = serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [data.len(), end] });
+        data.extend_from_slice(bytes);
+    }
+    let table = serde_json::to_vec(&table).expect("a table");
+    let head = (table.len() as u64).to_le_bytes();
+    fs::write(path, [&head[..], &table, &data].concat()).expect("a file");
+}

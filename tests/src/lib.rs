@@ -27,7 +27,7 @@ pub use compare::{assert_close, relative_error};
 pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
 pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
-pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors};
+pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors, write_safetensors};
 pub use hub_model::{HubAttention, HubDecoder, HubDenseMlp, HubLayer, HubMlp, HubModel, named_parameters};
 pub use layouts::random_layout;
 pub use model::{

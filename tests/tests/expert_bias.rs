@@ -136,6 +136,18 @@ fn a_discarded_window_moves_nothing() {
     assert_eq!(trainer.model().bias(), expected(&[window]));
 }
 
+/// It counts nothing, so that its bias stays.
+#[test]
+fn a_dense_layer_trains_too() {
+    let (runtime, device) = (FsepRuntime::single(), device());
+    let layer = config().init_dense(0, 0, &device).unwrap();
+    let mut trainer = TrainerConfig::new().init(&runtime, layer, AdamWConfig::new().init()).unwrap();
+    let x = Tensor::<2>::ones([4, HIDDEN], &device);
+    trainer.step(0.1, |layer| layer.forward(x.clone()).square().mean()).unwrap();
+    let bias = trainer.model().router.expert_bias.as_ref().unwrap().val();
+    assert!(bias.into_data().iter::<f32>().all(|bias| bias == 0.0));
+}
+
 /// A skewed router becomes even by nothing but its bias.
 #[test]
 fn loads_become_even() {

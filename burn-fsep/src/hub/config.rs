@@ -2,7 +2,12 @@ use std::path::Path;
 
 use burn::tensor::FloatDType;
 
-use super::{Family, HubError, MoeFacts, RopeConfig, RopeScaling, json::Object, keys::Keys};
+use super::{
+    Family, HubError, MoeFacts, RopeConfig, RopeScaling,
+    folder::CONFIG,
+    json::{Object, read_object},
+    keys::Keys,
+};
 
 /// What `config.json` says of a model, under one name for all families and versions of transformers. Keys that are not there have
 /// the defaults of transformers 5.24, but for sizes, which have to be there.
@@ -128,11 +133,36 @@ pub enum Quantization {
     },
 }
 
+/// Far more layers than any model has: a list of them is made before anything can be compared with the files.
+const MAX_LAYERS: usize = 1 << 16;
+/// The largest `config.json`.
+const MAX_CONFIG: u64 = 16 << 20;
+
 impl ModelConfig {
+    /// What the `config.json` of a folder says; nothing else has to be in it.
+    ///
+    /// # Errors
+    ///
+    /// [`HubError::UnknownFamily`], [`HubError::Config`], [`HubError::Damaged`], [`HubError::Io`].
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self, HubError> {
+        Self::open_with_json(folder.as_ref()).map(|(config, _)| config)
+    }
+
+    /// The same, and the file's content.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelConfig::open`].
+    pub(super) fn open_with_json(folder: &Path) -> Result<(Self, Object), HubError> {
+        let file = folder.join(CONFIG);
+        let object = read_object(&file, MAX_CONFIG)?;
+        Ok((Self::read(&file, &object)?, object))
+    }
+
     /// # Errors
     ///
     /// [`HubError::UnknownFamily`], [`HubError::Config`].
-    pub(super) fn read(file: &Path, object: &Object) -> Result<Self, HubError> {
+    fn read(file: &Path, object: &Object) -> Result<Self, HubError> {
         let keys = Keys { file, object, prefix: "" };
         let found = keys.find_str("model_type")?.ok_or_else(|| keys.error("model_type", "is missing"))?;
         let family = Family::from_model_type(found).ok_or_else(|| HubError::UnknownFamily {
@@ -142,6 +172,13 @@ impl ModelConfig {
         })?;
         let hidden_size = keys.size("hidden_size")?;
         let num_hidden_layers = keys.size("num_hidden_layers")?;
+        if num_hidden_layers > MAX_LAYERS {
+            return Err(keys.error("num_hidden_layers", format!("is {num_hidden_layers}, more than {MAX_LAYERS}")));
+        }
+        let rms_norm_eps = keys.f64_or("rms_norm_eps", rms_norm_eps(family))?;
+        if !(rms_norm_eps.is_finite() && rms_norm_eps > 0.0) {
+            return Err(keys.error("rms_norm_eps", format!("is {rms_norm_eps}, not positive")));
+        }
         let num_attention_heads = keys.size("num_attention_heads")?;
         let mla = if family.is_deepseek() { Some(MlaConfig::read(keys, family)?) } else { None };
         let head_dim = match (mla, keys.find_usize("head_dim")?) {
@@ -185,7 +222,7 @@ impl ModelConfig {
             head_dim,
             max_position_embeddings: keys.size("max_position_embeddings")?,
             hidden_act: HiddenAct::read(keys)?,
-            rms_norm_eps: keys.f64_or("rms_norm_eps", rms_norm_eps(family))?,
+            rms_norm_eps,
             rope: RopeConfig::read(keys, default_theta, if_no_rope)?,
             sliding_window,
             layer_types,
@@ -215,7 +252,12 @@ impl ModelConfig {
 fn attention(keys: Keys<'_>, family: Family, layers: usize) -> Result<(Option<usize>, Vec<LayerType>), HubError> {
     use LayerType::{FullAttention, SlidingAttention};
 
-    let default = if family == Family::GptOss { Some(128) } else { None };
+    let default = match family {
+        Family::GptOss => Some(128),
+        // Of a key that is not there; null is none.
+        _ if family.is_qwen() && !keys.object.contains_key("sliding_window") => Some(4096),
+        _ => None,
+    };
     let uses_window = !family.is_qwen() || keys.bool_or("use_sliding_window", false)?;
     let has_window =
         uses_window && matches!(family, Family::Mixtral | Family::GptOss | Family::Qwen2Moe | Family::Qwen3Moe);

@@ -99,15 +99,19 @@ fn encode(value: f32, to: Dtype) -> [u8; 8] {
     bytes
 }
 
-/// Rounded once, not by way of single precision.
 fn narrow(value: f64, to: Dtype) -> [u8; 8] {
-    let mut bytes = [0; 8];
-    match to {
-        Dtype::BF16 => bytes[..2].copy_from_slice(&bf16::from_f64(value).to_le_bytes()),
-        Dtype::F16 => bytes[..2].copy_from_slice(&f16::from_f64(value).to_le_bytes()),
-        _ => bytes = encode(value as f32, to),
+    encode(if to == Dtype::F32 { value as f32 } else { to_odd(value) }, to)
+}
+
+/// In single precision, cut off, with an odd last bit if anything was cut off: what is half way between two numbers in half precision
+/// is told from what is next to it, so that rounding once more is rounding once. The crate half forgets the last 32 bits.
+fn to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    if !near.is_finite() || f64::from(near) == value {
+        return near;
     }
-    bytes
+    let cut = if f64::from(near).abs() > value.abs() { near.to_bits() - 1 } else { near.to_bits() };
+    f32::from_bits(cut | 1)
 }
 
 #[cfg(test)]
@@ -139,12 +143,23 @@ mod tests {
         let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
         let mut output = [0; 6];
         // A tie goes to the even number, anything more up.
-        convert(Dtype::F32, &bytes(&[1.00390625, 1.01171875, 1.0039064]), Dtype::BF16, &mut output);
+        convert(
+            Dtype::F32,
+            &bytes(&[1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 1.0 + 1.01 / 256.0]),
+            Dtype::BF16,
+            &mut output,
+        );
         assert_eq!(output, [0x80, 0x3f, 0x82, 0x3f, 0x81, 0x3f]);
         // By way of single precision this would be a tie.
         let mut output = [0; 2];
         convert(Dtype::F64, &(1.00390625f64 + 1e-12).to_le_bytes(), Dtype::BF16, &mut output);
         assert_eq!(output, [0x81, 0x3f]);
+        convert(Dtype::F64, &(-1.00390625f64).to_le_bytes(), Dtype::BF16, &mut output);
+        assert_eq!(output, [0x80, 0xbf]);
+        for (value, bits) in [(1e300, 0x7f80), (1e-300, 0), (-1.01171875 + 1e-12, 0xbf81), (0.1, 0x3dcd)] {
+            convert(Dtype::F64, &f64::to_le_bytes(value), Dtype::BF16, &mut output);
+            assert_eq!(u16::from_le_bytes(output), bits, "{value}");
+        }
         for dtype in [Dtype::BF16, Dtype::F16, Dtype::F64] {
             let (values, mut there, mut back) = ([1.5f32, -0.0, 0.0625], vec![0; 3 * size_of(dtype)], [0; 12]);
             encode_all(&values, dtype, &mut there);

@@ -37,12 +37,12 @@ pub(super) fn open_files(folder: &Path) -> Result<Vec<TensorFile>, HubError> {
         let reason = format!("it does not name {WEIGHTS}, which is there, too: remove what is not of this model");
         return Err(HubError::damaged(&index, reason));
     }
+    if let Some((name, tensors)) = files.iter().find(|(name, _)| !exists(&folder.join(name))) {
+        return Err(HubError::damaged_tensor(&index, tensors[0], format!("is to be in {name}, which is missing")));
+    }
     let mut opened = Vec::with_capacity(files.len());
     for (name, tensors) in files {
         let path = folder.join(name);
-        if !exists(&path) {
-            return Err(HubError::damaged_tensor(&index, tensors[0], format!("is to be in {name}, which is missing")));
-        }
         stays_inside(folder, &index, name)?;
         let file = TensorFile::open(&path)?;
         if let Some(tensor) = tensors.iter().find(|tensor| !file.tensors.iter().any(|(name, _)| name == *tensor)) {

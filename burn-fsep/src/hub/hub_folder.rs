@@ -3,19 +3,10 @@ use std::{
     sync::Arc,
 };
 
-use sha2::{Digest, Sha256};
-
 use super::{
-    HubError, ModelConfig,
-    folder::{CONFIG, open_files},
-    header::TensorFile,
-    json::{Object, read_object},
-    plan::Lookup,
-    stored::StoredTensors,
+    HubError, ModelConfig, folder::open_files, header::TensorFile, json::Object, plan::Lookup, stored::StoredTensors,
 };
-
-/// The largest `config.json`.
-const MAX_CONFIG: u64 = 16 << 20;
+use crate::comm::digest;
 
 /// A model folder: what it says of itself, checked, and where its tensors are. Cloning gives another handle on the same.
 ///
@@ -58,9 +49,7 @@ impl HubFolder {
     /// [`HubError::Scales`] for what cannot be decoded; [`HubError::NumExperts`]; [`HubError::TwoNames`]; [`HubError::Io`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, HubError> {
         let path = folder.as_ref().to_path_buf();
-        let config_path = path.join(CONFIG);
-        let config_json = read_object(&config_path, MAX_CONFIG)?;
-        let config = ModelConfig::read(&config_path, &config_json)?;
+        let (config, config_json) = ModelConfig::open_with_json(&path)?;
         let files = open_files(&path)?;
         let stored = StoredTensors::new(&files, config.quantization.as_ref())?;
         let inner = Inner { path, config, config_json, files, stored };
@@ -126,12 +115,11 @@ impl Inner {
 
     /// What ranks compare: the folder may be another one on each node.
     pub fn digest(&self) -> u64 {
-        let mut hasher = Sha256::new();
-        hasher.update(serde_json::to_vec(&self.config_json).unwrap_or_default());
+        let mut all = serde_json::to_vec(&self.config_json).unwrap_or_default();
         for (name, tensor) in &self.stored.tensors {
-            hasher.update(format!("{name} {:?} {:?};", tensor.shape, tensor.dtype()));
+            all.extend(format!("{name} {:?} {:?};", tensor.shape, tensor.piece()).bytes());
         }
-        self.files.iter().for_each(|file| hasher.update(file.len.to_le_bytes()));
-        hasher.finalize().iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
+        self.files.iter().for_each(|file| all.extend(file.len.to_le_bytes()));
+        digest(&all)
     }
 }

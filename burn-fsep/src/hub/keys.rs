@@ -4,6 +4,9 @@ use serde_json::Value;
 
 use super::{HubError, json::Object};
 
+/// More than any size of a model, and far from where products of sizes overflow.
+const MAX: u64 = i32::MAX as u64;
+
 /// The keys of a `config.json`, or of an object in it, whose errors name the key.
 #[derive(Clone, Copy)]
 pub(super) struct Keys<'a> {
@@ -41,7 +44,8 @@ impl<'a> Keys<'a> {
     }
 
     pub fn find_usize(&self, key: &str) -> Result<Option<usize>, HubError> {
-        self.read(key, "a whole number", |value| value.as_u64().and_then(|value| value.try_into().ok()))
+        let read = |value: &Value| value.as_u64().filter(|value| *value <= MAX).map(|value| value as usize);
+        self.read(key, "a whole number below 2^31", read)
     }
 
     pub fn usize(&self, key: &str) -> Result<usize, HubError> {

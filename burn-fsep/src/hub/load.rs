@@ -240,9 +240,15 @@ impl ModuleMapper for Load<'_> {
         if self.error.is_some() {
             return param;
         }
+        let device = param.lazy_device();
+        // The old value goes before the new one comes: no two of them at once.
+        let param = match param.is_initialized() {
+            true => param.map(|_| Tensor::zeros([1; D], &device)),
+            false => param,
+        };
         match self.read() {
             Ok(data) => {
-                let (id, device, dtype) = (param.id, param.lazy_device(), data.dtype());
+                let (id, dtype) = (param.id, data.dtype());
                 param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id)
             }
             Err(error) => {

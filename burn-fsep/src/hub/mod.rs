@@ -57,10 +57,12 @@ mod read;
 mod regular_file;
 mod rope;
 mod save;
+mod save_config;
 mod stored;
 mod values;
 mod view;
 mod write;
+mod writer;
 
 pub use config::{HiddenAct, LayerType, MlaConfig, ModelConfig, QkNorm, Quantization};
 pub use error::HubError;
@@ -70,4 +72,4 @@ pub use load::LoadConfig;
 pub use moe_facts::{ClampedSwiGlu, MoeFacts, Scoring};
 pub use progress::Progress;
 pub use rope::{RopeConfig, RopeScaling};
-pub use save::SaveConfig;
+pub use save_config::SaveConfig;

@@ -2,8 +2,6 @@
 
 use std::{collections::HashMap, ops::Range, path::Path};
 
-use sha2::{Digest, Sha256};
-
 use super::{
     Family, HubError, ModelConfig,
     experts::{ExpertPart, expert_parts},
@@ -13,6 +11,7 @@ use super::{
     stored::{StoredTensor, StoredTensors},
     view::View,
 };
+use crate::comm::digest;
 
 /// A model's parameters with where they stand.
 #[derive(Debug)]
@@ -86,12 +85,11 @@ impl Plan {
 impl Plan {
     /// What ranks compare.
     pub fn digest(&self) -> u64 {
-        let mut hasher = Sha256::new();
-        for PlannedParam { param, .. } in &self.params {
+        let params = self.params.iter().map(|PlannedParam { param, .. }| {
             let ModelParam { path, dtype, shape, .. } = param;
-            hasher.update(format!("{path} {dtype} {shape:?};"));
-        }
-        hasher.finalize().iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
+            format!("{path} {dtype} {shape:?};")
+        });
+        digest(params.collect::<String>().as_bytes())
     }
 }
 

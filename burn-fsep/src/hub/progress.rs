@@ -14,7 +14,9 @@ pub struct Progress<'a> {
 
 /// Who is told.
 #[derive(Clone, Default)]
-pub(super) struct Listener(Option<Arc<dyn Fn(Progress<'_>) + Send + Sync>>);
+pub(super) struct Listener(Option<Arc<Tell>>);
+
+type Tell = dyn Fn(Progress<'_>) + Send + Sync;
 
 impl Listener {
     pub fn new(listener: impl Fn(Progress<'_>) + Send + Sync + 'static) -> Self {

@@ -129,14 +129,18 @@ impl Reader {
                 self.bytes(values, start, raw)?;
                 let &[.., rows, columns] = &tensor.shape[..] else { unreachable!("checked when it was opened") };
                 let grid = [rows.div_ceil(block[0]), columns.div_ceil(block[1])];
-                let (e4m3, scales) = (&self.e4m3, &self.scales.1);
-                let scale = |element: usize| {
+                let mut values = Vec::with_capacity(len);
+                let mut rest = raw.as_slice();
+                while let Some(element) = (!rest.is_empty()).then(|| start + len - rest.len()) {
                     let (row, column) = (element / columns, element % columns);
+                    // Up to the end of the block, or of the row.
+                    let count = (block[1] - column % block[1]).min(columns - column).min(rest.len());
                     let (matrix, row) = (row / rows, row % rows);
-                    scales[(matrix * grid[0] + row / block[0]) * grid[1] + column / block[1]]
-                };
-                let values: Vec<f32> =
-                    raw.iter().enumerate().map(|(i, &bits)| e4m3[usize::from(bits)] * scale(start + i)).collect();
+                    let scale = self.scales.1[(matrix * grid[0] + row / block[0]) * grid[1] + column / block[1]];
+                    let (part, after) = rest.split_at(count);
+                    values.extend(part.iter().map(|&bits| self.e4m3[usize::from(bits)] * scale));
+                    rest = after;
+                }
                 encode_all(&values, dtype, to);
             }
             Storage::Mxfp4 { blocks, scales } => {

@@ -1,10 +1,9 @@
 use std::{path::Path, sync::Arc};
 
 use burn::{module::Module, tensor::FloatDType};
-use sha2::{Digest, Sha256};
 
 use super::{
-    HubError, HubFolder,
+    HubError, HubFolder, SaveConfig,
     folder::{CONFIG, INDEX},
     hub_folder::Inner,
     layout::Layout,
@@ -12,88 +11,22 @@ use super::{
     model::model_params,
     output::Output,
     plan::{Lookup, Plan},
-    progress::{Listener, Progress},
     values::{ParamValue, param_values},
     write::Job,
 };
 use crate::{
     FsepRuntime,
     checkpoint::{Work, all_or_none},
-    comm::{self, Communicator, Operation},
+    comm::{self, Communicator, Operation, digest},
 };
 
 const SAVE: Operation = Operation::new("save of a model folder");
-/// 5 GB, as the hub takes them.
-const MAX_SHARD_SIZE: u64 = 5_000_000_000;
-
-/// How a model is saved; equal on all ranks.
-#[derive(Debug, Clone)]
-pub struct SaveConfig {
-    pub(super) max_shard_size: u64,
-    pub(super) dtype: Option<FloatDType>,
-    ignored: Vec<String>,
-    prefix: String,
-    progress: Listener,
-}
-
-impl Default for SaveConfig {
-    fn default() -> Self {
-        Self {
-            max_shard_size: MAX_SHARD_SIZE,
-            dtype: None,
-            ignored: Vec::new(),
-            prefix: String::new(),
-            progress: Listener::default(),
-        }
-    }
-}
-
-impl SaveConfig {
-    /// Files of up to 5 GB, with the types that the folder has.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Sets how many bytes of tensors a file has at most; a larger tensor has a file of its own.
-    pub fn with_max_shard_size(mut self, bytes: u64) -> Self {
-        self.max_shard_size = bytes;
-        self
-    }
-
-    /// Sets the type of all tensors, but for DeepSeek-V3's bias on the choice; `None` is that of the folder, and BF16 where that is
-    /// quantised.
-    pub fn with_dtype(mut self, dtype: Option<FloatDType>) -> Self {
-        self.dtype = dtype;
-        self
-    }
-
-    /// Adds names of tensors that the folder has and the model has not, as for
-    /// [`LoadConfig::with_ignored`](super::LoadConfig::with_ignored): they are copied.
-    pub fn with_ignored<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
-        self.ignored.extend(names.into_iter().map(Into::into));
-        self
-    }
-
-    /// Sets what stands before the paths of the model's parameters, as for
-    /// [`LoadConfig::with_prefix`](super::LoadConfig::with_prefix).
-    pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
-        self.prefix = prefix.into();
-        self
-    }
-
-    /// Sets who is told after each step how far this rank is.
-    pub fn with_progress(mut self, progress: impl Fn(Progress<'_>) + Send + Sync + 'static) -> Self {
-        self.progress = Listener::new(progress);
-        self
-    }
-}
-
 impl HubFolder {
     /// Writes a model of this folder's to a new folder, on a file system that all ranks share. Collective.
     ///
     /// Tensors have the names, shapes and types that this folder has: a model that was loaded and not changed is written bit for
     /// bit. What is quantised here is BF16 there, and `config.json` says so. What the model has not (and may not have) is copied,
-    /// and so are `config.json` and the files of the tokenizer. The new folder appears whole or not at all.
+    /// and so are `config.json` and the files of the tokenizer. The new folder appears whole or not at all; one job at a time writes it.
     ///
     /// Ranks write different files; a rank holds one replicated parameter, and some MB of the experts of all, at once.
     ///
@@ -150,11 +83,8 @@ fn check_replicas(comm: &dyn Communicator, job: &Job, values: &[ParamValue]) -> 
         return Ok(());
     }
     let replicated = || job.plan.params.iter().zip(values).filter(|(planned, _)| planned.param.experts.is_none());
-    let digests = replicated().map(|(planned, value)| {
-        let digest = Sha256::digest(value.all()?.as_bytes());
-        let digest = digest.iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte));
-        Ok((planned.param.path.clone(), digest))
-    });
+    let digests =
+        replicated().map(|(planned, value)| Ok((planned.param.path.clone(), digest(value.all()?.as_bytes()))));
     let digests: Result<Vec<_>, HubError> = digests.collect();
     let digests = all_or_none(comm, SAVE, digests)?;
     match comm::agree(comm, SAVE, &digests)? {

@@ -139,7 +139,8 @@ impl Group<'_> {
                 false => Err(self.scales(piece, format!("these are scales, and there is no `{blocks}`"))),
             };
         }
-        if let Some(stem) = name.strip_suffix(BLOCKS).filter(|_| piece.raw.dtype == Dtype::U8) {
+        let has_scales = |stem: &&str| self.raw.contains_key(format!("{stem}{SCALES}").as_str());
+        if let Some(stem) = name.strip_suffix(BLOCKS).filter(|stem| piece.raw.dtype == Dtype::U8 || has_scales(stem)) {
             let scales = self.find(piece, &format!("{stem}{SCALES}"))?;
             let shape = self.mxfp4_shape(piece, scales)?;
             return stored(stem, shape, Storage::Mxfp4 { blocks: piece.clone(), scales: scales.clone() });
@@ -182,7 +183,8 @@ impl Group<'_> {
             return Err(self.scales(blocks, format!("its blocks are {shape:?}, not [.., G, {}]", MX_BLOCK / 2)));
         };
         let expected = &shape[..shape.len() - 1];
-        if *half != MX_BLOCK / 2 || expected != of_scales || scales.raw.dtype != Dtype::U8 {
+        let are_bytes = [blocks, scales].iter().all(|piece| piece.raw.dtype == Dtype::U8);
+        if !are_bytes || *half != MX_BLOCK / 2 || expected != of_scales {
             let reason = format!(
                 "blocks are {} {shape:?} and `{}` are {} {of_scales:?}, not U8 [.., G, {}] and U8 [.., G]",
                 blocks.raw.dtype,

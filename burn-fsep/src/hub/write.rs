@@ -3,28 +3,21 @@
 //! Ranks go through their files in equal steps. In each step every rank sends the writers its parts of some experts, some MB at
 //! once, and every writer writes them; so no rank ever has more than those and one replicated parameter.
 
-use std::{
-    fs::File,
-    io::{self, Seek, SeekFrom, Write},
-    ops::Range,
-    sync::Arc,
-};
+use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Bytes;
-use safetensors::Dtype;
 
 use super::{
     HubError,
-    decode::{convert, size_of},
+    decode::size_of,
     hub_folder::Inner,
     layout::{Layout, Origin, OutFile, OutTensor},
     output::Output,
     plan::{Plan, PlannedParam, Source},
     progress::Listener,
-    read::Reader,
-    stored::{Storage, StoredTensor},
     values::ParamValue,
     view::View,
+    writer::Writer,
 };
 use crate::{
     checkpoint::{Sharding, Work, all_or_none},
@@ -33,16 +26,16 @@ use crate::{
 
 const WRITE: Operation = Operation::new("files of a model folder");
 /// Bytes written in a step, if a part is not larger.
-const STEP: u64 = 16 << 20;
+const STEP: u64 = 4 << 20;
 
 /// What is written at once: a part of an expert, or a tensor.
 #[derive(Debug, Clone, Copy)]
-struct Unit {
+pub(super) struct Unit {
     /// The tensor, and where it starts in the file.
-    tensor: usize,
-    start: u64,
+    pub tensor: usize,
+    pub start: u64,
     /// The place among the experts that the tensor has.
-    expert: Option<usize>,
+    pub expert: Option<usize>,
 }
 
 /// All that is known on every rank.
@@ -127,17 +120,17 @@ impl Job {
         steps
     }
 
-    /// Sends each writer this rank's parts of the experts in its units; `units[w]` are those of rank `w`. What came for this rank, by
-    /// rank.
+    /// Sends each writer this rank's parts of the experts in its units; `units[w]` are those of rank `w`. What came for this rank, one
+    /// rank's after the other's, with their lengths.
     fn exchange(
         &self,
         comm: &dyn Communicator,
         values: &[ParamValue],
         units: &[&[Unit]],
-    ) -> Result<Vec<Vec<u8>>, HubError> {
+    ) -> Result<(Vec<u8>, Vec<usize>), HubError> {
         let (rank, ranks) = (comm.rank(), comm.size());
         if units.iter().all(|units| units.iter().all(|unit| unit.expert.is_none())) {
-            return Ok(vec![Vec::new(); ranks]);
+            return Ok((Vec::new(), vec![0; ranks]));
         }
         let (send, sends) = all_or_none(comm, WRITE, self.pieces(values, units, rank, ranks))?;
         let mut plan = ExchangePlan { sends, ..ExchangePlan::default() };
@@ -156,13 +149,7 @@ impl Job {
         plan.send_len = send.len();
         let mut received = vec![0; plan.recv_len];
         comm.start_all_to_all_v(WRITE, Arc::new(Bytes::from_bytes_vec(send)), plan)?.wait(&mut received)?;
-        let mut rest = received.as_slice();
-        let parts = lens.into_iter().map(|len| {
-            let (part, after) = rest.split_at(len);
-            rest = after;
-            part.to_vec()
-        });
-        Ok(parts.collect())
+        Ok((received, lens))
     }
 
     /// What rank `rank` sends to the writers of these units.
@@ -173,7 +160,12 @@ impl Job {
         rank: usize,
         ranks: usize,
     ) -> Result<(Vec<u8>, Vec<Block>), HubError> {
-        let (mut send, mut blocks) = (Vec::new(), Vec::new());
+        let pieces = |peer: usize, units: &&[Unit]| -> usize {
+            let pieces = units.iter().filter_map(|unit| self.piece(unit, rank, ranks, peer));
+            pieces.map(|(place, piece)| self.bytes_of(place, &piece)).sum()
+        };
+        let len = units.iter().enumerate().map(|(peer, units)| pieces(peer, units)).sum();
+        let (mut send, mut blocks) = (Vec::with_capacity(len), Vec::new());
         for (peer, units) in units.iter().enumerate() {
             let offset = send.len();
             for unit in *units {
@@ -185,6 +177,10 @@ impl Job {
             }
         }
         Ok((send, blocks))
+    }
+
+    fn bytes_of(&self, place: usize, piece: &Piece) -> usize {
+        piece.columns.len() * size_of(self.plan.params[place].param.dtype)
     }
 
     /// What rank `rank` has of an expert's part that rank `writer` writes; with the parameter's place.
@@ -218,10 +214,12 @@ impl Job {
         &self,
         values: &[ParamValue],
         units: &[Unit],
-        parts: Vec<Vec<u8>>,
+        (received, lens): (Vec<u8>, Vec<usize>),
         [rank, ranks]: [usize; 2],
     ) -> Result<Vec<(Unit, Content)>, HubError> {
-        let mut rest: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        let mut after = received.as_slice();
+        let parts = lens.into_iter().map(|len| after.split_off(..len).unwrap_or_default());
+        let mut rest: Vec<&[u8]> = parts.collect();
         let mut all = Vec::with_capacity(units.len());
         for unit in units {
             let content = match &self.layout.tensors[unit.tensor].origin {
@@ -253,7 +251,7 @@ struct Piece {
     at: usize,
 }
 
-enum Content {
+pub(super) enum Content {
     /// In the parameter's order and type.
     Values(Bytes),
     /// As the folder has it that was read.
@@ -269,78 +267,10 @@ fn job_bytes(job: &Job, unit: &Unit) -> u64 {
     }
 }
 
-/// A file that this rank writes.
-struct Writer {
-    job: Arc<Job>,
-    file: Option<File>,
-    name: String,
-    header: Vec<u8>,
-    reader: Option<Reader>,
-}
-
-impl Writer {
-    fn new(job: &Arc<Job>, file: &OutFile) -> Self {
-        Self { job: job.clone(), file: None, name: file.name.clone(), header: file.header.clone(), reader: None }
-    }
-
-    fn at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), HubError> {
-        let path = self.job.output.partial.join(&self.name);
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => {
-                let mut file = File::create_new(&path).map_err(HubError::io("create", &path))?;
-                file.write_all(&self.header).map_err(HubError::io("write", &path))?;
-                none.insert(file)
-            }
-        };
-        write_at(file, offset, bytes).map_err(HubError::io("write", &path))
-    }
-
-    fn write(&mut self, job: &Job, unit: &Unit, content: Content) -> Result<(), HubError> {
-        let tensor = &job.layout.tensors[unit.tensor];
-        match content {
-            Content::Folder => self.copy(job, tensor, unit.start),
-            Content::Values(bytes) => {
-                let (place, views, first) = job.views(tensor, unit);
-                let (from, to) = (job.plan.params[place].param.dtype, tensor.dtype);
-                let (offset, content) = arrange(&views, bytes, from, to);
-                let offset = (first + offset) as u64 * size_of(to) as u64;
-                self.at(unit.start + offset, &content)
-            }
-        }
-    }
-
-    /// Copies a tensor of the folder, decoded if it is quantised.
-    fn copy(&mut self, job: &Job, tensor: &OutTensor, start: u64) -> Result<(), HubError> {
-        let stored = job.folder.stored.get(&tensor.name).expect("it is the folder's");
-        let width = size_of(tensor.dtype);
-        let mut reader = self.reader.take().unwrap_or_else(|| Reader::new(job.folder.clone()));
-        let mut at = start;
-        for view in copied_views(stored) {
-            for from in (0..view.len()).step_by(STEP as usize / width) {
-                let range = from..(from + STEP as usize / width).min(view.len());
-                let mut bytes = vec![0; range.len() * width];
-                reader.read(&tensor.name, &view, range, tensor.dtype, &mut bytes)?;
-                self.at(at, &bytes)?;
-                at += bytes.len() as u64;
-            }
-        }
-        self.reader = Some(reader);
-        Ok(())
-    }
-
-    fn close(mut self) -> Result<(), HubError> {
-        // A file without tensors has its header.
-        self.at(self.header.len() as u64, &[])?;
-        let path = self.job.output.partial.join(&self.name);
-        self.file.map_or(Ok(()), |file| file.sync_all().map_err(HubError::io("write", &path)))
-    }
-}
-
 impl Job {
     /// Where the values of a unit stand in its tensor: views, each with the place of its first value among the unit's, and the
     /// tensor's element that the unit starts at.
-    fn views(&self, tensor: &OutTensor, unit: &Unit) -> (usize, Vec<(usize, View)>, usize) {
+    pub fn views(&self, tensor: &OutTensor, unit: &Unit) -> (usize, Vec<(usize, View)>, usize) {
         match &tensor.origin {
             Origin::Experts(place, slices) => {
                 let (expert, range) = &slices[unit.expert.unwrap_or(0)];
@@ -362,45 +292,4 @@ impl Job {
             Origin::Folder => unreachable!("it has no values of the model's"),
         }
     }
-}
-
-/// Puts values in the order and the type that a file has them in; with the first one's place.
-fn arrange(views: &[(usize, View)], bytes: Bytes, from: Dtype, to: Dtype) -> (usize, Bytes) {
-    let converted = if from == to {
-        bytes
-    } else {
-        let mut converted = vec![0; bytes.len() / size_of(from) * size_of(to)];
-        convert(from, &bytes, to, &mut converted);
-        Bytes::from_bytes_vec(converted)
-    };
-    if let [(_, view)] = views
-        && view.is_run()
-    {
-        return (view.base, converted);
-    }
-    let width = size_of(to);
-    let mut arranged = vec![0; converted.len()];
-    for (at, view) in views {
-        for place in 0..view.len() {
-            arranged[view.at(place) * width..][..width].copy_from_slice(&converted[(at + place) * width..][..width]);
-        }
-    }
-    (0, Bytes::from_bytes_vec(arranged))
-}
-
-/// A stored tensor as it is written where it is not quantised.
-fn copied_views(stored: &StoredTensor) -> Vec<View> {
-    match &stored.storage {
-        Storage::Mxfp4 { .. } => {
-            let &[.., rows, columns] = &stored.shape[..] else { return vec![View::run(0, stored.len())] };
-            let size = rows * columns;
-            (0..stored.len()).step_by(size.max(1)).map(|base| View::transposed(base, columns, rows)).collect()
-        }
-        _ => vec![View::run(0, stored.len())],
-    }
-}
-
-fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> io::Result<()> {
-    file.seek(SeekFrom::Start(offset))?;
-    file.write_all(bytes)
 }

@@ -43,14 +43,12 @@ pub(super) fn top_k(
     };
     let chosen = best(ranked, topk);
     // A logit that is no number, or infinite, gives scores that are no numbers, and any expert: marked here, on the device, and
-    // noticed where the counts are read anyway. One sigmoid says nothing of the others.
+    // noticed where the counts are read anyway. One sigmoid says nothing of the others, nor does a softmax of the chosen ones:
+    // what is no number is chosen last.
     let sum_of_scores = scores.clone().inner().sum_dim(1);
     let mut output = weigh(logits, scores, chosen, config, dtype);
     let probs = output.probs.clone().inner();
-    let without_scores = match config.score_function {
-        ScoreFunction::Softmax => probs.is_nan(),
-        ScoreFunction::Sigmoid => (probs + (sum_of_scores * 0.0).cast(dtype)).is_nan(),
-    };
+    let without_scores = (probs + (sum_of_scores * 0.0).cast(dtype)).is_nan();
     output.experts = output.experts.mask_fill(without_scores, num_experts as i64);
     output
 }
@@ -167,12 +165,15 @@ mod tests {
     #[test]
     fn logits_without_scores_have_no_expert() {
         let sigmoid = TopKRouterConfig::new().with_score_function(ScoreFunction::Sigmoid);
+        let softmax_of_chosen = TopKRouterConfig::new().with_pre_softmax(false);
         for bad in [f32::NAN, f32::INFINITY] {
-            assert_eq!(routed(&TopKRouterConfig::new(), None, &[0.0, bad, 1.0], 2).1, [3, 3], "{bad}");
+            for config in [TopKRouterConfig::new(), softmax_of_chosen.clone()] {
+                assert_eq!(routed(&config, None, &[0.0, bad, 1.0], 2).1, [3, 3], "{bad}, {config:?}");
+            }
         }
         assert_eq!(routed(&sigmoid, None, &[0.0, f32::NAN, 1.0], 2).1, [3, 3]);
         assert_eq!(routed(&TopKRouterConfig::new(), None, &[f32::NEG_INFINITY; 3], 2).1, [3, 3]);
-        for config in [TopKRouterConfig::new(), sigmoid] {
+        for config in [TopKRouterConfig::new(), softmax_of_chosen, sigmoid] {
             assert_eq!(routed(&config, None, &[0.0, f32::NEG_INFINITY, 1.0], 2).1, [2, 0]);
         }
     }

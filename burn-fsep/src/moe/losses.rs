@@ -117,7 +117,8 @@ fn load_balancing_loss(scores: Tensor<2>, routing: &LayerRouting) -> Tensor<1> {
     let all: u64 = routing.expert_loads.iter().sum();
     let factor = experts as f64 / (all.max(1) as f64 * routing.tokens_per_rank());
     let weights: Vec<f32> = routing.expert_loads.iter().map(|&n| (n as f64 * factor) as f32).collect();
-    let weights = Tensor::<2>::from_data(TensorData::new(weights, [1, experts]), &scores.device());
+    // As scores are, whatever type the device makes by itself.
+    let weights = Tensor::<2>::from_data(TensorData::new(weights, [1, experts]), (&scores.device(), DType::F32));
     (scores * weights).sum()
 }
 
@@ -170,7 +171,7 @@ pub fn pooled_load_balancing_loss(layers: &[LayerRouting]) -> Result<Tensor<1>, 
     let factor = (experts * first.ranks) as f64 / (tokens * tokens);
     let weight = |e: usize| (layers.iter().map(|layer| layer.expert_loads[e]).sum::<u64>() as f64 * factor) as f32;
     let weights = TensorData::new((0..experts).map(weight).collect::<Vec<_>>(), [1, experts]);
-    Ok((sums.clone() * Tensor::from_data(weights, &sums.device())).sum())
+    Ok((sums.clone() * Tensor::from_data(weights, (&sums.device(), DType::F32))).sum())
 }
 
 /// The router z-loss `coeff * mean_t logsumexp(logits_t)^2` (ST-MoE, eq. 5). `logits`: `[T, E]`
@@ -293,7 +294,7 @@ mod tests {
             };
             assert!(loss(0.0, 0.0).is_none());
             assert_eq!(loss(1.0, 1.0).unwrap().into_scalar::<f32>(), 0.0);
-            assert_eq!(pooled_load_balancing_loss(&[routing.clone()]).unwrap().into_scalar::<f32>(), 0.0);
+            assert_eq!(pooled_load_balancing_loss(std::slice::from_ref(&routing)).unwrap().into_scalar::<f32>(), 0.0);
         }
     }
 

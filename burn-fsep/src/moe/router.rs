@@ -95,7 +95,8 @@ impl TopKRouter {
         &self.config
     }
 
-    /// Routes tokens. `[T, D] -> RouterOutput`. A token whose logits leave no scores (not a number, or infinite) gets no expert.
+    /// Routes tokens. `[T, D] -> RouterOutput`. A token whose logits leave no scores gets no expert: one is
+    /// not a number, or, with softmax, plus infinity.
     ///
     /// # Errors
     ///

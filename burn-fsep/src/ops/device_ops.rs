@@ -1,13 +1,13 @@
 //! What the host asks of tensors without gradients, on the device where they are.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use burn::{
     backend::{
         Backend, Dispatch as AnyBackend, TensorMetadata, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::{Tensor, TensorData, read_sync},
+    tensor::{DType, FloatDType, Shape, Slice, Tensor, TensorData, read_sync},
 };
 
 use super::assignment_order::{AssignmentOrder, with_dtype};
@@ -61,6 +61,14 @@ pub trait FsepDeviceOps: Backend {
         Self::int_from_data(TensorData::new(chosen, [rows, topk]), &device)
     }
 
+    /// Sums of squares of parts of a tensor, at least in single precision, whose total is that of all of it. Few enough for the
+    /// host to add them up, many enough that single precision does not lose digits. `[len] -> [at most 1024]`
+    fn fsep_sums_of_squares(numbers: FloatTensor<Self>) -> FloatTensor<Self> {
+        // Half precision is widened first, since squares leave its range.
+        let wide = if numbers.dtype() == DType::F64 { numbers } else { Self::float_cast(numbers, FloatDType::F32) };
+        sums_of_runs::<Self>(Self::float_mul(wide.clone(), wide))
+    }
+
     /// All ranks' messages, each a `header` and the rank's `ends`, `[E + 2]`, in host memory: `[N, header + E + 2]`.
     /// The host waits once, for all of it. Collective.
     ///
@@ -107,6 +115,24 @@ impl FsepDeviceOps for burn::backend::Flex {
     }
 }
 
+/// Elements that are summed at once.
+pub(super) const RUN: usize = 1024;
+
+/// Sums of runs, and sums of these, until one run is left. `[len] -> [at most RUN]`
+pub(super) fn sums_of_runs<B: Backend>(mut numbers: FloatTensor<B>) -> FloatTensor<B> {
+    while numbers.shape()[0] > RUN {
+        let len = numbers.shape()[0];
+        let part = |range: Range<usize>| B::float_slice(numbers.clone(), &[Slice::from(range)]);
+        let runs = B::float_reshape(part(0..len / RUN * RUN), Shape::new([len / RUN, RUN]));
+        let mut sums = vec![B::float_reshape(B::float_sum_dim(runs, 1), Shape::new([len / RUN]))];
+        if !len.is_multiple_of(RUN) {
+            sums.push(B::float_sum(part(len / RUN * RUN..len)));
+        }
+        numbers = if sums.len() == 1 { sums.swap_remove(0) } else { B::float_cat(sums, 0) };
+    }
+    numbers
+}
+
 /// Indices of the largest numbers of a row, as [`FsepDeviceOps::fsep_top_k`] orders them.
 pub(super) fn top_k_of(row: &[f32], topk: usize) -> Vec<i64> {
     let mut order: Vec<u32> = (0..row.len() as u32).collect();
@@ -127,6 +153,12 @@ pub(super) fn top_k_of(row: &[f32], topk: usize) -> Vec<i64> {
 /// [`FsepDeviceOps::fsep_is_same`] of tensors of any backend, without gradients.
 pub fn is_same(a: &Tensor<2>, b: &Tensor<2>) -> bool {
     <AnyBackend as FsepDeviceOps>::fsep_is_same(a.clone().into_dispatch(), b.clone().into_dispatch())
+}
+
+/// [`FsepDeviceOps::fsep_sums_of_squares`] of a tensor of any backend, without gradients.
+pub fn sums_of_squares<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let len = tensor.shape().num_elements();
+    Tensor::from_dispatch(<AnyBackend as FsepDeviceOps>::fsep_sums_of_squares(tensor.reshape([len]).into_dispatch()))
 }
 
 /// [`FsepDeviceOps::fsep_gather_ends`] for communicators that do not reach the device.

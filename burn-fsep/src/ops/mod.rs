@@ -28,7 +28,7 @@ mod unshard;
 pub use activation::ExpertActivation;
 pub use assignment_order::counts_of;
 pub use device_check::check_device;
-pub use device_ops::{FsepDeviceOps, is_same};
+pub use device_ops::{FsepDeviceOps, is_same, sums_of_squares};
 pub use expert_weights::UnshardRequest;
 pub use extension::{FsepOps, moe, plan_unshard};
 pub use gradient_hook::{GradientHook, GradientSink, gradient_hook};

@@ -3,13 +3,14 @@ use std::collections::HashSet;
 use burn::{
     module::{Module, Param, ParamId},
     optim::GradientsParams,
-    tensor::{DType, Tensor},
+    tensor::Tensor,
 };
 
 use super::params::{ModulePath, ParamVisitor, Placement, visit_params};
 use crate::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
+    ops::sums_of_squares,
 };
 
 /// Scales all gradients so that their global norm is at most `max_norm`; returns the norm before. Collective.
@@ -72,23 +73,9 @@ impl ParamVisitor for Squares<'_> {
             && let Some(grad) = self.grads.get::<D>(param.id)
         {
             let placement = Placement::at(path);
-            self.sums.extend(sums_of_squares(grad).map(|sums| (placement, sums)));
+            self.sums.push((placement, sums_of_squares(grad)));
         }
     }
-}
-
-/// Sums of squares of runs of a thousand elements, on the device: single precision alone would lose digits on large
-/// tensors. Half precision is widened first, since squares leave its range.
-fn sums_of_squares<const D: usize>(grad: Tensor<D>) -> impl Iterator<Item = Tensor<1>> {
-    const RUN: usize = 1024;
-    let len = grad.shape().num_elements();
-    let wide = if grad.dtype() == DType::F64 { grad } else { grad.cast(DType::F32) };
-    let flat = wide.reshape([len]).square();
-    let whole = len / RUN * RUN;
-    let runs =
-        (whole > 0).then(|| flat.clone().slice(0..whole).reshape([len / RUN, RUN]).sum_dim(1).reshape([len / RUN]));
-    let rest = (whole < len).then(|| flat.slice(whole..len).sum());
-    runs.into_iter().chain(rest)
 }
 
 /// Totals of the replicated and of the sharded parameters, in double precision. A device is read once (once more for
@@ -141,7 +128,7 @@ impl ParamVisitor for Scale<'_> {
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use burn::tensor::{Device, TensorData};
+    use burn::tensor::{DType, Device, TensorData};
 
     use super::*;
 
@@ -159,19 +146,26 @@ mod tests {
 
     #[test]
     fn the_norm_of_half_precision_gradients_is_that_of_single_precision() {
-        // The square of 1000 is infinite in half precision; 1500 numbers are a whole run and a rest.
-        let values: Vec<f32> = (0..1500).map(|i| (i % 7) as f32 * 100.0 + 400.0).collect();
+        // The square of 1000 is infinite in half precision; the numbers are one run, one and a rest, and more runs than a run has.
+        for len in [1024, 1500, 1_060_000] {
+            let values: Vec<f32> = (0..len).map(|i| (i % 7) as f32 * 100.0 + 400.0).collect();
+            check_norm_of(&values);
+        }
+    }
+
+    fn check_norm_of(values: &[f32]) {
         let expected: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
-            let grad = Tensor::<1>::from_data(TensorData::new(values.clone(), [1500]), &Device::flex()).cast(dtype);
+            let grad =
+                Tensor::<1>::from_data(TensorData::new(values.to_vec(), [values.len()]), &Device::flex()).cast(dtype);
             // Of bfloat16, the values themselves are rounded.
             let allowed = if dtype == DType::BF16 { 2e-3 } else { 1e-6 };
-            let sums = sums_of_squares(grad).map(|sum| (Placement::Replicated, sum)).collect();
-            let (sum, none) = read_sums(sums).unwrap();
+            let (sum, none) = read_sums(vec![(Placement::Replicated, sums_of_squares(grad))]).unwrap();
             assert_eq!(none, 0.0);
             assert!((sum / expected - 1.0).abs() < allowed, "{dtype:?}: {sum} instead of {expected}");
         }
     }
+
     #[test]
     fn totals_are_kept_apart_by_placement_whatever_the_element_types() {
         let device = Device::flex();
@@ -184,7 +178,6 @@ mod tests {
             (Placement::Sharded, sums(4.0, 0, DType::F32)),
             (Placement::Sharded, sums(5.0, 1, DType::F32)),
         ];
-        let all = all.into_iter().flat_map(|(placement, sums)| sums.map(move |sum| (placement, sum))).collect();
-        assert_eq!(read_sums(all).unwrap(), (3000.0 + 45.0, 4096.0 + 25.0));
+        assert_eq!(read_sums(all.into()).unwrap(), (3000.0 + 45.0, 4096.0 + 25.0));
     }
 }

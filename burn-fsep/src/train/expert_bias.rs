@@ -64,6 +64,10 @@ impl ModuleMapper for Update<'_> {
             return param;
         }
         let loads = self.runtime.take_expert_loads(router_of_layer);
+        // The router of a dense layer, which counts nothing, has none.
+        if param.shape()[..] != [loads.len()] {
+            return param;
+        }
         param.map(|bias| {
             let (shape, dtype) = (bias.shape(), bias.dtype());
             let moves = TensorData::new(moves(&loads, rate, zero_mean), shape);

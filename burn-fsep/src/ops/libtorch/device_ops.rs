@@ -5,7 +5,10 @@ use burn_tch::TchTensor;
 use tch::{Device, Tensor};
 
 use super::{
-    super::{FsepDeviceOps, device_ops::gather_through_host},
+    super::{
+        FsepDeviceOps,
+        device_ops::{gather_through_host, sums_of_runs},
+    },
     reduce, routing,
 };
 use crate::{
@@ -27,6 +30,11 @@ impl FsepDeviceOps for LibTorch {
 
     fn fsep_top_k(numbers: TchTensor, topk: usize) -> TchTensor {
         TchTensor::new(routing::top_k(&numbers.tensor, topk).unwrap_or_else(|error| panic!("{error}")))
+    }
+
+    fn fsep_sums_of_squares(numbers: TchTensor) -> TchTensor {
+        let sums = reduce::sums_of_squares(&numbers.tensor).unwrap_or_else(|error| panic!("{error}"));
+        sums_of_runs::<Self>(TchTensor::new(sums))
     }
 
     fn fsep_gather_ends(

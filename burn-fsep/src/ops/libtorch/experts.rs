@@ -16,6 +16,9 @@ use crate::shard::ExpertShape;
 /// Rows a slot up to which products of all slots in one launch beat a launch a slot (measured on an H200).
 const GROUPED_UP_TO: usize = 1024;
 
+/// Slots whose gradients one launch computes: they are copied to their places afterwards, so this bounds what is there twice.
+const SLOTS_AT_ONCE: usize = 16;
+
 /// Views of flat parameters, or of a buffer for their gradient, as matrices.
 struct Matrices<'a> {
     flat: Tensor,
@@ -97,7 +100,7 @@ impl<'a> Matrices<'a> {
 /// How products of tokens with their slots' matrices are computed.
 enum Products<'a> {
     /// One launch for all slots; where each slot's rows end. Shape `[C]`.
-    Grouped(Tensor),
+    Grouped(Tensor, &'a [Range<usize>]),
     /// One launch a slot that has rows.
     BySlot(&'a [Range<usize>]),
 }
@@ -115,7 +118,7 @@ impl<'a> Products<'a> {
             && cuda::has_grouped_products(tokens.device())
         {
             let ends: Vec<i32> = slot_rows.iter().map(|rows| rows.end as i32).collect();
-            return Ok(Self::Grouped(cuda::upload(&ends, tokens.device())?));
+            return Ok(Self::Grouped(cuda::upload(&ends, tokens.device())?, slot_rows));
         }
         Ok(Self::BySlot(slot_rows))
     }
@@ -129,7 +132,7 @@ impl<'a> Products<'a> {
         all: impl Fn() -> Result<Tensor, TchError>,
     ) -> Result<Tensor, TchError> {
         match self {
-            Self::Grouped(ends) => tokens.f_internal_grouped_mm(&all()?, Some(ends), None, None),
+            Self::Grouped(ends, _) => tokens.f_internal_grouped_mm(&all()?, Some(ends), None, None),
             Self::BySlot(slot_rows) => {
                 let out = empty(tokens.size()[0], out_width, tokens)?;
                 for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
@@ -139,6 +142,49 @@ impl<'a> Products<'a> {
             }
         }
     }
+}
+
+impl Products<'_> {
+    /// `grads[rows of slot]^T * tokens[rows of slot]`, written to the matrices of all slots that have rows.
+    /// `([M, out], [M, in]) -> [out, in]`, C times
+    fn gradients(
+        &self,
+        grads: &Tensor,
+        tokens: &Tensor,
+        matrix: impl Fn(usize) -> Result<Tensor, TchError>,
+        all: impl Fn() -> Result<Tensor, TchError>,
+    ) -> Result<(), TchError> {
+        match self {
+            Self::Grouped(_, slot_rows) => {
+                for (i, slots) in slot_rows.chunks(SLOTS_AT_ONCE).enumerate() {
+                    let start = slots[0].start;
+                    let rows = start..slots[slots.len() - 1].end;
+                    if rows.is_empty() {
+                        continue;
+                    }
+                    let ends: Vec<i32> = slots.iter().map(|rows| (rows.end - start) as i32).collect();
+                    let ends = cuda::upload(&ends, tokens.device())?;
+                    let grads = part(grads, &rows)?.f_tr()?;
+                    let products = grads.f_internal_grouped_mm(&part(tokens, &rows)?, Some(&ends), None, None)?;
+                    let places = all()?.f_narrow(0, (i * SLOTS_AT_ONCE) as i64, slots.len() as i64)?;
+                    copy_wide(&places, &products)?;
+                }
+            }
+            Self::BySlot(slot_rows) => {
+                for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+                    let _ = part(grads, rows)?.f_tr()?.f_mm_out(&matrix(slot)?, &part(tokens, rows)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies matrices, eight elements of two bytes at a time: rows of a buffer are no whole of memory, for which LibTorch copies
+/// element by element. `[C, rows, columns]`, both, of bf16 and with columns and strides that eight divides.
+fn copy_wide(to: &Tensor, from: &Tensor) -> Result<(), TchError> {
+    let wide = |tensor: &Tensor| tensor.f_view_dtype(Kind::ComplexDouble);
+    wide(to)?.f_copy_(&wide(from)?)
 }
 
 fn part(tensor: &Tensor, rows: &Range<usize>) -> Result<Tensor, TchError> {
@@ -217,15 +263,15 @@ pub(super) fn backward(
         if used < width {
             let _ = out.flat.f_narrow(1, used, width - used)?.f_zero_()?;
         }
+        products.gradients(&d_first, &tokens, |slot| out.gate_up(slot), || out.all_gate_up())?;
+        products.gradients(&grad, &hidden, |slot| out.down(slot), || out.all_down())?;
         for (slot, rows) in slot_rows.iter().enumerate() {
             if rows.is_empty() {
                 let _ = out.flat.f_select(0, weights.rows[slot] as i64)?.f_zero_()?;
-            } else {
-                let _ = part(&d_first, rows)?.f_tr()?.f_mm_out(&out.gate_up(slot)?, &part(&tokens, rows)?)?;
-                let _ = part(&grad, rows)?.f_tr()?.f_mm_out(&out.down(slot)?, &part(&hidden, rows)?)?;
-                for (mut bias, grad) in out.biases(slot)?.into_iter().flatten().zip([&d_first, &grad]) {
-                    bias.f_copy_(&part(grad, rows)?.f_sum_dim_intlist([0i64].as_slice(), false, None::<Kind>)?)?;
-                }
+                continue;
+            }
+            for (mut bias, grad) in out.biases(slot)?.into_iter().flatten().zip([&d_first, &grad]) {
+                bias.f_copy_(&part(grad, rows)?.f_sum_dim_intlist([0i64].as_slice(), false, None::<Kind>)?)?;
             }
         }
         Some(TchTensor::new(out.flat))

@@ -1,5 +1,7 @@
 use burn_tch::TchTensor;
-use tch::{Device, Kind};
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::super::device_ops::RUN;
 
 use crate::{
     FsepError,
@@ -18,6 +20,19 @@ impl PendingDeviceExchange for PendingReduction {
         let Self { pending, _tensor } = *self;
         pending.wait()
     }
+}
+
+/// Sums of squares of runs of elements: one look at each element, also in half precision. `[len] -> [ceil(len / RUN)]`
+pub(super) fn sums_of_squares(numbers: &Tensor) -> Result<Tensor, TchError> {
+    let kind = if numbers.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let (len, run) = (numbers.numel() as i64, RUN as i64);
+    let whole = len / run * run;
+    let norms = |numbers: Tensor| numbers.f_linalg_norm(2.0, [1i64].as_slice(), false, kind)?.f_square_();
+    let runs = norms(numbers.f_narrow(0, 0, whole)?.f_reshape([-1, run])?)?;
+    if whole == len {
+        return Ok(runs);
+    }
+    Tensor::f_cat(&[runs, norms(numbers.f_narrow(0, whole, len - whole)?.f_reshape([1, -1])?)?], 0)
 }
 
 /// As [`FsepDeviceOps::fsep_start_device_all_reduce`](crate::ops::FsepDeviceOps::fsep_start_device_all_reduce).

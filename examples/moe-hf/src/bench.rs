@@ -1,0 +1,117 @@
+use std::time::Instant;
+
+use burn::tensor::Device;
+use burn_fsep::{
+    FsepError, FsepRuntime,
+    comm::{Operation, ReduceBuffer, ReduceOp},
+    hub::ModelConfig,
+    launch::Rank,
+    planner::{PlannerStrategy, SplitMix64},
+    train::{FusedAdamWConfig, PlannerConfig, TrainerConfig},
+};
+
+use crate::{
+    BenchArgs, MoeHfError, TokenBatch,
+    inspect::ParameterCounts,
+    memory::PeakMemory,
+    model::{CausalLm, DecoderConfig},
+    ranks,
+};
+
+/// Runs `bench`, or, as a process of a launcher, one rank of it.
+///
+/// # Errors
+///
+/// [`MoeHfError`] if an option cannot work, config.json cannot be read, or a step fails.
+pub fn bench(args: &BenchArgs) -> Result<(), MoeHfError> {
+    args.check()?;
+    let ranks = args.parallel.init(1)?;
+    let mut config = DecoderConfig::from_hub(&ModelConfig::open(&args.config_only)?)?;
+    if let Some(layers) = args.layers {
+        let most = config.feed_forwards.len();
+        if layers > most {
+            return Err(MoeHfError::Option(format!("--layers {layers}: the model has only {most}")));
+        }
+        config.feed_forwards.truncate(layers);
+        config.sliding_windows.truncate(layers);
+    }
+    let line = ranks.run(|rank| run(args, &config, &rank))?;
+    if ranks.has_first() {
+        println!("{line}");
+    }
+    Ok(())
+}
+
+fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_json::Value, MoeHfError> {
+    ranks::check_equal(rank.comm.as_ref(), "options or models", &format!("{config:?} {args:?}"))?;
+    let memory = PeakMemory::start(rank.gpu);
+    let (runtime, device) = ranks::start(rank, args.parallel.dtype, args.seed)?;
+    let device = device.autodiff();
+    let config = config.clone().with_parallel(&args.parallel);
+    let model = CausalLm::new(&config, args.parallel.dtype.compute(), &runtime, &device)?;
+    // Every rank uses every layer. Gradients are not looked at: the peer in benches/hf_finetune_step.py does not, either.
+    let mut training = TrainerConfig::new()
+        .with_connect(false)
+        .with_check_gradients(false)
+        .with_gradient_buckets(model.buckets().clone());
+    if runtime.world_size() > 1 && !args.parallel.no_planner {
+        training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
+    }
+    let mut trainer = training.init(&runtime, model, FusedAdamWConfig::new().init())?;
+    let (mut times, mut losses, mut imbalance) = (Vec::new(), Vec::new(), [0.0; 2]);
+    for step in 0..args.warmup + args.steps {
+        let batch = random_batch(args, &config, step, &runtime, &device);
+        runtime.comm().barrier(Operation::new("step"))?;
+        let start = Instant::now();
+        let done = trainer.step(1e-5, |model| model.loss(&batch, config.router_aux_loss_coef, &runtime))?;
+        synchronize(&device, rank.gpu)?;
+        if step >= args.warmup {
+            times.push(start.elapsed().as_secs_f64());
+            let stats = runtime.stats();
+            imbalance[0] += stats.imbalance_static() / args.steps as f64;
+            imbalance[1] += stats.imbalance() / args.steps as f64;
+        }
+        losses.push(trainer.mean_loss(&done)?);
+    }
+    times.sort_unstable_by(f64::total_cmp);
+    let mut slowest = [times[times.len() / 2]];
+    runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
+    let mut peak = [memory.gib()];
+    runtime.comm().all_reduce(Operation::new("memory"), ReduceBuffer::F64(&mut peak), ReduceOp::Max)?;
+    let tokens = runtime.world_size() * args.batch * args.seq_len;
+    let counts = ParameterCounts::of(&config);
+    Ok(serde_json::json!({
+        "tokens_per_s": tokens as f64 / slowest[0], "step_ms": slowest[0] * 1e3, "peak_gib": peak[0],
+        "dtype": format!("{:?}", args.parallel.dtype).to_lowercase(), "ranks": runtime.world_size(),
+        "layers": config.feed_forwards.len(), "batch": args.batch, "seq_len": args.seq_len, "steps": args.steps,
+        "parameters": counts.total(), "parameters_per_token": counts.active(),
+        "imbalance_static": imbalance[0], "imbalance_planned": imbalance[1],
+        "first_loss": losses[0], "last_loss": losses[losses.len() - 1],
+    }))
+}
+
+/// Tokens that differ from step to step and from rank to rank.
+fn random_batch(
+    args: &BenchArgs,
+    config: &DecoderConfig,
+    step: usize,
+    runtime: &FsepRuntime,
+    device: &Device,
+) -> TokenBatch {
+    let stream = (step * runtime.world_size() + runtime.rank()) as u64;
+    let mut rng = SplitMix64::new(SplitMix64::at(args.seed, stream));
+    let mut row = || (0..args.seq_len).map(|_| rng.below(config.vocab_size) as u32).collect();
+    let rows: Vec<Vec<u32>> = (0..args.batch).map(|_| row()).collect();
+    TokenBatch::new(&rows, args.seq_len, device)
+}
+
+/// Waits until the device has computed all that it was given.
+fn synchronize(device: &Device, gpu: Option<usize>) -> Result<(), FsepError> {
+    #[cfg(feature = "libtorch")]
+    if let Some(gpu) = gpu {
+        tch::Cuda::synchronize(gpu as i64);
+        return Ok(());
+    }
+    let _ = gpu;
+    device.sync().map_err(|error| FsepError::Device(error.to_string()))
+}
