@@ -61,7 +61,7 @@ fn assignments_are_sorted_as_on_the_host() {
     // Without any, within a tile, beyond one, and experts that are none.
     for (assignments, experts, topk) in [(0, 4, 2), (1, 1, 1), (96, 4, 2), (1024, 8, 1), (5000, 61, 4), (4096, 700, 8)]
     {
-        let chosen: Vec<i32> = (0..assignments as i32)
+        let chosen: Vec<i32> = (0..assignments)
             .map(|i| match i * 7919 % 101 {
                 0 => experts as i32,
                 1 => -1,
