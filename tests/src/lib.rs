@@ -42,21 +42,43 @@ pub use rank_test::rank_over_mpi;
 pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_trainer};
 
+use std::time::Duration;
+
 use burn::tensor::Device;
 #[cfg(any(feature = "vulkan", feature = "webgpu"))]
 use burn::tensor::DeviceKind;
+use burn_fsep::comm::local::LaunchConfig;
 
-/// The device that the suite runs on: Flex; with the feature `libtorch` the first GPU, or LibTorch's CPU if there is
-/// none; with `vulkan` or `webgpu` what wgpu takes for the best.
+/// The device that the suite runs on: that of the backend that `FSEP_TEST_BACKEND` names, of those that it was built with; without
+/// it of the first one that was built of Vulkan, WebGPU, LibTorch and Flex.
+///
+/// # Panics
+///
+/// If `FSEP_TEST_BACKEND` names none that was built.
 pub fn plain_device() -> Device {
-    #[cfg(feature = "vulkan")]
-    return Device::vulkan(DeviceKind::DefaultDevice);
-    #[cfg(all(feature = "webgpu", not(feature = "vulkan")))]
-    return Device::wgpu(DeviceKind::DefaultDevice);
-    #[cfg(not(any(feature = "vulkan", feature = "webgpu", feature = "libtorch")))]
-    return Device::flex();
-    #[cfg(all(feature = "libtorch", not(any(feature = "vulkan", feature = "webgpu"))))]
-    return if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() };
+    let built: &[(&str, fn() -> Device)] = &[
+        #[cfg(feature = "vulkan")]
+        ("vulkan", || Device::vulkan(DeviceKind::DefaultDevice)),
+        #[cfg(feature = "webgpu")]
+        ("webgpu", || Device::wgpu(DeviceKind::DefaultDevice)),
+        // The first GPU, or LibTorch's CPU where there is none.
+        #[cfg(feature = "libtorch")]
+        ("libtorch", || if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() }),
+        ("flex", Device::flex),
+    ];
+    let device = match std::env::var("FSEP_TEST_BACKEND") {
+        Err(_) => built.first(),
+        Ok(asked) => built.iter().find(|(name, _)| *name == asked),
+    };
+    let names: Vec<&str> = built.iter().map(|(name, _)| *name).collect();
+    device.unwrap_or_else(|| panic!("FSEP_TEST_BACKEND: this build has {}", names.join(", "))).1()
+}
+
+/// So many ranks that are threads. A driver in software compiles each kernel for up to a second when it first meets it, while
+/// the other ranks wait.
+pub fn launch_config(ranks: usize) -> LaunchConfig {
+    let config = LaunchConfig::new(ranks);
+    if cfg!(feature = "webgpu") { config.with_timeout(Duration::from_secs(300)) } else { config }
 }
 
 /// [`plain_device`], with gradients.

@@ -6,13 +6,13 @@ use burn::{
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
-    comm::{Communicator, local::LaunchConfig},
+    comm::Communicator,
     moe::{DenseMoE, SharedExpert, TopKRouter},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 
-use crate::{SplitAny, assert_close, device, launch, random_layout};
+use crate::{SplitAny, assert_close, device, launch, launch_config, random_layout};
 
 /// One comparison of the FSEP layer with the dense layer.
 #[derive(Debug, Clone)]
@@ -65,7 +65,7 @@ pub fn check_parity_with(
     tolerance: f64,
     wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
 ) -> f64 {
-    let results = launch(&LaunchConfig::new(case.tokens.len()), |comm| case.run_rank(wrap(comm)));
+    let results = launch(&launch_config(case.tokens.len()), |comm| case.run_rank(wrap(comm)));
     let results = results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
     case.compare(results, tolerance)
 }

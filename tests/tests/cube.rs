@@ -5,14 +5,13 @@
 use burn::tensor::{Device, DeviceType, Tensor};
 use burn_fsep::{
     FSEPMoEConfig, FsepError, FsepRuntimeConfig,
-    comm::local::LaunchConfig,
     launch::{RankConfig, RankDevice},
     moe::ExpertActivation,
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, ParityCase, SplitAny, check_parity, dense_loss_curve_on, launch,
-    plain_device, task_items, train_by_hand,
+    launch_config, plain_device, task_items, train_by_hand,
 };
 
 const SEED: u64 = 3;
@@ -57,7 +56,7 @@ fn training_is_that_of_the_dense_model_on_flex() {
         (LayoutSource::Random, GradientSync::Buckets(300)),
     ] {
         let training = HandTraining { steps, batch, clip, layouts, sync };
-        let results = launch(&LaunchConfig::new(4), |comm| -> Result<_, FsepError> {
+        let results = launch(&launch_config(4), |comm| -> Result<_, FsepError> {
             let config = FsepRuntimeConfig::new().with_seed(SEED).with_dispatcher(|| SplitAny::MinMax.dispatcher());
             train_by_hand(&config.init(comm)?, &items, &training)
         });
