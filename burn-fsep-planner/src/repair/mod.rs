@@ -1,0 +1,10 @@
+//! Repair of a layout in the step itself, when the exact counts show that it pays.
+
+mod config;
+mod layout_repair;
+mod packing;
+#[cfg(test)]
+mod tests;
+
+pub use config::RepairConfig;
+pub use layout_repair::LayoutRepair;
