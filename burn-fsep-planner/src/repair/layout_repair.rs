@@ -2,6 +2,7 @@ use std::ops::Range;
 
 use super::{
     RepairConfig,
+    exchange::exchange,
     packing::{Packing, Part},
 };
 use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow};
@@ -117,6 +118,8 @@ impl LayoutRepair {
                         low = middle;
                     }
                 }
+                let reached = self.exchange(layout, level, most_new);
+                self.consider(topology, layout, (before, reached), best)?;
             }
             if most_new == slots {
                 return Ok(false);
@@ -168,6 +171,14 @@ impl LayoutRepair {
             self.table[group.start * slots..group.end * slots].copy_from_slice(&rows);
         }
         true
+    }
+
+    /// Exchanges slots, in `table`. Returns the largest load that is left.
+    fn exchange(&mut self, layout: &Layout, level: u64, most_new: usize) -> u64 {
+        self.table.clear();
+        self.table.extend_from_slice(layout.as_slice());
+        let (mut loads, mut shares) = (self.loads.clone(), self.shares.clone());
+        exchange(&mut self.table, &mut loads, &mut shares, layout, level, most_new)
     }
 
     /// Takes the layout in `table` if it saves more than the best so far.

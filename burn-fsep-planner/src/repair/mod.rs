@@ -1,6 +1,7 @@
 //! Repair of a layout in the step itself, when the exact counts show that it pays.
 
 mod config;
+mod exchange;
 mod layout_repair;
 mod packing;
 #[cfg(test)]

@@ -82,6 +82,9 @@ impl Packing {
         let load = self.items.iter().map(|(load, _)| load).sum();
         let mut left = Left { ranks: part.ranks.len(), load, level: part.level, slots, excess: 0 };
         left.excess = self.items.len().saturating_sub(left.capacity(left.ranks));
+        if left.excess > 0 && part.ranks.len() < part.group.len() {
+            return false;
+        }
         for &rank in part.ranks {
             let row = &mut table[rank * slots..(rank + 1) * slots];
             row.copy_from_slice(layout.experts_of(rank));
