@@ -1,4 +1,4 @@
-use crate::{Layout, PlannerError, Topology, cost::CostConstants};
+use crate::{PlannerError, Topology, cost::CostConstants};
 
 /// When a repair pays.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,20 +35,22 @@ impl RepairConfig {
         Ok(())
     }
 
-    /// Seconds until the experts that `after` holds and `before` does not have come, behind nothing: those of the rank whose
-    /// port is busy longest. A rank receives a shard of an expert from every rank, so of an expert's bytes `(G - 1) / N` come
-    /// from its own node and `(N - G) / N` from others.
-    pub fn transfer_seconds(&self, topology: &Topology, before: &Layout, after: &Layout) -> f64 {
+    /// Seconds until the experts have come that ranks receive in a repair, `received` of each, shape `[N]`: behind nothing, on
+    /// the port that is busy longest. A rank receives a shard of an expert from every rank, so of an expert's bytes
+    /// `(G - 1) / N` come from its own node and `(N - G) / N` from others.
+    ///
+    /// # Panics
+    ///
+    /// If there are more numbers than ranks.
+    pub fn transfer_seconds(&self, topology: &Topology, received: &[usize]) -> f64 {
         let ranks = topology.world_size() as f64;
-        let seconds = |rank: usize| {
-            let held = before.experts_of(rank);
-            let received = after.experts_of(rank).iter().filter(|expert| !held.contains(expert)).count();
+        let seconds = |(rank, &received): (usize, &usize)| {
             let near = topology.ranks_of(topology.node_of(rank)).len() as f64;
             let within = (near - 1.0) / ranks / self.constants.intra_node_bytes_per_second;
             let between = (ranks - near) / ranks / self.constants.inter_node_bytes_per_second;
             received as f64 * self.bytes_per_expert * within.max(between)
         };
-        (0..after.num_ranks()).map(seconds).fold(0.0, f64::max)
+        received.iter().enumerate().map(seconds).fold(0.0, f64::max)
     }
 
     /// Seconds that three passes of compute, forward and backward, take longer with `before` assignments on the slowest rank

@@ -137,7 +137,9 @@ impl LayoutRepair {
         for group in groups {
             let loads = &self.loads;
             let mut order: Vec<usize> = group.clone().collect();
-            order.sort_by_key(|&rank| if loads[rank] > level { (0, u64::MAX - loads[rank], rank) } else { (1, loads[rank], rank) });
+            order.sort_by_key(|&rank| {
+                if loads[rank] > level { (0, u64::MAX - loads[rank], rank) } else { (1, loads[rank], rank) }
+            });
             let over = order.iter().take_while(|&&rank| loads[rank] > level).count();
             if over == 0 {
                 continue;
@@ -156,7 +158,8 @@ impl LayoutRepair {
                 let rows = group.start * slots..group.end * slots;
                 let table = &mut self.table[rows.clone()];
                 if is_packed {
-                    let moved = table.iter().zip(&layout.as_slice()[rows.clone()]).filter(|(new, old)| new != old).count();
+                    let moved =
+                        table.iter().zip(&layout.as_slice()[rows.clone()]).filter(|(new, old)| new != old).count();
                     if best.as_ref().is_none_or(|(fewest, _)| moved < *fewest) {
                         best = Some((moved, table.to_vec()));
                     }
@@ -192,8 +195,9 @@ impl LayoutRepair {
         let table = self.table.clone();
         let changed = Layout::new(layout.num_ranks(), layout.slots_per_rank(), layout.num_experts(), table)?;
         let saved = self.config.saved_seconds(before, after);
-        let gain = saved - self.config.transfer_seconds(topology, layout, &changed);
-        let moved = changed.moved_slots(layout);
+        let received = changed.received_slots(layout);
+        let gain = saved - self.config.transfer_seconds(topology, &received);
+        let moved = received.iter().sum();
         let is_better = |best: &Best| gain > best.gain || (gain == best.gain && moved < best.moved);
         if gain > 0.0 && best.as_ref().is_none_or(is_better) {
             *best = Some(Best { gain, moved, layout: changed });

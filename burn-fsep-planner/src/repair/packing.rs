@@ -116,7 +116,8 @@ impl Packing {
         self.is_item.clear();
         for expert in 0..experts {
             let holders = layout.ranks_of(expert);
-            let [first, end] = [part.group.start, part.group.end].map(|at| holders.partition_point(|&r| (r as usize) < at));
+            let [first, end] =
+                [part.group.start, part.group.end].map(|at| holders.partition_point(|&r| (r as usize) < at));
             let is_here_only = self.to_come[expert] as usize == end - first;
             self.is_item.push(self.rest[expert] > 0 || is_here_only);
             if self.is_item[expert] {
