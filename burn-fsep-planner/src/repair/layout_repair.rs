@@ -1,11 +1,11 @@
 use std::ops::Range;
 
-use super::{
-    RepairConfig,
-    exchange::exchange,
-    packing::{Packing, Part},
+use super::{RepairConfig, exchange::exchange};
+use crate::{
+    Layout, PlannerError, RoutingCounts, Topology,
+    dispatch::Flow,
+    placement::{Packing, Part},
 };
-use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow};
 
 /// Changes slots of a layout so that exact counts balance.
 ///

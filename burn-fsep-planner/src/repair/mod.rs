@@ -3,7 +3,6 @@
 mod config;
 mod exchange;
 mod layout_repair;
-mod packing;
 #[cfg(test)]
 mod tests;
 

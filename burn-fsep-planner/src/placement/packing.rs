@@ -15,7 +15,7 @@ use crate::Layout;
 ///
 /// The freedom of choice goes to the experts that a rank holds already: a rank gets as few others as fill it up.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Packing {
+pub(crate) struct Packing {
     /// Load of each expert that is still to be placed. Shape `[E]`.
     rest: Vec<u64>,
     /// Experts that are still to be placed, also such as have no load but no other rank either, by load. Ascending.
@@ -31,7 +31,7 @@ pub(super) struct Packing {
 
 /// What to pack.
 #[derive(Debug, Clone)]
-pub(super) struct Part<'a> {
+pub(crate) struct Part<'a> {
     /// The ranks, in the order in which they choose.
     pub ranks: &'a [usize],
     /// The ranks among which tokens move, these included.
