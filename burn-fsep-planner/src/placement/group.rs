@@ -8,8 +8,8 @@ use crate::{Layout, PlannerError, SplitMix64, Topology, dispatch::Flow};
 /// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round, the largest share of a round to
 /// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
 /// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
-/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. One that leaves the prediction itself
-/// out of balance is packed anew ([`Packing`]); where there are no spare slots for that, single slots are exchanged. The layout in use stays if none
+/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. If none balances
+/// the prediction itself, the best is packed anew ([`Packing`]); where there are no spare slots for that, single slots are exchanged. The layout in use stays if none
 /// is clearly better, since slots that do not change need no restoring where restored weights are kept.
 #[derive(Debug, Clone)]
 pub(super) struct GroupSolver {
@@ -30,8 +30,8 @@ const EXPECTED_ERROR: f64 = 0.15;
 const GOOD_ENOUGH: f64 = 1.004;
 /// Imbalance on the prediction above which exchanges are searched.
 const SEARCH_ABOVE: f64 = 1.005;
-/// Placements that are packed anew where dealing leaves them out of balance, until one is [`REPAIRABLE`].
-const PACKINGS: usize = 4;
+/// Deals after which the best is packed anew if none balances the prediction.
+const DEALS: usize = 4;
 /// Most exchanges that are tried.
 const MOST_EXCHANGES: usize = 3000;
 /// Most exchanges that are tried in all groups together, times the slots of a group.
@@ -78,7 +78,7 @@ impl GroupSolver {
         // Without a second replica of anything, dispatch has no choice and placements no robustness to differ in.
         let candidates = if ranks * slots == totals.len() { 1 } else { self.candidates.max(1) };
         let mut best: Option<(f64, Layout)> = None;
-        let (mut tried, mut packings) = (Vec::new(), PACKINGS);
+        let mut tried = Vec::new();
         // Replicas for all, since any load may grow; only if that does not balance, for those that have to be split.
         'found: for small in [0, mean] {
             if best.as_ref().is_some_and(|(score, _)| *score <= SEARCH_ABOVE) {
@@ -94,22 +94,21 @@ impl GroupSolver {
                     continue;
                 };
                 let layout = Layout::new(ranks, slots, totals.len(), table)?;
-                let mut dealt = (self.score(&layout, &cases, &node), layout);
-                let mut good_enough = GOOD_ENOUGH;
-                if dealt.0 > GOOD_ENOUGH
-                    && let Some(layout) = self.pack(&dealt.1, totals, &node)?
-                {
-                    let score = self.score(&layout, &cases, &node);
-                    if score < dealt.0 {
-                        dealt = (score, layout);
+                let score = self.score(&layout, &cases, &node);
+                if best.as_ref().is_none_or(|(least, _)| score < *least) {
+                    best = Some((score, layout));
+                    if score <= GOOD_ENOUGH {
+                        break 'found;
                     }
-                    packings -= 1;
-                    good_enough = if packings > 0 { REPAIRABLE } else { f64::INFINITY };
                 }
-                if best.as_ref().is_none_or(|(least, _)| dealt.0 < *least) {
-                    best = Some(dealt);
-                }
-                if best.as_ref().is_some_and(|(score, _)| *score <= good_enough) {
+                // Where dealing does not even balance the prediction, more of it will not.
+                if candidate + 1 == DEALS
+                    && let Some((score, layout)) = &best
+                    && *score > SEARCH_ABOVE
+                    && self.score(layout, &cases[..1], &node) > SEARCH_ABOVE
+                    && let Some(packed) = self.pack(layout, totals, &node)?
+                {
+                    best = Some((self.score(&packed, &cases, &node), packed));
                     break 'found;
                 }
             }
