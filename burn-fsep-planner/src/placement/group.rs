@@ -5,12 +5,13 @@ use crate::{Layout, PlannerError, SplitMix64, Topology, dispatch::Flow};
 
 /// Lays out experts on a group of ranks among which tokens move freely.
 ///
-/// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round, the largest share of a round to
-/// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
-/// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
-/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. If none balances
-/// the prediction itself, the best is packed anew ([`Packing`]); where there are no spare slots for that, single slots are exchanged. The layout in use stays if none
-/// is clearly better, since slots that do not change need no restoring where restored weights are kept.
+/// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round,
+/// the largest share of a round to the least loaded rank. Shares are blurred by random factors, so that each placement pairs
+/// experts differently: a rank that shares experts with many others lets dispatch repair a wrong prediction. Of some placements
+/// the one is taken whose best dispatch is best on the prediction and on randomly perturbed copies of it. If the first do not
+/// even balance the prediction itself, the best of them is packed anew ([`Packing`]); where there are no spare slots for that,
+/// single slots are exchanged. The layout in use stays if none is clearly better, since slots that do not change need no
+/// restoring where restored weights are kept.
 #[derive(Debug, Clone)]
 pub(super) struct GroupSolver {
     /// How many placements are tried.

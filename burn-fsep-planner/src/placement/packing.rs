@@ -261,3 +261,75 @@ impl Packing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::test_cases::layouts;
+
+    /// A layout, and what its slots compute.
+    fn shared() -> impl Strategy<Value = (Layout, Vec<u64>)> {
+        (1usize..10, 2usize..14)
+            .prop_flat_map(|(ranks, experts)| (Just((ranks, experts)), experts.div_ceil(ranks)..=experts))
+            .prop_flat_map(|((ranks, experts), slots)| {
+                let share = prop_oneof![2 => 0u64..50, 1 => Just(0), 1 => 0u64..5000];
+                (layouts(ranks, slots, experts), proptest::collection::vec(share, ranks * slots))
+            })
+    }
+
+    fn loads(layout: &Layout, shares: &[u64]) -> Vec<u64> {
+        shares.chunks_exact(layout.slots_per_rank()).map(|row| row.iter().sum()).collect()
+    }
+
+    proptest! {
+        /// Whatever the loads: experts that leave enough slots are packed, in any order of ranks, and no row loses one.
+        #[test]
+        fn what_leaves_enough_slots_is_packed((layout, shares) in shared(), seed in any::<u64>()) {
+            let (ranks, slots, experts) = (layout.num_ranks(), layout.slots_per_rank(), layout.num_experts());
+            let level = shares.iter().sum::<u64>().div_ceil(ranks as u64);
+            let mut order: Vec<usize> = (0..ranks).collect();
+            crate::SplitMix64::new(seed).shuffle(&mut order);
+            let mut table = layout.as_slice().to_vec();
+            let part = Part { ranks: &order, group: 0..ranks, level, most_new: slots };
+            let is_packed = Packing::default().pack(&mut table, &layout, &shares, part);
+            prop_assert!(is_packed || experts > ranks * (slots - 1) + 1, "{:?}", layout);
+            if is_packed {
+                Layout::new(ranks, slots, experts, table).unwrap();
+            }
+        }
+
+        /// Ranks that are not packed stay as they are, and those that are keep to the limit.
+        #[test]
+        fn only_the_ranks_named_change((layout, shares) in shared(), chosen in 1usize..10, most_new in 0usize..4) {
+            let (ranks, slots, experts) = (layout.num_ranks(), layout.slots_per_rank(), layout.num_experts());
+            let order: Vec<usize> = (0..chosen.min(ranks)).collect();
+            let level = loads(&layout, &shares)[..order.len()].iter().sum::<u64>().div_ceil(order.len() as u64);
+            let mut table = layout.as_slice().to_vec();
+            let part = Part { ranks: &order, group: 0..ranks, level, most_new };
+            if Packing::default().pack(&mut table, &layout, &shares, part) {
+                let packed = Layout::new(ranks, slots, experts, table).unwrap();
+                let received = packed.received_slots(&layout);
+                prop_assert!(received.iter().all(|&received| received <= most_new), "{:?}", received);
+                prop_assert!(packed.as_slice()[order.len() * slots..] == layout.as_slice()[order.len() * slots..]);
+            }
+        }
+    }
+
+    /// Walker's alias method: as many experts as ranks, two slots, and the loads of a hotspot.
+    #[test]
+    fn one_hot_expert_beside_each_cold_one() {
+        let layout = Layout::static_ep(8, 2, 8).unwrap();
+        let mut shares = vec![1; 16];
+        shares[0] = 81;
+        shares[8] = 81;
+        let order: Vec<usize> = (0..8).collect();
+        let mut table = layout.as_slice().to_vec();
+        let part = Part { ranks: &order, group: 0..8, level: 22, most_new: 2 };
+        assert!(Packing::default().pack(&mut table, &layout, &shares, part));
+        let packed = Layout::new(8, 2, 8, table).unwrap();
+        assert_eq!(packed.replicas(0), 8);
+        assert!((1..8).all(|expert| packed.replicas(expert) >= 1));
+    }
+}

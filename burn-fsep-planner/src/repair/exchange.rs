@@ -53,3 +53,46 @@ pub(super) fn exchange(
         shares.swap(mine, theirs);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::test_cases::layouts;
+
+    proptest! {
+        #[test]
+        fn exchanges_lower_the_largest_load_within_their_limit(
+            (layout, shares) in (1usize..8, 1usize..4).prop_flat_map(|(ranks, slots)| {
+                let shares = proptest::collection::vec(0u64..100, ranks * slots);
+                (layouts(ranks, slots, ranks * slots), shares)
+            }),
+            most_new in 0usize..4,
+        ) {
+            let (slots, experts) = (layout.slots_per_rank(), layout.num_experts());
+            let sums = |shares: &[u64]| -> Vec<u64> { shares.chunks_exact(slots).map(|row| row.iter().sum()).collect() };
+            let (mut table, mut loads, mut moved) = (layout.as_slice().to_vec(), sums(&shares), shares.clone());
+            let before = loads.iter().copied().max().unwrap();
+            let after = exchange(&mut table, &mut loads, &mut moved, &layout, 0, most_new);
+            prop_assert!(after <= before);
+            prop_assert_eq!(&loads, &sums(&moved));
+            prop_assert_eq!(loads.iter().copied().max().unwrap(), after);
+            // Loads went with their experts.
+            for (i, &expert) in layout.as_slice().iter().enumerate() {
+                let at = table.iter().position(|&e| e == expert).unwrap();
+                prop_assert_eq!(moved[at], shares[i]);
+            }
+            let exchanged = Layout::new(layout.num_ranks(), slots, experts, table).unwrap();
+            prop_assert!(exchanged.received_slots(&layout).into_iter().all(|received| received <= most_new));
+        }
+    }
+
+    #[test]
+    fn two_large_experts_are_parted() {
+        let layout = Layout::from_rows(4, &[vec![0, 1], vec![2, 3]]).unwrap();
+        let (mut table, mut loads, mut shares) = (layout.as_slice().to_vec(), vec![20, 4], vec![9, 11, 1, 3]);
+        assert_eq!(exchange(&mut table, &mut loads, &mut shares, &layout, 12, 1), 12);
+        assert_eq!((table, loads), (vec![2, 1, 0, 3], vec![12, 12]));
+    }
+}

@@ -72,7 +72,8 @@ impl LayoutRepair {
         let (ranks, total) = (topology.world_size(), counts.total());
         let at = |imbalance: f64| total.div_ceil(ranks as u64).max((total as f64 / ranks as f64 * imbalance) as u64);
         let level = at(self.config.tolerance.min(GOAL));
-        let whole = &[0..ranks];
+        let all = 0..ranks;
+        let whole = std::slice::from_ref(&all);
         self.spread(layout, counts, whole)?;
         let before = self.max_load();
         if before <= at(self.config.tolerance) {

@@ -164,6 +164,28 @@ proptest! {
     }
 }
 
+/// Without spare slots it is a matter of luck; how far from the best of all layouts that is, on average.
+#[test]
+fn without_spare_slots_repairs_come_close_to_the_best_layout() {
+    let mut runner = TestRunner::deterministic();
+    let (mut cases, mut sums) = (0, [0.0; 2]);
+    while cases < 100 {
+        let case = skewed(3, 5).new_tree(&mut runner).unwrap().current();
+        if has_spare_slots(&case) || case.counts.total() == 0 {
+            continue;
+        }
+        let layout = repaired(eager(), &case).unwrap_or_else(|| case.layout.clone());
+        let least = least_of_all_layouts(&case) as f64;
+        let over = [&case.layout, &layout].map(|layout| max_load(&case, layout) as f64 / least);
+        assert!(1.0 <= over[1] && over[1] <= over[0], "{case:?}: {over:?}");
+        sums = [sums[0] + over[0], sums[1] + over[1]];
+        cases += 1;
+    }
+    let [before, after] = sums.map(|sum| sum / f64::from(cases));
+    println!("largest load over the best layout's: {before:.3}, repaired {after:.3}");
+    assert!(after - 1.0 < (before - 1.0) / 10.0, "{before}, repaired {after}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
