@@ -43,19 +43,21 @@ pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_trainer};
 
 use burn::tensor::Device;
-#[cfg(any(feature = "vulkan", feature = "webgpu"))]
+#[cfg(all(any(feature = "vulkan", feature = "webgpu"), not(feature = "cuda")))]
 use burn::tensor::DeviceKind;
 
-/// The device that the suite runs on: Flex; with the feature `libtorch` the first GPU, or LibTorch's CPU if there is
-/// none; with `vulkan` or `webgpu` what wgpu takes for the best.
+/// The device that the suite runs on: Flex; with the feature `cuda` the first NVIDIA GPU; with `vulkan` or `webgpu` what wgpu takes
+/// for the best; with `libtorch` the first GPU, or LibTorch's CPU if there is none. Of several features the first of these counts.
 pub fn plain_device() -> Device {
-    #[cfg(feature = "vulkan")]
+    #[cfg(feature = "cuda")]
+    return Device::cuda(0);
+    #[cfg(all(feature = "vulkan", not(feature = "cuda")))]
     return Device::vulkan(DeviceKind::DefaultDevice);
-    #[cfg(all(feature = "webgpu", not(feature = "vulkan")))]
+    #[cfg(all(feature = "webgpu", not(any(feature = "cuda", feature = "vulkan"))))]
     return Device::wgpu(DeviceKind::DefaultDevice);
-    #[cfg(not(any(feature = "vulkan", feature = "webgpu", feature = "libtorch")))]
+    #[cfg(not(any(feature = "cuda", feature = "vulkan", feature = "webgpu", feature = "libtorch")))]
     return Device::flex();
-    #[cfg(all(feature = "libtorch", not(any(feature = "vulkan", feature = "webgpu"))))]
+    #[cfg(all(feature = "libtorch", not(any(feature = "cuda", feature = "vulkan", feature = "webgpu"))))]
     return if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() };
 }
 
