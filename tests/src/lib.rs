@@ -50,13 +50,15 @@ use burn::tensor::DeviceKind;
 use burn_fsep::comm::local::LaunchConfig;
 
 /// The device that the suite runs on: that of the backend that `FSEP_TEST_BACKEND` names, of those that it was built with; without
-/// it of the first one that was built of Vulkan, WebGPU, LibTorch and Flex.
+/// it of the first one that was built of CUDA, Vulkan, WebGPU, LibTorch and Flex.
 ///
 /// # Panics
 ///
 /// If `FSEP_TEST_BACKEND` names none that was built.
 pub fn plain_device() -> Device {
     let built: &[(&str, fn() -> Device)] = &[
+        #[cfg(feature = "cuda")]
+        ("cuda", || Device::cuda(0)),
         #[cfg(feature = "vulkan")]
         ("vulkan", || Device::vulkan(DeviceKind::DefaultDevice)),
         #[cfg(feature = "webgpu")]

@@ -1,6 +1,6 @@
 //! Burn's own GPU backends: what CI runs of the suite on them. All of it is `cargo test -p burn-fsep -p burn-fsep-tests --features
 //! burn-fsep-tests/webgpu`, with `,burn-fsep-tests/fusion` also where Burn joins operations.
-#![cfg(any(feature = "vulkan", feature = "webgpu"))]
+#![cfg(any(feature = "cuda", feature = "vulkan", feature = "webgpu"))]
 
 use burn::tensor::{Device, DeviceType, Tensor};
 use burn_fsep::{

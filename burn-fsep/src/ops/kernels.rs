@@ -65,6 +65,22 @@ pub trait FsepKernels: Backend {
         activation::activate_backward::<Self>(activation, first, grad)
     }
 
+    /// The rows that indices name: each assignment's token. `([T, D], [M]) -> [M, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    ///
+    /// # Safety
+    ///
+    /// As [`FsepKernels::fsep_combine`].
+    unsafe fn fsep_select_rows(
+        rows: FloatTensor<Self>,
+        indices: &IntTensor<Self>,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(Self::float_select(rows, 0, indices.clone()))
+    }
+
     /// Sums the experts' outputs of each token, weighted: `sum over k of probs[t, k] * rows[row_of[t * K + k]]`.
     /// `([T * K, D], [T * K], [T, K]) -> [T, D]`
     ///

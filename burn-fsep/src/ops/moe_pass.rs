@@ -66,7 +66,8 @@ fn try_forward<B: FsepKernels>(
     // Experts do not depend on tokens: their unshard starts first, if it was not started behind the layer before.
     let unshards = pass.unshards.as_ref();
     let unsharding = start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?;
-    let permuted = B::float_select(hidden, 0, rows.token_of.clone());
+    // SAFETY: `token_of` has each assignment's number divided by K, so its indices are below T, the number of rows.
+    let permuted = unsafe { B::fsep_select_rows(hidden, &rows.token_of) }?;
     let travelling = start_rows::<B>(permuted, pass, &pass.dispatch.tokens, "tokens to experts in forward")?;
     pass.work_beside_tokens();
     let tokens = travelling.wait()?;

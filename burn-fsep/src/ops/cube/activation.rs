@@ -11,7 +11,7 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
-use super::super::ExpertActivation;
+use super::{super::ExpertActivation, vector_size};
 
 /// Whether the kernels compute in this type: all that every device with the type can convert.
 pub(super) fn computes(dtype: DType) -> bool {
@@ -50,8 +50,10 @@ pub(super) fn activate(activation: ExpertActivation, first: CubeTensor) -> CubeT
     let (formula, alpha, limit) = Formula::of(activation);
     let first = into_contiguous(first);
     let output = empty_like(&first, if formula.is_gated() { 2 } else { 1 });
-    let units = output.meta.num_elements();
-    if units > 0 {
+    let elements = output.meta.num_elements();
+    if elements > 0 {
+        let vector_size = vector_size(&output, output.meta.shape()[1]);
+        let units = elements / vector_size;
         let (client, dtype) = (first.client.clone(), first.dtype);
         let dim = CubeDim::new(&client, units);
         forward_kernel::launch(
@@ -59,6 +61,7 @@ pub(super) fn activate(activation: ExpertActivation, first: CubeTensor) -> CubeT
             calculate_cube_count_elemwise(&client, units, dim),
             dim,
             first.required_address_type(),
+            vector_size,
             first.into_tensor_arg(),
             output.clone().into_tensor_arg(),
             alpha,
@@ -79,8 +82,10 @@ pub(super) fn activate_backward(
     let (formula, alpha, limit) = Formula::of(activation);
     let (first, grad) = (into_contiguous(first), into_contiguous(grad));
     let (d_first, output) = (empty_like(&first, 1), empty_like(&grad, 1));
-    let units = output.meta.num_elements();
-    if units > 0 {
+    let elements = output.meta.num_elements();
+    if elements > 0 {
+        let vector_size = vector_size(&output, output.meta.shape()[1]);
+        let units = elements / vector_size;
         let (client, dtype) = (first.client.clone(), first.dtype);
         let dim = CubeDim::new(&client, units);
         backward_kernel::launch(
@@ -88,6 +93,7 @@ pub(super) fn activate_backward(
             calculate_cube_count_elemwise(&client, units, dim),
             dim,
             first.required_address_type(),
+            vector_size,
             first.into_tensor_arg(),
             grad.into_tensor_arg(),
             d_first.clone().into_tensor_arg(),
@@ -148,9 +154,9 @@ fn slope(x: f32, alpha: f32, #[comptime] formula: Formula) -> f32 {
 }
 
 #[cube(launch, address_type = "dynamic")]
-fn forward_kernel<E: Float>(
-    first: &Tensor<E>,
-    output: &mut Tensor<E>,
+fn forward_kernel<E: Float, N: Size>(
+    first: &Tensor<Vector<E, N>>,
+    output: &mut Tensor<Vector<E, N>>,
     alpha: f32,
     limit: f32,
     #[comptime] formula: Formula,
@@ -161,26 +167,38 @@ fn forward_kernel<E: Float>(
         terminate!();
     }
     if comptime!(formula.is_gated()) {
-        let width = output.shape(1);
+        let width = output.shape(1) / N::value();
         let place = i / width * 2 * width + i % width;
-        let mut gate = f32::cast_from(first[place]);
-        let mut up = f32::cast_from(first[place + width]);
-        if comptime!(formula == Formula::ClampedSwiGlu) {
-            gate = min(gate, limit);
-            up = clamp(up, -limit, limit) + 1.0f32;
+        let (gates, ups) = (first[place], first[place + width]);
+        let mut activated = gates;
+        #[unroll]
+        for k in 0..N::value() {
+            let mut gate = f32::cast_from(gates.extract(k));
+            let mut up = f32::cast_from(ups.extract(k));
+            if comptime!(formula == Formula::ClampedSwiGlu) {
+                gate = min(gate, limit);
+                up = clamp(up, -limit, limit) + 1.0f32;
+            }
+            activated.insert(k, E::cast_from(act(gate, alpha, formula) * up));
         }
-        output[i] = E::cast_from(act(gate, alpha, formula) * up);
+        output[i] = activated;
     } else {
-        output[i] = E::cast_from(act(f32::cast_from(first[i]), alpha, formula));
+        let ups = first[i];
+        let mut activated = ups;
+        #[unroll]
+        for k in 0..N::value() {
+            activated.insert(k, E::cast_from(act(f32::cast_from(ups.extract(k)), alpha, formula)));
+        }
+        output[i] = activated;
     }
 }
 
 #[cube(launch, address_type = "dynamic")]
-fn backward_kernel<E: Float>(
-    first: &Tensor<E>,
-    grad: &Tensor<E>,
-    d_first: &mut Tensor<E>,
-    output: &mut Tensor<E>,
+fn backward_kernel<E: Float, N: Size>(
+    first: &Tensor<Vector<E, N>>,
+    grad: &Tensor<Vector<E, N>>,
+    d_first: &mut Tensor<Vector<E, N>>,
+    output: &mut Tensor<Vector<E, N>>,
     alpha: f32,
     limit: f32,
     #[comptime] formula: Formula,
@@ -190,30 +208,47 @@ fn backward_kernel<E: Float>(
     if i >= output.len() {
         terminate!();
     }
-    let grad = f32::cast_from(grad[i]);
+    let grads = grad[i];
+    let mut activations = grads;
     if comptime!(formula.is_gated()) {
-        let width = output.shape(1);
+        let width = output.shape(1) / N::value();
         let place = i / width * 2 * width + i % width;
-        let mut gate = f32::cast_from(first[place]);
-        let mut up = f32::cast_from(first[place + width]);
-        let (mut gate_grad, mut up_grad) = (grad, grad);
-        if comptime!(formula == Formula::ClampedSwiGlu) {
-            if gate > limit {
-                gate = limit;
-                gate_grad = 0.0f32;
+        let (gates, ups) = (first[place], first[place + width]);
+        let (mut gate_grads, mut up_grads) = (gates, ups);
+        #[unroll]
+        for k in 0..N::value() {
+            let grad = f32::cast_from(grads.extract(k));
+            let mut gate = f32::cast_from(gates.extract(k));
+            let mut up = f32::cast_from(ups.extract(k));
+            let (mut gate_grad, mut up_grad) = (grad, grad);
+            if comptime!(formula == Formula::ClampedSwiGlu) {
+                if gate > limit {
+                    gate = limit;
+                    gate_grad = 0.0f32;
+                }
+                if up > limit || up < -limit {
+                    up_grad = 0.0f32;
+                }
+                up = clamp(up, -limit, limit) + 1.0f32;
             }
-            if up > limit || up < -limit {
-                up_grad = 0.0f32;
-            }
-            up = clamp(up, -limit, limit) + 1.0f32;
+            let activated = act(gate, alpha, formula);
+            gate_grads.insert(k, E::cast_from(gate_grad * up * slope(gate, alpha, formula)));
+            up_grads.insert(k, E::cast_from(up_grad * activated));
+            activations.insert(k, E::cast_from(activated * up));
         }
-        let activated = act(gate, alpha, formula);
-        d_first[place] = E::cast_from(gate_grad * up * slope(gate, alpha, formula));
-        d_first[place + width] = E::cast_from(up_grad * activated);
-        output[i] = E::cast_from(activated * up);
+        d_first[place] = gate_grads;
+        d_first[place + width] = up_grads;
     } else {
-        let up = f32::cast_from(first[i]);
-        d_first[i] = E::cast_from(grad * slope(up, alpha, formula));
-        output[i] = E::cast_from(act(up, alpha, formula));
+        let ups = first[i];
+        let mut up_grads = ups;
+        #[unroll]
+        for k in 0..N::value() {
+            let up = f32::cast_from(ups.extract(k));
+            let grad = f32::cast_from(grads.extract(k));
+            up_grads.insert(k, E::cast_from(grad * slope(up, alpha, formula)));
+            activations.insert(k, E::cast_from(act(up, alpha, formula)));
+        }
+        d_first[i] = up_grads;
     }
+    output[i] = activations;
 }

@@ -11,10 +11,12 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
+use super::vector_size;
+
 /// Units of a cube that sums one row.
 const ROW_UNITS: u32 = 64;
 
-/// The sum over a token's rows, weighted if there are weights. `([T * K, D], [T * K], [T, K]) -> [T, D]`
+/// The sum over a token's rows, weighted if there are weights. `([R, D], [T * K], [T, K]) -> [T, D]`
 ///
 /// # Safety
 ///
@@ -26,12 +28,14 @@ pub(super) unsafe fn sum_rows(
     topk: usize,
 ) -> CubeTensor {
     let (rows, row_of) = (into_contiguous(rows), into_contiguous(row_of));
-    let [assignments, width] = rows.meta.shape().dims();
-    let output = empty(&rows, [assignments / topk, width], rows.dtype);
-    let units = output.meta.num_elements();
-    if units == 0 {
+    let [_, width] = rows.meta.shape().dims();
+    let output = empty(&rows, [row_of.meta.num_elements() / topk, width], rows.dtype);
+    let elements = output.meta.num_elements();
+    if elements == 0 {
         return output;
     }
+    let vector_size = vector_size(&output, width);
+    let units = elements / vector_size;
     let (client, weighted, dtypes) = (rows.client.clone(), probs.is_some(), [rows.dtype, row_of.dtype]);
     // Nothing is read of it.
     let probs = probs.map_or_else(|| rows.clone(), into_contiguous);
@@ -44,6 +48,7 @@ pub(super) unsafe fn sum_rows(
             calculate_cube_count_elemwise(&client, units, dim),
             dim,
             rows.required_address_type(),
+            vector_size,
             rows.into_tensor_arg(),
             row_of.into_tensor_arg(),
             probs.into_tensor_arg(),
@@ -66,10 +71,12 @@ pub(super) unsafe fn spread_rows(grad: CubeTensor, assignment_of: CubeTensor, pr
     let [_, topk] = probs.meta.shape().dims();
     let [_, width] = grad.meta.shape().dims();
     let output = empty(&grad, [assignment_of.meta.num_elements(), width], grad.dtype);
-    let units = output.meta.num_elements();
-    if units == 0 {
+    let elements = output.meta.num_elements();
+    if elements == 0 {
         return output;
     }
+    let vector_size = vector_size(&output, width);
+    let units = elements / vector_size;
     let client = grad.client.clone();
     let dim = CubeDim::new(&client, units);
     let elems = [grad.dtype, probs.dtype, assignment_of.dtype].map(dtype_to_elem_type);
@@ -80,6 +87,7 @@ pub(super) unsafe fn spread_rows(grad: CubeTensor, assignment_of: CubeTensor, pr
             calculate_cube_count_elemwise(&client, units, dim),
             dim,
             output.required_address_type(),
+            vector_size,
             grad.into_tensor_arg(),
             assignment_of.into_tensor_arg(),
             probs.into_tensor_arg(),
@@ -105,12 +113,13 @@ pub(super) unsafe fn dot_rows(
     dtype: DType,
 ) -> CubeTensor {
     let (grad, rows, row_of) = (into_contiguous(grad), into_contiguous(rows), into_contiguous(row_of));
-    let [tokens, _] = grad.meta.shape().dims();
+    let [tokens, width] = grad.meta.shape().dims();
     let assignments = row_of.meta.num_elements();
     let output = empty(&grad, [tokens, topk], dtype);
     if assignments == 0 {
         return output;
     }
+    let vector_size = vector_size(&rows, width);
     let client = grad.client.clone();
     let elems = [grad.dtype, dtype, row_of.dtype].map(dtype_to_elem_type);
     // SAFETY: cubes beyond the assignments return, and `row_of` has indices of rows.
@@ -120,6 +129,7 @@ pub(super) unsafe fn dot_rows(
             calculate_cube_count_elemwise(&client, assignments, CubeDim::new_1d(1)),
             CubeDim::new_1d(ROW_UNITS),
             rows.required_address_type(),
+            vector_size,
             grad.into_tensor_arg(),
             rows.into_tensor_arg(),
             row_of.into_tensor_arg(),
@@ -137,11 +147,11 @@ fn empty(like: &CubeTensor, dims: [usize; 2], dtype: DType) -> CubeTensor {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn sum_rows_kernel<E: Float, P: Float, I: Int>(
-    rows: &Tensor<E>,
+fn sum_rows_kernel<E: Float, N: Size, P: Float, I: Int>(
+    rows: &Tensor<Vector<E, N>>,
     row_of: &Tensor<I>,
     probs: &Tensor<P>,
-    output: &mut Tensor<E>,
+    output: &mut Tensor<Vector<E, N>>,
     topk: u32,
     #[comptime] weighted: bool,
     #[define(E, P, I)] _dtypes: [ElemType; 3],
@@ -150,27 +160,27 @@ fn sum_rows_kernel<E: Float, P: Float, I: Int>(
     if i >= output.len() {
         terminate!();
     }
-    let width = output.shape(1);
+    let width = output.shape(1) / N::value();
     let first = i / width * topk as usize;
-    let mut sum = 0.0f32;
+    let mut sum = Vector::<f32, N>::new(0.0f32);
     for k in 0..topk as usize {
         let row = usize::cast_from(row_of[first + k]);
-        let value = f32::cast_from(rows[row * width + i % width]);
+        let value = Vector::<f32, N>::cast_from(rows[row * width + i % width]);
         if comptime!(weighted) {
-            sum += value * f32::cast_from(probs[first + k]);
+            sum += value * Vector::<f32, N>::new(f32::cast_from(probs[first + k]));
         } else {
             sum += value;
         }
     }
-    output[i] = E::cast_from(sum);
+    output[i] = Vector::cast_from(sum);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn spread_rows_kernel<E: Float, P: Float, I: Int>(
-    grad: &Tensor<E>,
+fn spread_rows_kernel<E: Float, N: Size, P: Float, I: Int>(
+    grad: &Tensor<Vector<E, N>>,
     assignment_of: &Tensor<I>,
     probs: &Tensor<P>,
-    output: &mut Tensor<E>,
+    output: &mut Tensor<Vector<E, N>>,
     topk: u32,
     #[define(E, P, I)] _dtypes: [ElemType; 3],
 ) {
@@ -178,17 +188,17 @@ fn spread_rows_kernel<E: Float, P: Float, I: Int>(
     if i >= output.len() {
         terminate!();
     }
-    let width = output.shape(1);
+    let width = output.shape(1) / N::value();
     let assignment = usize::cast_from(assignment_of[i / width]);
     let token = assignment / topk as usize;
-    let grad = f32::cast_from(grad[token * width + i % width]);
-    output[i] = E::cast_from(grad * f32::cast_from(probs[assignment]));
+    let grad = Vector::<f32, N>::cast_from(grad[token * width + i % width]);
+    output[i] = Vector::cast_from(grad * Vector::<f32, N>::new(f32::cast_from(probs[assignment])));
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn dot_rows_kernel<E: Float, P: Float, I: Int>(
-    grad: &Tensor<E>,
-    rows: &Tensor<E>,
+fn dot_rows_kernel<E: Float, N: Size, P: Float, I: Int>(
+    grad: &Tensor<Vector<E, N>>,
+    rows: &Tensor<Vector<E, N>>,
     row_of: &Tensor<I>,
     output: &mut Tensor<P>,
     topk: u32,
@@ -199,14 +209,18 @@ fn dot_rows_kernel<E: Float, P: Float, I: Int>(
     if assignment >= output.len() {
         terminate!();
     }
-    let width = grad.shape(1);
+    let width = grad.shape(1) / N::value();
     let (from_grad, from_rows) = (assignment / topk as usize * width, usize::cast_from(row_of[assignment]) * width);
     let mut sums = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let unit = UNIT_POS_X as usize;
     let mut sum = 0.0f32;
     let mut d = unit;
     while d < width {
-        sum += f32::cast_from(grad[from_grad + d]) * f32::cast_from(rows[from_rows + d]);
+        let (grads, values) = (grad[from_grad + d], rows[from_rows + d]);
+        #[unroll]
+        for k in 0..N::value() {
+            sum += f32::cast_from(grads.extract(k)) * f32::cast_from(values.extract(k));
+        }
         d += comptime!(units as usize);
     }
     sums[unit] = sum;

@@ -1,6 +1,8 @@
 //! The device's operations where Burn joins operations: queued like Burn's own, since none of them waits for another rank.
 
 use std::fmt;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use std::sync::Arc;
 
 use burn::{
     backend::{
@@ -11,13 +13,16 @@ use burn::{
 };
 use burn_fusion::{
     ExecutionError, Fusion, FusionBackend, FusionHandle, FusionRuntime, FusionTensor,
-    custom::{CustomOpIr, HandleContainer, Operation, OperationIr, OperationOutput, StreamId, TensorIr},
+    client::GlobalFusionClient,
+    custom::{CustomOpIr, HandleContainer, Operation, OperationIr, StreamId, TensorIr},
 };
 
-use super::super::{FsepDeviceOps, FsepKernels};
-
-/// Element-wise operations of the default bodies Burn joins itself, the combination's with the selection before it.
-impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {}
+use super::super::FsepDeviceOps;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation as CommOperation, PendingDeviceExchange, ReduceOp},
+};
 
 impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
     fn fsep_sort_assignments(
@@ -28,12 +33,13 @@ impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
         let (assignments, dtype) = (experts.shape.num_elements(), experts.dtype);
         let outputs = [assignments, assignments, assignments, num_experts + 2].map(|len| (Shape::new([len]), dtype));
         let [row_of, assignment_of, token_of, ends] =
-            queue::<B, 4>("fsep::sort_assignments", experts, outputs, move |experts, outputs, handles| {
+            queue::<B, 1, 4>("fsep::sort_assignments", [experts], outputs, move |[experts], outputs, handles| {
                 let experts = handles.get_int_tensor::<B>(experts);
                 let (row_of, assignment_of, token_of, ends) = B::fsep_sort_assignments(experts, num_experts, topk);
                 for (output, tensor) in outputs.iter().zip([row_of, assignment_of, token_of, ends]) {
                     handles.register_int_tensor::<B>(&output.id, tensor);
                 }
+                Ok(())
             });
         (row_of, assignment_of, token_of, ends)
     }
@@ -41,11 +47,27 @@ impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
     fn fsep_top_k(numbers: FloatTensor<Self>, topk: usize) -> IntTensor<Self> {
         let dtype: DType = get_or_init_device_settings::<B>(numbers.client.device()).int_dtype.into();
         let output = (Shape::new([numbers.shape[0], topk]), dtype);
-        let [chosen] = queue::<B, 1>("fsep::top_k", numbers, [output], move |numbers, outputs, handles| {
+        let [chosen] = queue::<B, 1, 1>("fsep::top_k", [numbers], [output], move |[numbers], outputs, handles| {
             let numbers = handles.get_float_tensor::<B>(numbers);
             handles.register_int_tensor::<B>(&outputs[0].id, B::fsep_top_k(numbers, topk));
+            Ok(())
         });
         chosen
+    }
+
+    /// Started now and not queued: on the memory of a tensor that was computed before, which later operations read.
+    #[cfg(all(feature = "cuda", feature = "nccl"))]
+    fn fsep_start_device_all_reduce(
+        tensor: FloatTensor<Self>,
+        comm: Arc<dyn Communicator>,
+        operation: CommOperation,
+        op: ReduceOp,
+    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+        if comm.device().is_none() {
+            return Ok(None);
+        }
+        let client = tensor.client.clone();
+        B::fsep_start_device_all_reduce(client.resolve_tensor_float::<B>(tensor), comm, operation, op)
     }
 
     /// An id names one result of one operation, and of two tensors with one id Burn writes to neither. On another thread a clone
@@ -55,40 +77,53 @@ impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
     }
 }
 
-type Handles<B> = HandleContainer<FusionHandle<<B as FusionBackend>::FusionRuntime>>;
+pub(super) type Handles<B> = HandleContainer<FusionHandle<<B as FusionBackend>::FusionRuntime>>;
 
-/// Queues an operation on one tensor that gives `N` of these shapes and types.
-fn queue<B: FusionBackend, const N: usize>(
+/// Queues an operation on `I` tensors, one at least, that gives `O` of these shapes and types.
+pub(super) fn queue<B: FusionBackend, const I: usize, const O: usize>(
     name: &'static str,
-    input: FusionTensor<B::FusionRuntime>,
-    outputs: [(Shape, DType); N],
-    run: impl Fn(&TensorIr, &[TensorIr; N], &mut Handles<B>) + Send + Sync + 'static,
-) -> [FusionTensor<B::FusionRuntime>; N] {
-    let client = input.client.clone();
-    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
-    let desc = CustomOpIr::new(name, &[input.into_ir()], &outputs);
-    let operation = Queued::<_, N> { desc: desc.clone(), run };
-    client.register(StreamId::current(), OperationIr::Custom(desc), operation).outputs()
+    inputs: [FusionTensor<B::FusionRuntime>; I],
+    outputs: [(Shape, DType); O],
+    run: impl Fn(&[TensorIr; I], &[TensorIr; O], &mut Handles<B>) -> Result<(), ExecutionError> + Send + Sync + 'static,
+) -> [FusionTensor<B::FusionRuntime>; O] {
+    let client = inputs[0].client.clone();
+    queue_on::<B, I, O>(&client, name, inputs, outputs, run)
 }
 
-struct Queued<F, const N: usize> {
+/// As [`queue`], also without inputs.
+pub(super) fn queue_on<B: FusionBackend, const I: usize, const O: usize>(
+    client: &GlobalFusionClient<B::FusionRuntime>,
+    name: &'static str,
+    inputs: [FusionTensor<B::FusionRuntime>; I],
+    outputs: [(Shape, DType); O],
+    run: impl Fn(&[TensorIr; I], &[TensorIr; O], &mut Handles<B>) -> Result<(), ExecutionError> + Send + Sync + 'static,
+) -> [FusionTensor<B::FusionRuntime>; O] {
+    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
+    let desc = CustomOpIr::new(name, &inputs.map(FusionTensor::into_ir), &outputs);
+    let operation = Queued::<_, I, O> { desc: desc.clone(), run };
+    let outputs = client.register(StreamId::current(), OperationIr::Custom(desc), operation);
+    outputs.try_into().unwrap_or_else(|outputs: Vec<_>| panic!("{name} gave {} tensors, not {O}", outputs.len()))
+}
+
+struct Queued<F, const I: usize, const O: usize> {
     desc: CustomOpIr,
     run: F,
 }
 
-impl<F, const N: usize> fmt::Debug for Queued<F, N> {
+impl<F, const I: usize, const O: usize> fmt::Debug for Queued<F, I, O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.desc.fmt(f)
     }
 }
 
-impl<R: FusionRuntime, F, const N: usize> Operation<R> for Queued<F, N>
+impl<R: FusionRuntime, F, const I: usize, const O: usize> Operation<R> for Queued<F, I, O>
 where
-    F: Fn(&TensorIr, &[TensorIr; N], &mut HandleContainer<R::FusionHandle>) + Send + Sync,
+    F: Fn(&[TensorIr; I], &[TensorIr; O], &mut HandleContainer<R::FusionHandle>) -> Result<(), ExecutionError>
+        + Send
+        + Sync,
 {
     fn execute(&self, handles: &mut HandleContainer<R::FusionHandle>) -> Result<(), ExecutionError> {
-        let ([input], outputs) = self.desc.as_fixed::<1, N>();
-        (self.run)(input, outputs, handles);
-        Ok(())
+        let (inputs, outputs) = self.desc.as_fixed::<I, O>();
+        (self.run)(inputs, outputs, handles)
     }
 }

@@ -1,4 +1,10 @@
-use burn::backend::tensor::{FloatTensor, IntTensor};
+#[cfg(feature = "cuda")]
+use std::ops::Range;
+
+use burn::backend::{
+    ops::FloatTensorOps,
+    tensor::{FloatTensor, IntTensor},
+};
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 
 use super::{
@@ -8,9 +14,60 @@ use super::{
     },
     activation, combine,
 };
+#[cfg(feature = "cuda")]
+use super::{
+    super::{
+        slot_experts,
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+    },
+    cuda,
+};
 use crate::FsepError;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use crate::{
+    comm::{Communicator, ExchangePlan, Operation},
+    ops::tensor_exchange::PendingTensor,
+};
 
 impl FsepKernels for CubeBackend {
+    #[cfg(feature = "cuda")]
+    fn fsep_experts(
+        tokens: &FloatTensor<Self>,
+        weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
+        slot_rows: &[Range<usize>],
+    ) -> Result<ExpertsOutput<Self>, FsepError> {
+        if cuda::experts::computes(&tokens.device, tokens.dtype) {
+            cuda::experts::forward(tokens, weights, activation, slot_rows)
+        } else {
+            Ok(slot_experts::forward::<Self>(tokens, weights, activation, slot_rows))
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fsep_experts_backward(
+        args: ExpertsBackward<Self>,
+        weights: &ExpertWeights<Self>,
+        activation: ExpertActivation,
+        slot_rows: &[Range<usize>],
+    ) -> Result<ExpertsGradients<Self>, FsepError> {
+        if cuda::experts::computes(&args.tokens.device, args.tokens.dtype) {
+            cuda::experts::backward(args, weights, activation, slot_rows)
+        } else {
+            Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+        }
+    }
+
+    #[cfg(all(feature = "cuda", feature = "nccl"))]
+    fn fsep_start_exchange(
+        tensor: FloatTensor<Self>,
+        comm: &dyn Communicator,
+        operation: Operation,
+        plan: &ExchangePlan,
+    ) -> Result<PendingTensor<Self>, FsepError> {
+        cuda::start_exchange(tensor, comm, operation, plan)
+    }
+
     fn fsep_activate(activation: ExpertActivation, first: FloatTensor<Self>) -> FloatTensor<Self> {
         if activation::computes(first.dtype) {
             activation::activate(activation, first)
@@ -29,6 +86,18 @@ impl FsepKernels for CubeBackend {
         } else {
             default_activation::activate_backward::<Self>(activation, first, grad)
         }
+    }
+
+    unsafe fn fsep_select_rows(
+        rows: FloatTensor<Self>,
+        indices: &IntTensor<Self>,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if !activation::computes(rows.dtype) {
+            return Ok(Self::float_select(rows, 0, indices.clone()));
+        }
+        // The sum of one row each.
+        // SAFETY: the caller's.
+        Ok(unsafe { combine::sum_rows(rows, indices.clone(), None, 1) })
     }
 
     unsafe fn fsep_combine(

@@ -11,10 +11,27 @@
 
 mod activation;
 mod combine;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device_ops;
 mod fusion;
+mod fusion_kernels;
 mod kernels;
 mod sort;
-#[cfg(all(test, any(feature = "vulkan", feature = "webgpu")))]
+#[cfg(all(test, any(feature = "cuda", feature = "vulkan", feature = "webgpu")))]
 mod tests;
 mod top_k;
+
+use burn::tensor::Shape;
+use burn_cubecl::{cubecl::ir::VectorSize, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
+
+/// A contiguous tensor of `like`'s type and device whose elements are not set.
+fn empty_like<const D: usize>(like: &CubeTensor, dims: [usize; D]) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), Shape::new(dims), like.dtype)
+}
+
+/// How many elements a unit reads and writes at once, so that rows of this width are whole numbers of them.
+fn vector_size(tensor: &CubeTensor, width: usize) -> VectorSize {
+    let sizes = tensor.client.io_optimized_vector_sizes(tensor.dtype.size());
+    sizes.filter(|&size| width.is_multiple_of(size)).max().unwrap_or(1)
+}
