@@ -61,7 +61,10 @@ pub(super) struct Product {
     pub accumulate: bool,
 }
 
-/// Streams that share the products of a group: those of one fine-grained expert fill a part of a GPU only.
+/// Streams that share the products of a group: those of one fine-grained expert fill a part of a GPU only. A whole layer on an H200
+/// in bf16: 9.19 ms, on one stream 9.65 (8192 tokens, D = 2048, F = 1408, 64 experts, top-6); 14.97 ms, on one stream 15.22 (16384,
+/// 2048, 1024, 64, 8). `cublasGemmGroupedBatchedEx` is slower than one stream: 10.61 ms where that took 7.76 (the first shape, with
+/// autotuned products of the router).
 const STREAMS: usize = 4;
 
 /// A product with fewer rows does not fill a GPU, so several run at once.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::{
     backend::{
-        Backend, CubeDevice,
+        Backend, CubeDevice, Flex, FlexDevice,
         ops::FloatTensorOps,
         tensor::{Device, FloatTensor},
     },
@@ -104,8 +104,10 @@ fn run<B: FsepKernels>(case: &Case, device: &Device<B>, dtype: FloatDType, is_de
 
 fn check<B: FsepKernels>(device: &Device<B>) {
     for case in &CASES {
-        for (dtype, tolerance) in [(FloatDType::F32, 1e-5), (FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)] {
-            let (actual, expected) = (run::<B>(case, device, dtype, false), run::<B>(case, device, dtype, true));
+        for (dtype, tolerance) in [(FloatDType::F32, 1e-5), (FloatDType::BF16, 4e-2), (FloatDType::F16, 5e-3)] {
+            // On the CPU: CubeCL's own products in single precision are of TF32.
+            let expected = run::<Flex>(case, &FlexDevice, FloatDType::F32, true);
+            let actual = run::<B>(case, device, dtype, false);
             for ((what, actual), expected) in ["output", "tokens", "weights"].iter().zip(actual).zip(expected) {
                 assert_close(&format!("{what}, {:?}, {dtype:?}", case.activation), &actual, &expected, tolerance);
             }
@@ -133,15 +135,11 @@ fn experts_are_those_of_the_default_bodies_where_operations_are_joined() {
 fn exchanges_run_between_the_kernels() {
     use std::sync::Arc;
 
-    use crate::{
-        comm::{
-            Block, CommError, Communicator, ExchangePlan, Operation, ReduceOp, local::LocalCommunicator,
-            nccl::NcclConfig,
-        },
-        ops::FsepDeviceOps,
+    use crate::comm::{
+        Block, CommError, Communicator, ExchangePlan, Operation, local::LocalCommunicator, nccl::NcclConfig,
     };
 
-    fn check<B: FsepKernels + FsepDeviceOps>(device: &Device<B>, comm: &Arc<dyn Communicator>) {
+    fn check<B: FsepKernels>(device: &Device<B>, comm: &Arc<dyn Communicator>) {
         let operation = Operation::new("test");
         let len = 3_000_007;
         let blocks = vec![Block { peer: 0, offset: 0, len }];
@@ -152,10 +150,7 @@ fn exchanges_run_between_the_kernels() {
             tensor = add(tensor);
             tensor = B::fsep_start_exchange(tensor, comm.as_ref(), operation, &plan).unwrap().wait([len]).unwrap();
         }
-        let tensor = add(tensor);
-        let pending = B::fsep_start_device_all_reduce(tensor.clone(), comm.clone(), operation, ReduceOp::Mean);
-        pending.unwrap().expect("NCCL reaches the GPU").wait().unwrap();
-        assert!(read::<B>(add(tensor)).iter().all(|&number| number == 12.0));
+        assert!(read::<B>(add(tensor)).iter().all(|&number| number == 11.0));
     }
 
     let Some(device) = gpu() else { return };
