@@ -56,7 +56,7 @@ impl PlainMoe {
             if len == 0 {
                 continue;
             }
-            let first = rows.clone().slice([start..start + len]).matmul(self.gate_up[expert].clone());
+            let first = rows.clone().narrow(0, start, len).matmul(self.gate_up[expert].clone());
             let [gate, up] = first.chunk(2, 1).try_into().expect("two halves");
             outputs.push((silu(gate) * up).matmul(self.down[expert].clone()));
             start += len;

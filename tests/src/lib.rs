@@ -56,7 +56,8 @@ use burn_fsep::comm::local::LaunchConfig;
 ///
 /// If `FSEP_TEST_BACKEND` names none that was built.
 pub fn plain_device() -> Device {
-    let built: &[(&str, fn() -> Device)] = &[
+    type Backend = (&'static str, fn() -> Device);
+    let built: &[Backend] = &[
         #[cfg(feature = "cuda")]
         ("cuda", || Device::cuda(0)),
         #[cfg(feature = "vulkan")]

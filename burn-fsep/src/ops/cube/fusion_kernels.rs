@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use burn::{
     backend::{
+        TensorMetadata,
         ops::FloatTensorOps,
         tensor::{FloatTensor, IntTensor},
     },
     tensor::Shape,
 };
-use burn_cubecl::CubeBackend;
-use burn_fusion::{ExecutionError, Fusion};
+use burn_fusion::{ExecutionError, Fusion, FusionBackend};
 
 use super::{
     super::{
@@ -25,19 +25,18 @@ use crate::FsepError;
 use crate::comm::{CommError, Communicator, ExchangePlan, Operation, PendingDeviceExchange};
 #[cfg(all(feature = "cuda", feature = "nccl"))]
 use crate::ops::tensor_exchange::{PendingTensor, start_host_exchange};
-
-type Wrapped = Fusion<CubeBackend>;
-type B = CubeBackend;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use burn::backend::{Backend, tensor::Device};
 
 /// Element-wise operations of the default bodies Burn joins itself.
-impl FsepKernels for Wrapped {
+impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
     fn fsep_experts(
         tokens: &FloatTensor<Self>,
         weights: &ExpertWeights<Self>,
         activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsOutput<Self>, FsepError> {
-        if !has_own_experts(tokens) {
+        if !has_own_experts::<B>(tokens) {
             return Ok(slot_experts::forward::<Self>(tokens, weights, activation, slot_rows));
         }
         let (assignments, shape) = (tokens.shape[0], weights.shape);
@@ -63,7 +62,7 @@ impl FsepKernels for Wrapped {
         activation: ExpertActivation,
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
-        if !has_own_experts(&args.tokens) {
+        if !has_own_experts::<B>(&args.tokens) {
             return Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows));
         }
         let ExpertsBackward { tokens, kept, grad, want_tokens, want_weights } = args;
@@ -82,7 +81,7 @@ impl FsepKernels for Wrapped {
                 let flat = handles.get_float_tensor::<B>(flat);
                 let weights = ExpertWeights { flat, rows: rows.clone(), shape, _guard: None };
                 let [tokens, grad, kept] = [tokens, grad, kept].map(|tensor| handles.get_float_tensor::<B>(tensor));
-                let nothing = super::empty_like(&tokens, [0]);
+                let nothing = B::float_empty(Shape::new([0]), &tokens.device(), tokens.dtype().into());
                 let kept = has_kept.then(|| vec![kept]);
                 let args = ExpertsBackward { tokens, kept, grad, want_tokens, want_weights };
                 let done = B::fsep_experts_backward(args, &weights, activation, &slot_rows).map_err(failed)?;
@@ -211,7 +210,7 @@ impl FsepKernels for Wrapped {
         let resolved = client.resolve_tensor_float::<B>(tensor);
         let pending = B::fsep_start_exchange(resolved, comm, operation, plan)?;
         let wrap = |tensor: FloatTensor<B>| {
-            let output = (tensor.meta.shape().clone(), tensor.dtype);
+            let output = (tensor.shape(), tensor.dtype());
             let [wrapped] = super::fusion::queue_on::<B, 0, 1>(&client, "fsep::exchanged", [], [output], {
                 move |_, outputs, handles| {
                     handles.register_float_tensor::<B>(&outputs[0].id, tensor.clone());
@@ -221,35 +220,36 @@ impl FsepKernels for Wrapped {
             wrapped
         };
         let flushed = device.clone();
-        Ok(pending.wrapped(device, wrap, |pending| Box::new(Flushed { pending, device: flushed })))
+        Ok(pending.wrapped(device, wrap, |pending| Box::new(Flushed::<B> { pending, device: flushed })))
     }
 }
 
 /// Hands what is queued to the device before it lets later work wait for the exchange: that work need not wait.
 #[cfg(all(feature = "cuda", feature = "nccl"))]
-struct Flushed {
+struct Flushed<B: FusionBackend> {
     pending: Box<dyn PendingDeviceExchange>,
-    device: burn::backend::CubeDevice,
+    device: Device<Fusion<B>>,
 }
 
 #[cfg(all(feature = "cuda", feature = "nccl"))]
-impl PendingDeviceExchange for Flushed {
+impl<B: FusionBackend> PendingDeviceExchange for Flushed<B> {
     fn wait(self: Box<Self>) -> Result<(), CommError> {
-        use burn::backend::Backend;
-
         // What fails there fails again where its result is read.
-        let _ = Wrapped::flush(&self.device);
+        let _ = Fusion::<B>::flush(&self.device);
         self.pending.wait()
     }
 }
 
 /// Whether the backend has experts of its own: the default bodies Burn joins better.
-fn has_own_experts(tokens: &FloatTensor<Wrapped>) -> bool {
+fn has_own_experts<B: FusionBackend>(tokens: &FloatTensor<Fusion<B>>) -> bool {
     #[cfg(feature = "cuda")]
-    return super::cuda::experts::computes(tokens.client.device(), tokens.dtype);
+    {
+        let device: &dyn std::any::Any = tokens.client.device();
+        device.downcast_ref().is_some_and(|device| super::cuda::experts::computes(device, tokens.dtype))
+    }
     #[cfg(not(feature = "cuda"))]
     {
-        let _: &FloatTensor<Wrapped> = tokens;
+        let _: &FloatTensor<Fusion<B>> = tokens;
         false
     }
 }

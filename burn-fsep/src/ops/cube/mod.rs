@@ -22,13 +22,7 @@ mod sort;
 mod tests;
 mod top_k;
 
-use burn::tensor::Shape;
-use burn_cubecl::{cubecl::ir::VectorSize, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
-
-/// A contiguous tensor of `like`'s type and device whose elements are not set.
-fn empty_like<const D: usize>(like: &CubeTensor, dims: [usize; D]) -> CubeTensor {
-    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), Shape::new(dims), like.dtype)
-}
+use burn_cubecl::{cubecl::ir::VectorSize, tensor::CubeTensor};
 
 /// How many elements a unit reads and writes at once, so that rows of this width are whole numbers of them.
 fn vector_size(tensor: &CubeTensor, width: usize) -> VectorSize {

@@ -89,8 +89,11 @@ struct Handle(cublasHandle_t);
 // SAFETY: handles, streams and events of CUDA may be used from any thread, one at a time, which `STREAMS_OF` sees to.
 unsafe impl Send for Blas {}
 
-/// By GPU and stream of CubeCL's. A memory of what was made once; streams of CubeCL's live as long as the process.
-static BLAS: Mutex<BTreeMap<(usize, u64), Arc<Mutex<Blas>>>> = Mutex::new(BTreeMap::new());
+/// By GPU and stream of CubeCL's.
+type BlasOfStreams = BTreeMap<(usize, u64), Arc<Mutex<Blas>>>;
+
+/// A memory of what was made once; streams of CubeCL's live as long as the process.
+static BLAS: Mutex<BlasOfStreams> = Mutex::new(BTreeMap::new());
 
 impl Blas {
     fn of(gpu: usize, stream: CUstream) -> Result<Arc<Mutex<Self>>, FsepError> {

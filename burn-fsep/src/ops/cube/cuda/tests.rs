@@ -5,7 +5,6 @@ use std::ops::Range;
 use burn::{
     backend::{
         Backend, CubeDevice, Flex, FlexDevice,
-        ops::FloatTensorOps,
         tensor::{Device, FloatTensor},
     },
     tensor::{FloatDType, TensorData, read_sync},
