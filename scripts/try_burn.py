@@ -69,7 +69,7 @@ def copy_workspace(folder, version):
     if patch.exists():
         # In a folder that is not the repository's, where git would apply nothing without a word.
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-        if subprocess.run(["git", "apply", "--recount", patch], cwd=folder, env=environment).returncode:
+        if subprocess.run(["git", "apply", patch], cwd=folder, env=environment).returncode:
             sys.exit(f"error: {patch.name} no longer fits: mend it by hand in a copy (--keep), see docs/burn-compat.md")
 
 

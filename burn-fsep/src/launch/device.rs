@@ -34,7 +34,7 @@ impl RankDevice {
                 let devices = super::cube_devices::devices_of(kind)?;
                 Ok(devices[local_rank % devices.len()].clone())
             }
-            RankDevice::Given(device) => match libtorch_gpu_of(device) {
+            RankDevice::Given(device) => match gpu_of(device) {
                 Some(index) if index >= count => Err(LaunchError::Device(match count {
                     0 => NO_GPU.into(),
                     count => format!("there is no GPU {index}: LibTorch sees {count}, numbered from 0"),
@@ -94,19 +94,8 @@ fn gpu_count() -> usize {
     0
 }
 
-/// Index of the NVIDIA GPU that a device is, if it is one of LibTorch's or of Burn's CUDA backend.
-pub(super) fn gpu_of(device: &Device) -> Option<usize> {
-    #[cfg(feature = "cuda")]
-    if let burn::backend::DispatchDevice::Cube(burn::backend::CubeDevice::Cuda(device)) =
-        device.clone().inner().as_dispatch()
-    {
-        return Some(device.index);
-    }
-    libtorch_gpu_of(device)
-}
-
 /// Index of the GPU that a device is, if it is one of LibTorch's.
-fn libtorch_gpu_of(device: &Device) -> Option<usize> {
+pub(super) fn gpu_of(device: &Device) -> Option<usize> {
     #[cfg(feature = "libtorch")]
     if let burn::backend::DispatchDevice::LibTorch(burn_tch::LibTorchDevice::Cuda(index)) =
         device.clone().inner().as_dispatch()

@@ -9,8 +9,7 @@ use burn::{
     },
     tensor::{FloatDType, TensorData, read_sync},
 };
-use burn_cubecl::CubeBackend;
-use burn_fusion::Fusion;
+use burn_cubecl::{Cube, CubeBackend};
 
 use super::super::super::{
     ExpertActivation, FsepKernels, slot_experts,
@@ -124,7 +123,7 @@ fn experts_are_those_of_the_default_bodies() {
 #[test]
 fn experts_are_those_of_the_default_bodies_where_operations_are_joined() {
     if let Some(device) = gpu() {
-        check::<Fusion<CubeBackend>>(&device);
+        check::<Cube>(&device);
     }
 }
 
@@ -159,5 +158,5 @@ fn exchanges_run_between_the_kernels() {
         Err(error) => panic!("{error}"),
     };
     check::<CubeBackend>(&device, &comm);
-    check::<Fusion<CubeBackend>>(&device, &comm);
+    check::<Cube>(&device, &comm);
 }
