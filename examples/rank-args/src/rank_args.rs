@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use burn_fsep::launch::RankConfig;
+use burn_fsep::launch::{RankConfig, Ranks};
 use clap::Args;
 
 use crate::{Backend, Comm, DeviceArg};
@@ -48,6 +48,21 @@ impl RankArgs {
             .with_device(self.backend.rank_device(self.device))
             .with_timeout(Duration::from_secs(self.timeout.into()))
             .with_rendezvous_timeout(Duration::from_secs(self.rendezvous_timeout.into()))
+    }
+
+    /// Whether there are as many ranks as `--ranks` says, which a launcher decides where there is one.
+    ///
+    /// # Errors
+    ///
+    /// What contradicts what.
+    pub fn check_launcher(&self, ranks: &Ranks) -> Result<(), String> {
+        let world_size = ranks.world_size();
+        match self.ranks {
+            Some(asked) if ranks.environment().is_some() && asked != world_size => Err(format!(
+                "--ranks {asked} contradicts the launcher, which says that there are {world_size}; leave --ranks out"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the options can work in a build of the package `program`.

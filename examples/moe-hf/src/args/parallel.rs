@@ -60,12 +60,7 @@ impl ParallelArgs {
     pub(crate) fn init(&self, threads: usize) -> Result<Ranks, MoeHfError> {
         self.ranks.check("moe-hf").or_else(refuse)?;
         let ranks = self.ranks.rank_config(threads).init()?;
-        let world_size = ranks.world_size();
-        match self.ranks.ranks {
-            Some(asked) if ranks.environment().is_some() && asked != world_size => refuse(format!(
-                "--ranks {asked} contradicts the launcher, which says that there are {world_size}; leave --ranks out"
-            )),
-            _ => Ok(ranks),
-        }
+        self.ranks.check_launcher(&ranks).or_else(refuse)?;
+        Ok(ranks)
     }
 }

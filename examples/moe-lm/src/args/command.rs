@@ -55,11 +55,9 @@ impl Args {
 
     /// What has to fit the launcher, which says how many ranks there are.
     fn check_launcher(&self, ranks: &Ranks) -> Result<(), MoeLmError> {
-        let (is_launched, world_size) = (ranks.environment().is_some(), ranks.world_size());
+        self.parallel.ranks.check_launcher(ranks).or_else(refuse)?;
+        let world_size = ranks.world_size();
         match (self.parallel.ranks.ranks, self.training.dense) {
-            (Some(asked), _) if is_launched && asked != world_size => refuse(format!(
-                "--ranks {asked} contradicts the launcher, which says that there are {world_size}; leave --ranks out"
-            )),
             (Some(asked @ 2..), true) => {
                 refuse(format!("--ranks {asked} contradicts --dense, which trains on one rank"))
             }
