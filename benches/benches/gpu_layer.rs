@@ -58,7 +58,7 @@ fn main() {
     // Also before memory is measured: what a context takes of it is not counted.
     let gpu = if args.memory { Some(CudaContext::new(0).expect("there is a GPU")) } else { None };
     let at_start = gpu.as_ref().map(free_bytes);
-    let device = match args.backend.device(args.dtype) {
+    let device = match args.backend.device(0, args.dtype) {
         Ok(device) => device.autodiff(),
         Err(reason) => {
             eprintln!("error: {reason}");

@@ -1,10 +1,8 @@
 //! Training steps of a transformer with FSEPMoE layers on NVIDIA GPUs, in bf16: forward, backward, gradient
-//! synchronisation and AdamW.
+//! synchronisation and AdamW. `--backend` is what it runs on; attention and normalisation are LibTorch's there, else Burn's.
 //!
 //! Ranks are threads with a GPU each, over NCCL. Prints one line of JSON: median time of a step on the slowest rank, tokens
 //! a second over all ranks, mean imbalance. `--timeline FILE` writes what ran when for Perfetto.
-
-#![allow(deprecated)] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
 
 use std::{
     path::{Path, PathBuf},
@@ -15,7 +13,7 @@ use std::{
 use burn::{
     module::{Module, Param},
     nn::{Initializer, Linear, LinearConfig},
-    tensor::{Device, Distribution, FloatDType, IntDType, Tensor},
+    tensor::{Device, Distribution, Tensor},
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, LayerStats, ScheduleConfig,
@@ -29,8 +27,8 @@ use burn_fsep::{
     train::{FusedAdamWConfig, GradientBuckets, PlannerConfig, TrainerConfig},
 };
 use burn_fsep_benches::{
-    Times,
-    fused::{BackwardMark, BackwardSpan, attention, rms_norm},
+    BackwardMark, BackwardSpan, GpuBackend, HalfPrecision, Times,
+    transformer::{attention, rms_norm},
 };
 use burn_fsep_planner::PlannerStrategy;
 use clap::{Parser, ValueEnum};
@@ -40,6 +38,8 @@ struct Args {
     /// Ranks, each with a GPU of its own.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
+    #[arg(long, value_enum, default_value_t)]
+    backend: GpuBackend,
     #[arg(long, default_value_t = 4)]
     layers: usize,
     #[arg(long, default_value_t = 4096)]
@@ -214,9 +214,8 @@ struct Measured {
 
 fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, FsepError> {
     let rank = control.rank();
-    let mut device = Device::libtorch_cuda(rank);
-    device.configure((FloatDType::BF16, IntDType::I64)).map_err(|error| FsepError::Device(error.to_string()))?;
-    let device = device.autodiff();
+    let device = args.backend.device(rank, HalfPrecision::Bf16).map_err(FsepError::Device)?.autodiff();
+    let synchronize = || device.sync().map_err(|error| FsepError::Device(error.to_string()));
     let timeline = args.timeline.is_some().then(|| Timeline::of_gpu(rank)).transpose()?;
     if let Some(timeline) = &timeline {
         timeline.set_recording(false);
@@ -255,7 +254,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
     let mut began = 0.0;
     for step in 0..args.warmup + args.steps {
         if step == args.warmup {
-            tch::Cuda::synchronize(rank as i64);
+            synchronize()?;
             runtime.comm().barrier(Operation::new("start"))?;
             began = unix_seconds();
             if let Some(timeline) = &timeline {
@@ -265,7 +264,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         let start = Instant::now();
         let batch = batches[step % batches.len()].clone();
         trainer.step(1e-5, |model| model.forward(batch, args.length, &runtime, buckets.as_ref()).square().mean())?;
-        tch::Cuda::synchronize(rank as i64);
+        synchronize()?;
         if step >= args.warmup {
             times.push(start.elapsed());
             let stats = runtime.stats();
@@ -335,8 +334,8 @@ fn report_overlap(records: &[TimelineRecord], args: &Args) {
 
 fn main() {
     let args = Args::parse();
-    if tch::Cuda::device_count() < args.ranks as i64 {
-        eprintln!("error: {} ranks need a GPU each, LibTorch sees {}", args.ranks, tch::Cuda::device_count());
+    if args.timeline.is_some() && args.backend != GpuBackend::Libtorch {
+        eprintln!("error: a timeline times LibTorch's stream: leave --timeline out with --backend {}", args.backend);
         std::process::exit(1);
     }
     let config = LaunchConfig::new(args.ranks).with_timeout(Duration::from_secs(120));

@@ -1,8 +1,6 @@
 //! Attention and normalisation of LibTorch with their own backward passes, for benchmarks: Burn's autodiff computes both
 //! with operations so small that they, not the layer under test, would fill the step.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use burn::{
     backend::{
         Autodiff, Backend, Dispatch, LibTorch,
@@ -16,8 +14,9 @@ use burn::{
     },
     tensor::Tensor,
 };
-use burn_fsep::{Timeline, TimelineSpan};
 use burn_tch::TchTensor;
+
+use crate::BackwardMark;
 
 /// Causal attention. `[B, H, L, D / H]`, three times and once
 pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
@@ -29,48 +28,6 @@ pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4
 /// RMS normalisation with a weight, `[D]`. `[T, D] -> [T, D]`
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, mark: BackwardMark) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), weight.into_dispatch(), mark))
-}
-
-/// What an operation does to a span of a timeline in backward.
-#[derive(Debug, Clone)]
-pub enum BackwardMark {
-    /// Begins it, before it computes.
-    Begins(BackwardSpan),
-    /// Ends it, when it has computed.
-    Ends(BackwardSpan),
-}
-
-/// A span of backward, between two operations.
-#[derive(Debug, Clone)]
-pub struct BackwardSpan {
-    name: &'static str,
-    timeline: Option<Timeline>,
-    open: Arc<Mutex<Option<TimelineSpan>>>,
-}
-
-impl BackwardSpan {
-    /// A span of compute of this name.
-    pub fn new(name: &'static str, timeline: Option<&Timeline>) -> Self {
-        Self { name, timeline: timeline.cloned(), open: Arc::default() }
-    }
-
-    fn set(&self, span: Option<TimelineSpan>) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = span;
-    }
-}
-
-impl BackwardMark {
-    fn before(&self) {
-        if let Self::Begins(span) = self {
-            span.set(span.timeline.as_ref().and_then(|timeline| timeline.compute(span.name)));
-        }
-    }
-
-    fn after(&self) {
-        if let Self::Ends(span) = self {
-            span.set(None);
-        }
-    }
 }
 
 /// Both operations, with autodiff.

@@ -28,23 +28,26 @@ pub enum HalfPrecision {
 }
 
 impl GpuBackend {
-    /// The first GPU, whose tensors are of this type unless they say otherwise. Before anything was computed there.
+    /// The GPU with this index, whose tensors are of this type unless they say otherwise. Before anything was computed there.
     ///
     /// # Errors
     ///
     /// Why there is none.
-    pub fn device(self, dtype: HalfPrecision) -> Result<Device, String> {
+    pub fn device(self, index: usize, dtype: HalfPrecision) -> Result<Device, String> {
         let (mut device, ints) = match self {
             #[cfg(feature = "libtorch")]
-            Self::Libtorch if !tch::Cuda::is_available() => {
-                return Err("LibTorch sees no GPU; see the README for how to build with CUDA".into());
+            Self::Libtorch if index as i64 >= tch::Cuda::device_count() => {
+                let seen = tch::Cuda::device_count();
+                return Err(format!(
+                    "LibTorch sees {seen} GPUs, none with index {index}; the README says how to build with CUDA"
+                ));
             }
             #[cfg(feature = "libtorch")]
-            Self::Libtorch => (Device::libtorch_cuda(0), IntDType::I64),
+            Self::Libtorch => (Device::libtorch_cuda(index), IntDType::I64),
             #[cfg(feature = "cuda")]
-            Self::Cuda => (Device::cuda(0), IntDType::I32),
+            Self::Cuda => (Device::cuda(index), IntDType::I32),
             #[cfg(feature = "vulkan")]
-            Self::Vulkan => (Device::vulkan(burn::tensor::DeviceKind::DiscreteGpu(0)), IntDType::I32),
+            Self::Vulkan => (Device::vulkan(burn::tensor::DeviceKind::DiscreteGpu(index)), IntDType::I32),
             #[allow(unreachable_patterns)]
             other => return Err(format!("this program was built without the feature `{other}`")),
         };

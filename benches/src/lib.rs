@@ -5,14 +5,20 @@
 
 #![cfg_attr(feature = "libtorch", allow(deprecated))] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
 
+#[cfg(feature = "gpu")]
+mod backward_span;
 #[cfg(feature = "libtorch")]
 pub mod fused;
 #[cfg(feature = "gpu")]
 mod gpu_backend;
 mod plain_moe;
+#[cfg(feature = "gpu")]
+pub mod transformer;
 
 use std::time::Duration;
 
+#[cfg(feature = "gpu")]
+pub use backward_span::{BackwardMark, BackwardSpan};
 #[cfg(feature = "gpu")]
 pub use gpu_backend::{GpuBackend, HalfPrecision};
 pub use plain_moe::PlainMoe;

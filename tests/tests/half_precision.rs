@@ -1,7 +1,8 @@
-//! The layer in bf16 differs from f32 at most twice as much as the same layer of plain operations in bf16 does.
+//! The layer in bf16, or f16 where the device has no bf16, differs from f32 at most twice as much as the same layer of plain
+//! operations does.
 //!
 //! In a file of its own: a device's element type is set once in a process.
-#![cfg(feature = "libtorch")]
+#![cfg(any(feature = "libtorch", feature = "cuda", feature = "vulkan", feature = "webgpu"))]
 
 use burn::{
     module::Param,
@@ -48,9 +49,14 @@ fn rms_error(actual: &TensorData, expected: &TensorData) -> f64 {
 }
 
 #[test]
-fn bf16_is_as_exact_as_plain_operations() {
+fn half_precision_is_as_exact_as_plain_operations() {
     let mut device = plain_device();
-    device.configure((FloatDType::BF16, IntDType::I64)).expect("the device was not used before");
+    let Some(dtype) = [FloatDType::BF16, FloatDType::F16].into_iter().find(|&dtype| device.supports_dtype(dtype)) else {
+        return eprintln!("skipped: {device:?} has no half precision");
+    };
+    let ints = if device.supports_dtype(IntDType::I64) { IntDType::I64 } else { IntDType::I32 };
+    println!("{dtype:?}");
+    device.configure((dtype, ints)).expect("the device was not used before");
     let (half, full) = (device.autodiff(), Device::flex().autodiff());
     let clamped = ExpertActivation::ClampedSwiGlu { alpha: 1.702, limit: 1.0 };
     let experts = [

@@ -10,6 +10,7 @@ use super::{ExpertBiasConfig, RouterOutput, TopKRouterConfig, choice, tokens::ch
 use crate::{
     FsepError,
     burn_compat::Metadata,
+    ops::product,
     shard::{mix, uniform},
 };
 
@@ -126,7 +127,7 @@ impl TopKRouter {
         if eps > 0.0 && is_trained {
             hidden = hidden.clone() * hidden.random_like(Distribution::Uniform(1.0 - eps, 1.0 + eps));
         }
-        let logits = hidden.matmul(weight.cast(dtype));
+        let logits = product(hidden, weight.cast(dtype));
         let logits = match &self.bias {
             Some(bias) => logits + bias.val().cast(dtype).unsqueeze(),
             None => logits,

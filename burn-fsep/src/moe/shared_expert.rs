@@ -7,7 +7,7 @@ use burn::{
 
 use super::activate::activate;
 use crate::{
-    ops::ExpertActivation,
+    ops::{ExpertActivation, product},
     shard::{ExpertShape, expert_parameters, mix, uniform},
 };
 
@@ -91,7 +91,7 @@ impl SharedExpert {
 /// A projection in the type of its input, whatever that of its parameters.
 fn linear(linear: &Linear, x: Tensor<2>) -> Tensor<2> {
     let dtype = x.dtype();
-    let output = x.matmul(linear.weight.val().cast(dtype));
+    let output = product(x, linear.weight.val().cast(dtype));
     match &linear.bias {
         Some(bias) => output + bias.val().cast(dtype).unsqueeze(),
         None => output,

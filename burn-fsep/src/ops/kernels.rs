@@ -10,7 +10,7 @@ use burn::{
 use burn_fsep_planner::Layout;
 
 use super::{
-    ExpertActivation, activation, combine, replicas, slot_experts,
+    ExpertActivation, Transposed, activation, combine, product, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
     types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
 };
@@ -47,6 +47,12 @@ pub trait FsepKernels: Backend {
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
         Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+    }
+
+    /// A product of two matrices of one type, one of them transposed or neither. For router and shared expert, which have to come
+    /// after what was queued before as Burn's own products do.
+    fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
+        product::multiply::<Self>(left, right, transposed)
     }
 
     /// The activation of the first projection's output: gate, if there is one, and up, side by side. For the default bodies of the

@@ -19,6 +19,7 @@ mod layer_spec;
 mod libtorch;
 mod moe_pass;
 mod pass;
+mod product;
 mod replicas;
 mod slot_experts;
 mod tensor_exchange;
@@ -39,4 +40,5 @@ pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use pass::{
     BesideTokens, Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange,
 };
+pub use product::{ProductOps, Transposed, product};
 pub use unshard::Unshard;

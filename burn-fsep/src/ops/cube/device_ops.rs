@@ -1,7 +1,15 @@
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use std::sync::Arc;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::CubeBackend;
 
 use super::{super::FsepDeviceOps, sort::sort_assignments, top_k::top_k};
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation, PendingDeviceExchange, ReduceOp},
+};
 
 impl FsepDeviceOps for CubeBackend {
     fn fsep_sort_assignments(
@@ -15,6 +23,16 @@ impl FsepDeviceOps for CubeBackend {
 
     fn fsep_top_k(numbers: FloatTensor<Self>, topk: usize) -> IntTensor<Self> {
         top_k(numbers, topk)
+    }
+
+    #[cfg(all(feature = "cuda", feature = "nccl"))]
+    fn fsep_start_device_all_reduce(
+        tensor: FloatTensor<Self>,
+        comm: Arc<dyn Communicator>,
+        operation: Operation,
+        op: ReduceOp,
+    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+        super::cuda::start_all_reduce(tensor, comm.as_ref(), operation, op)
     }
 
     /// The id of an allocation is never used again, and two handles of one keep Burn from writing in place.

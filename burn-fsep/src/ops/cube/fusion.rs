@@ -1,6 +1,8 @@
 //! The device's operations where Burn joins operations: queued like Burn's own, since none of them waits for another rank.
 
 use std::fmt;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use std::sync::Arc;
 
 use burn::{
     backend::{
@@ -16,6 +18,11 @@ use burn_fusion::{
 };
 
 use super::super::FsepDeviceOps;
+#[cfg(all(feature = "cuda", feature = "nccl"))]
+use crate::{
+    FsepError,
+    comm::{Communicator, Operation as CommOperation, PendingDeviceExchange, ReduceOp},
+};
 
 impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
     fn fsep_sort_assignments(
@@ -46,6 +53,21 @@ impl<B: FusionBackend + FsepDeviceOps> FsepDeviceOps for Fusion<B> {
             Ok(())
         });
         chosen
+    }
+
+    /// Started now and not queued: on the memory of a tensor that was computed before, which later operations read.
+    #[cfg(all(feature = "cuda", feature = "nccl"))]
+    fn fsep_start_device_all_reduce(
+        tensor: FloatTensor<Self>,
+        comm: Arc<dyn Communicator>,
+        operation: CommOperation,
+        op: ReduceOp,
+    ) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+        if comm.device().is_none() {
+            return Ok(None);
+        }
+        let client = tensor.client.clone();
+        B::fsep_start_device_all_reduce(client.resolve_tensor_float::<B>(tensor), comm, operation, op)
     }
 
     /// An id names one result of one operation, and of two tensors with one id Burn writes to neither. On another thread a clone

@@ -14,7 +14,7 @@ use burn_fusion::{ExecutionError, Fusion, FusionBackend};
 
 use super::{
     super::{
-        ExpertActivation, FsepKernels, combine, slot_experts,
+        ExpertActivation, FsepKernels, Transposed, combine, product, slot_experts,
         types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
     },
     activation,
@@ -92,6 +92,25 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
             },
         );
         Ok(ExpertsGradients { tokens: want_tokens.then_some(tokens), weights: want_weights.then_some(weights) })
+    }
+
+    fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
+        if !has_own_products::<B>([&left, &right]) {
+            return product::multiply::<Self>(left, right, transposed);
+        }
+        let [rows, columns] = match transposed {
+            Transposed::Neither => [left.shape[0], right.shape[1]],
+            Transposed::Left => [left.shape[1], right.shape[1]],
+            Transposed::Right => [left.shape[0], right.shape[0]],
+        };
+        let output = (Shape::new([rows, columns]), left.dtype);
+        let [product] =
+            queue::<B, 2, 1>("fsep::multiply", [left, right], [output], move |[left, right], outputs, handles| {
+                let [left, right] = [left, right].map(|tensor| handles.get_float_tensor::<B>(tensor));
+                handles.register_float_tensor::<B>(&outputs[0].id, B::fsep_multiply(left, right, transposed));
+                Ok(())
+            });
+        product
     }
 
     unsafe fn fsep_select_rows(
@@ -243,15 +262,35 @@ impl<B: FusionBackend> PendingDeviceExchange for Flushed<B> {
 /// Whether the backend has experts of its own: the default bodies Burn joins better.
 fn has_own_experts<B: FusionBackend>(tokens: &FloatTensor<Fusion<B>>) -> bool {
     #[cfg(feature = "cuda")]
-    {
-        let device: &dyn std::any::Any = tokens.client.device();
-        device.downcast_ref().is_some_and(|device| super::cuda::experts::computes(device, tokens.dtype))
-    }
+    return is_cube_device::<B>(tokens, |device| super::cuda::experts::computes(device, tokens.dtype));
     #[cfg(not(feature = "cuda"))]
     {
         let _: &FloatTensor<Fusion<B>> = tokens;
         false
     }
+}
+
+/// Whether the backend has products of its own.
+fn has_own_products<B: FusionBackend>(factors: [&FloatTensor<Fusion<B>>; 2]) -> bool {
+    #[cfg(feature = "cuda")]
+    return is_cube_device::<B>(factors[0], |device| {
+        super::cuda::product::multiplies(device, factors.map(|factor| factor.dtype))
+    });
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _: [&FloatTensor<Fusion<B>>; 2] = factors;
+        false
+    }
+}
+
+/// Whether the tensor is on a device of CubeCL's that `is` says yes of.
+#[cfg(feature = "cuda")]
+fn is_cube_device<B: FusionBackend>(
+    tensor: &FloatTensor<Fusion<B>>,
+    is: impl FnOnce(&burn::backend::CubeDevice) -> bool,
+) -> bool {
+    let device: &dyn std::any::Any = tensor.client.device();
+    device.downcast_ref().is_some_and(is)
 }
 
 fn failed(error: FsepError) -> ExecutionError {

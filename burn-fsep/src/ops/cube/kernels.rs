@@ -17,7 +17,7 @@ use super::{
 #[cfg(feature = "cuda")]
 use super::{
     super::{
-        slot_experts,
+        Transposed, product, slot_experts,
         types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
     },
     cuda,
@@ -55,6 +55,15 @@ impl FsepKernels for CubeBackend {
             cuda::experts::backward(args, weights, activation, slot_rows)
         } else {
             Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
+        if cuda::product::multiplies(&left.device, [left.dtype, right.dtype]) {
+            cuda::product::multiply(left, right, transposed).unwrap_or_else(|error| panic!("{error}"))
+        } else {
+            product::multiply::<Self>(left, right, transposed)
         }
     }
 

@@ -2,7 +2,7 @@
 
 use burn::{
     backend::ops::FloatTensorOps,
-    tensor::{FloatDType, Shape},
+    tensor::{DType, FloatDType, Shape},
 };
 use burn_cubecl::{
     CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
@@ -16,6 +16,7 @@ use crate::{
     FsepError,
     comm::{
         CommError, Communicator, ComputeStream, DeviceCommunicator, ExchangePlan, Operation, PendingDeviceExchange,
+        ReduceOp,
     },
 };
 
@@ -96,4 +97,27 @@ pub(in super::super) fn start_exchange(
     // While a clone of `send` lives, Burn takes no handle for the only one, so nobody writes there while it travels.
     let pending = PendingOnStream { pending: Some(pending), tensors: vec![send.clone(), recv.clone()] };
     Ok(PendingTensor::Device(PendingDevice::new(Box::new(pending), send, recv)))
+}
+
+/// As [`fsep_start_device_all_reduce`](super::super::super::FsepDeviceOps::fsep_start_device_all_reduce).
+pub(in super::super) fn start_all_reduce(
+    tensor: CubeTensor,
+    comm: &dyn Communicator,
+    operation: Operation,
+    op: ReduceOp,
+) -> Result<Option<Box<dyn PendingDeviceExchange>>, FsepError> {
+    let Some(device) = on_gpu(&tensor, comm) else { return Ok(None) };
+    if tensor.dtype != DType::F32 || !tensor.is_contiguous() {
+        return Err(FsepError::Shape {
+            what: format!("tensor of `{operation}`"),
+            expected: "contiguous f32".into(),
+            actual: format!("{:?} with strides {:?}", tensor.dtype, tensor.meta.strides()),
+        });
+    }
+    let len = tensor.meta.num_elements();
+    let (stream, addresses) = places(&[&tensor])?;
+    // SAFETY: a contiguous tensor of `len` numbers in single precision on the communicator's GPU; `PendingOnStream` keeps it until
+    // it has waited, and CubeCL reuses its memory in the order of that stream.
+    let pending = unsafe { device.start_device_all_reduce(operation, addresses[0], len, op, stream) }?;
+    Ok(Some(Box::new(PendingOnStream { pending: Some(pending), tensors: vec![tensor] })))
 }

@@ -6,9 +6,7 @@ use burn::{
     backend::{CubeDevice, ops::FloatTensorOps},
     tensor::{DType, Shape},
 };
-use burn_cubecl::{
-    CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
-};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use cudarc::driver::result::memset_d8_async;
 
 use super::{
@@ -17,6 +15,7 @@ use super::{
         types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
     },
     blas::{self, Matrix, Product, driver_error},
+    empty,
     stream::{gpu_of, on_stream},
 };
 use crate::{FsepError, shard::ExpertShape};
@@ -251,11 +250,6 @@ impl<'a> Slots<'a> {
             Ok(())
         })
     }
-}
-
-/// Of `like`'s type and device.
-fn empty(like: &CubeTensor, dims: [usize; 2]) -> CubeTensor {
-    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), Shape::new(dims), like.dtype)
 }
 
 /// Experts whose parameters are whole in memory, whatever the distance of their rows.

@@ -1,6 +1,6 @@
 //! Burn's CUDA backend: what CubeCL has no equal of runs on its own streams, beside its kernels.
 //!
-//! The experts' products are cuBLAS's, which is loaded at run time ([`blas`]); where it is missing, the default bodies serve. All-to-Alls
+//! The products of experts and router are cuBLAS's, which is loaded at run time ([`blas`]); where it is missing, the default bodies serve. All-to-Alls
 //! are NCCL's on the tensors' memory ([`exchange`]). Both are queued on the stream of CubeCL's that the calling thread computes on
 //! ([`stream`]), so nothing has to be ordered by events of the whole context, and the host waits for nothing.
 
@@ -8,9 +8,18 @@ mod blas;
 #[cfg(feature = "nccl")]
 mod exchange;
 pub(super) mod experts;
+pub(super) mod product;
 mod stream;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+use burn::tensor::Shape;
+use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
+
 #[cfg(feature = "nccl")]
-pub(super) use exchange::start_exchange;
+pub(super) use exchange::{start_all_reduce, start_exchange};
+
+/// Of `like`'s type and device.
+fn empty(like: &CubeTensor, dims: [usize; 2]) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), Shape::new(dims), like.dtype)
+}

@@ -31,6 +31,39 @@ fn gpu() -> Option<CubeDevice> {
     device
 }
 
+/// Both factors transposed or neither, of sizes that no tile divides.
+fn check_products<B: FsepKernels>(device: &Device<B>) {
+    use super::super::super::Transposed::{self, Left, Neither, Right};
+
+    fn run<B: FsepKernels>(device: &Device<B>, transposed: Transposed, dtype: FloatDType) -> Vec<f32> {
+        let (left, right) = match transposed {
+            Neither => ([37, 19], [19, 53]),
+            Left => ([19, 37], [19, 53]),
+            Right => ([37, 19], [53, 19]),
+        };
+        let factor = |[rows, width]: [usize; 2], phase| {
+            B::float_add_scalar(waves::<B>(rows, width, phase, device, dtype), 0.5.into())
+        };
+        let product = B::fsep_multiply(factor(left, 0.1), factor(right, 0.9), transposed);
+        read::<B>(B::float_add_scalar(product, 1.0.into()))
+    }
+    for (dtype, tolerance) in [(FloatDType::F32, 1e-6), (FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)] {
+        for transposed in [Neither, Left, Right] {
+            let expected = run::<Flex>(&FlexDevice, transposed, FloatDType::F32);
+            let actual = run::<B>(device, transposed, dtype);
+            assert_close(&format!("{transposed:?}, {dtype:?}"), &actual, &expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn products_are_those_of_the_default_bodies() {
+    if let Some(device) = gpu() {
+        check_products::<CubeBackend>(&device);
+        check_products::<Cube>(&device);
+    }
+}
+
 /// Numbers between -1 and 1 that nothing repeats.
 fn waves<B: Backend>(rows: usize, width: usize, phase: f32, device: &Device<B>, dtype: FloatDType) -> FloatTensor<B> {
     let numbers: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.37 + phase).sin()).collect();
@@ -133,11 +166,15 @@ fn experts_are_those_of_the_default_bodies_where_operations_are_joined() {
 fn exchanges_run_between_the_kernels() {
     use std::sync::Arc;
 
-    use crate::comm::{
-        Block, CommError, Communicator, ExchangePlan, Operation, local::LocalCommunicator, nccl::NcclConfig,
+    use crate::{
+        comm::{
+            Block, CommError, Communicator, ExchangePlan, Operation, ReduceOp, local::LocalCommunicator,
+            nccl::NcclConfig,
+        },
+        ops::FsepDeviceOps,
     };
 
-    fn check<B: FsepKernels>(device: &Device<B>, comm: &Arc<dyn Communicator>) {
+    fn check<B: FsepKernels + FsepDeviceOps>(device: &Device<B>, comm: &Arc<dyn Communicator>) {
         let operation = Operation::new("test");
         let len = 3_000_007;
         let blocks = vec![Block { peer: 0, offset: 0, len }];
@@ -148,7 +185,13 @@ fn exchanges_run_between_the_kernels() {
             tensor = add(tensor);
             tensor = B::fsep_start_exchange(tensor, comm.as_ref(), operation, &plan).unwrap().wait([len]).unwrap();
         }
-        assert!(read::<B>(add(tensor)).iter().all(|&number| number == 11.0));
+        let mut tensor = add(tensor);
+        for op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Mean] {
+            let pending = B::fsep_start_device_all_reduce(tensor.clone(), comm.clone(), operation, op);
+            pending.unwrap().expect("NCCL reaches the GPU").wait().unwrap_or_else(|error| panic!("{op:?}: {error}"));
+            tensor = add(tensor);
+        }
+        assert!(read::<B>(tensor).iter().all(|&number| number == 14.0));
     }
 
     let Some(device) = gpu() else { return };
