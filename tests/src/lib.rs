@@ -31,7 +31,7 @@ pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensor
 pub use hub_model::{HubAttention, HubDecoder, HubDenseMlp, HubLayer, HubMlp, HubModel, named_parameters};
 pub use layouts::random_layout;
 pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
-pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
+pub use parity::{ParityCase, ParityStep, check_parity, check_parity_of, check_parity_with};
 pub use rank_processes::{Launcher, RankProcesses};
 pub use rank_test::rank_of_process;
 #[cfg(feature = "mpi")]

@@ -5,7 +5,7 @@ use burn::{
     tensor::{Gradients, Tensor, TensorData, activation::softmax},
 };
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig, TokenRows,
     comm::{Communicator, local::LaunchConfig},
     moe::{DenseMoE, SharedExpert, TopKRouter},
 };
@@ -55,7 +55,7 @@ pub fn check_parity(case: &ParityCase, tolerance: f64) -> f64 {
     check_parity_with(case, tolerance, |comm| comm)
 }
 
-/// As [`check_parity`], over communicators that `wrap` makes of the ranks' own.
+/// As [`check_parity`], over communicators that `wrap` makes of the ranks' own, for all ways in which tokens travel.
 ///
 /// # Panics
 ///
@@ -65,8 +65,28 @@ pub fn check_parity_with(
     tolerance: f64,
     wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
 ) -> f64 {
-    let results = launch(&LaunchConfig::new(case.tokens.len()), |comm| case.run_rank(wrap(comm)));
-    let results = results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
+    WAYS.into_iter().map(|token_rows| check_parity_of(case, token_rows, tolerance, &wrap)).fold(0.0, f64::max)
+}
+
+/// All ways in which tokens travel.
+const WAYS: [TokenRows; 3] =
+    [TokenRows::ByAssignment, TokenRows::ByRank { counted: true }, TokenRows::ByRank { counted: false }];
+
+/// As [`check_parity_with`], of one way in which tokens travel.
+///
+/// # Panics
+///
+/// As [`check_parity`].
+pub fn check_parity_of(
+    case: &ParityCase,
+    token_rows: TokenRows,
+    tolerance: f64,
+    wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
+) -> f64 {
+    let run = |comm| case.run_rank(wrap(comm), token_rows);
+    let results = launch(&LaunchConfig::new(case.tokens.len()), run);
+    let fail = |error| panic!("{token_rows:?}, {case:?}: {error}");
+    let results = results.into_iter().map(|rank| rank.unwrap_or_else(fail)).collect();
     case.compare(results, tolerance)
 }
 
@@ -88,11 +108,11 @@ impl ParityCase {
     /// # Panics
     ///
     /// If a gradient is missing.
-    pub fn run_rank(&self, comm: Arc<dyn Communicator>) -> Result<Vec<ParityStep>, FsepError> {
+    pub fn run_rank(&self, comm: Arc<dyn Communicator>, token_rows: TokenRows) -> Result<Vec<ParityStep>, FsepError> {
         let (case, rank, ranks, hidden) = (self, comm.rank(), comm.size(), self.config.hidden_size);
         let split = case.split;
         let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(move || split.dispatcher());
-        let runtime = runtime.init(comm)?;
+        let runtime = runtime.with_token_rows(token_rows).init(comm)?;
         let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
         let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;
         let mine = start..start + case.tokens[rank] * hidden;

@@ -2,16 +2,14 @@
 
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, TokenRows,
     comm::local::LaunchConfig,
     moe::{
         ExpertActivation, ExpertBiasConfig, GroupScore, RouterForcing, RouterGroups, ScoreFunction, SharedExpertConfig,
         TopKRouterConfig,
     },
 };
-use burn_fsep_tests::{
-    Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch,
-};
+use burn_fsep_tests::{Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_of, device, launch};
 
 const TOLERANCE: f64 = 1e-5;
 
@@ -167,13 +165,21 @@ fn a_wrong_number_in_any_exchange_is_seen() {
         "gradients to tokens in backward",
         "gradient reshard",
     ] {
-        let case = even(config(8, 2), 3, 10);
-        let fault = Fault::Corruption(operation);
-        let wrong = || check_parity_with(&case, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
-        let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
-        assert!(message.contains("relative error"), "{operation}: {message}");
+        is_seen(operation, TokenRows::ByAssignment);
+        is_seen(operation, TokenRows::ByRank { counted: true });
     }
+    for operation in ["weights and places of tokens in forward", "gradients of weights in backward"] {
+        is_seen(operation, TokenRows::ByRank { counted: true });
+    }
+}
+
+fn is_seen(operation: &'static str, token_rows: TokenRows) {
+    let case = even(config(8, 2), 3, 10);
+    let fault = Fault::Corruption(operation);
+    let wrong = || check_parity_of(&case, token_rows, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
+    let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
+    assert!(message.contains("relative error"), "{operation}: {message}");
 }
 
 #[test]

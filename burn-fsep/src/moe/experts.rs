@@ -166,8 +166,19 @@ impl FsepExperts {
             let result = result.clone();
             Box::new(move || *result.lock() = Some(work())) as BesideTokens
         });
-        let start = PassStart { ends, tracked, weights: weights.clone(), param: self.weight.id, beside };
+        let start = PassStart {
+            ends,
+            row_of: row_of.clone(),
+            tracked,
+            weights: weights.clone(),
+            param: self.weight.id,
+            beside,
+        };
         let pass = self.runtime.begin_pass(spec, start)?;
+        let (row_of, assignment_of, token_of) = match &pass.dispatch.rank_rows {
+            None => (row_of, assignment_of, token_of),
+            Some(rows) => (rows.row_of.clone(), rows.places.clone(), rows.token_of.clone()),
+        };
         let hidden = ops::moe(tokens, probs, weights, row_of, assignment_of, token_of, pass.clone());
         self.runtime.end_forward(&pass, &hidden);
         let output = FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() };

@@ -4,6 +4,8 @@
 mod activation;
 mod assignment_order;
 mod autodiff;
+mod by_assignment;
+mod by_rank;
 mod combine;
 mod device_check;
 mod device_ops;
@@ -17,9 +19,16 @@ mod layer_spec;
 mod libtorch;
 mod moe_pass;
 mod pass;
+mod pass_rows;
+mod places;
+mod rank_rows;
+mod replica_order;
 mod replicas;
+mod row_exchange;
+mod row_order;
 mod slot_experts;
 mod tensor_exchange;
+
 mod types;
 mod unshard;
 
@@ -37,4 +46,5 @@ pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use pass::{
     BesideTokens, Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange,
 };
+pub use rank_rows::{PlacedAssignments, RankRows};
 pub use unshard::Unshard;

@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use burn_fsep_planner::{Layout, RoutingCounts, dispatch::DispatchPlan};
 use parking_lot::Mutex;
 
-use super::{LayerSpec, Unshard};
+use super::{LayerSpec, RankRows, Unshard};
 use crate::{
     FsepError, Timeline,
     comm::{Block, Communicator, ExchangePlan, Operation},
@@ -111,6 +111,8 @@ pub struct RoutedDispatch {
     pub tokens: ExchangePlan,
     /// Rows of each slot after the All-to-All. Shape `[C]`.
     pub slot_rows: Vec<Range<usize>>,
+    /// Rows of this rank's tokens, if they travel once to a rank and not once to an expert.
+    pub rank_rows: Option<RankRows>,
 }
 
 /// Everything that one rank has to know to run one pass of one layer, forward and backward.

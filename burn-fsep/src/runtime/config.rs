@@ -7,7 +7,7 @@ use burn_fsep_planner::{
 };
 use derive_new::new;
 
-use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
+use super::{FsepRuntime, TokenRows, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, agree, digest},
@@ -35,6 +35,9 @@ pub struct FsepRuntimeConfig {
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
+    /// How tokens travel between ranks.
+    #[new(default)]
+    pub token_rows: TokenRows,
     /// Records what runs when; this rank's own.
     #[new(default)]
     pub timeline: Option<Timeline>,
@@ -96,6 +99,12 @@ impl FsepRuntimeConfig {
         self
     }
 
+    /// Sets how tokens travel between ranks (by default once to a rank, in passes where that pays).
+    pub fn with_token_rows(mut self, token_rows: TokenRows) -> Self {
+        self.token_rows = token_rows;
+        self
+    }
+
     /// Sets the timeline that records what this rank computes and when its host waits. Communication on a GPU is recorded by
     /// the communicator; see `NcclConfig::with_timeline`.
     pub fn with_timeline(mut self, timeline: Timeline) -> Self {
@@ -139,6 +148,7 @@ impl FsepRuntimeConfig {
             ("dispatcher", hash(self.dispatcher.make().name())),
             ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
+            ("token_rows", hash(&format!("{:?}", self.token_rows))),
         ];
         match agree(comm, Operation::new("configuration of the runtime"), &fields)? {
             Some(difference) => {

@@ -4,8 +4,8 @@ use burn_fsep_planner::{Topology, repair::LayoutRepair};
 use parking_lot::RwLock;
 
 use super::{
-    FsepRuntimeConfig, dispatcher_factory::DispatcherFactory, layer_state::LayerState, observed_steps::ObservedSteps,
-    outputs::Outputs,
+    FsepRuntimeConfig, TokenRows, dispatcher_factory::DispatcherFactory, layer_state::LayerState,
+    observed_steps::ObservedSteps, outputs::Outputs,
 };
 use crate::{
     FsepError, Timeline,
@@ -34,6 +34,7 @@ pub(super) struct Inner {
     seed: u64,
     pub dispatcher: DispatcherFactory,
     pub repair: Option<LayoutRepair>,
+    pub token_rows: TokenRows,
     pub layers: RwLock<Vec<Arc<LayerState>>>,
     pub schedule: Schedule,
     pub observed: ObservedSteps,
@@ -81,6 +82,7 @@ impl FsepRuntime {
             seed: config.seed,
             dispatcher: config.dispatcher.clone(),
             repair,
+            token_rows: config.token_rows,
             layers: RwLock::default(),
             schedule: Schedule::new(config.schedule),
             observed: ObservedSteps::default(),

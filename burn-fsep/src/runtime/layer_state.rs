@@ -14,11 +14,16 @@ use burn_fsep_planner::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use super::{LayerStats, dispatcher_factory::DispatcherFactory, routing_message::RoutingMessage};
+use super::{
+    LayerStats, TokenRows,
+    dispatcher_factory::DispatcherFactory,
+    routing_message::RoutingMessage,
+    token_rows::{RowsByRank, TokenTraffic},
+};
 use crate::{
     FsepError,
     comm::{Communicator, agree, digest},
-    ops::{LayerSpec, RoutedDispatch, Tracked, token_exchange},
+    ops::{LayerSpec, PlacedAssignments, RoutedDispatch, Tracked, token_exchange},
     shard::UnshardPlan,
 };
 
@@ -60,8 +65,23 @@ struct Dispatching {
     is_checked: bool,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
     repair: Option<LayoutRepair>,
+    token_rows: TokenRows,
     plan: DispatchPlan,
     static_plan: DispatchPlan,
+}
+
+/// What the routing of a pass begins with.
+pub(super) struct Routing {
+    /// Where the rows of each expert, of none, and of what is no expert end. `[E + 2]`
+    pub ends: Tensor<1, Int>,
+    /// The row of each assignment among those sorted by expert. `[T * K]`
+    pub row_of: Tensor<1, Int>,
+    /// Bytes of an element of a token.
+    pub element: usize,
+    /// Which gradients are wanted.
+    pub tracked: Tracked,
+    /// Fingerprint of the layout under which the layer's experts were prefetched, if they were.
+    pub ahead: Option<u64>,
 }
 
 #[derive(Default)]
@@ -75,8 +95,7 @@ impl LayerState {
     pub fn new(
         spec: Arc<LayerSpec>,
         topology: &Topology,
-        dispatcher: &DispatcherFactory,
-        repair: Option<LayoutRepair>,
+        (dispatcher, repair, token_rows): (&DispatcherFactory, Option<LayoutRepair>, TokenRows),
     ) -> Result<Self, FsepError> {
         let (ranks, experts) = (spec.world_size, spec.num_experts);
         let layout = Layout::static_ep(ranks, spec.slots_per_rank, experts)?;
@@ -88,6 +107,7 @@ impl LayerState {
                 dispatcher: dispatcher.make(),
                 is_checked: cfg!(debug_assertions) || dispatcher.is_given(),
                 repair: repair.filter(|_| !spec.fixed_layout),
+                token_rows,
                 plan: DispatchPlan::new(),
                 static_plan: DispatchPlan::new(),
             }),
@@ -178,10 +198,9 @@ impl LayerState {
         &self,
         comm: &Arc<dyn Communicator>,
         topology: &Topology,
-        ends: Tensor<1, Int>,
-        tracked: Tracked,
-        ahead: Option<u64>,
+        routing: Routing,
     ) -> Result<RoutedDispatch, FsepError> {
+        let Routing { ends, row_of, element, tracked, ahead } = routing;
         self.compare_options(comm.as_ref())?;
         let layout = self.layout();
         let message = RoutingMessage { spec: &self.spec, layout: layout.fingerprint(), tracked, ahead };
@@ -189,7 +208,7 @@ impl LayerState {
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatching { dispatcher, is_checked, repair, plan, static_plan } = &mut *dispatch;
+        let Dispatching { dispatcher, is_checked, repair, token_rows, plan, static_plan } = &mut *dispatch;
         // Every rank repairs for itself, from the same counts and layout.
         if let (true, Some(repair)) = (tracked.any(), repair)
             && let Some(repaired) = repair.repair(topology, &layout, &counts)?
@@ -203,11 +222,23 @@ impl LayerState {
             plan.check(&layout, &counts)?;
         }
         let (tokens, slot_rows) = token_exchange(plan, &layout, self.spec.rank);
+        let traffic = TokenTraffic { spec: &self.spec, tracked, element };
+        let by_rank = match token_rows.choose(plan, &traffic, comm.device().is_some()) {
+            None => None,
+            Some(RowsByRank { most, counted }) => {
+                let placed = PlacedAssignments::new(row_of, plan, &layout, &self.spec);
+                let operation = self.spec.operation("token rows");
+                let rows = if counted { placed.gather_counts(comm, operation, &most)? } else { most };
+                Some((placed.lay_out(&rows), off_rank(&rows, self.spec.world_size)))
+            }
+        };
 
         let mut last = self.last.lock();
         if tracked.any() {
             EvenSplit::new().dispatch(topology, &self.static_layout, &counts, static_plan)?;
             last.pass += 1;
+            let off_rank_tokens = plan.off_rank_tokens();
+            let bytes_by_assignment = traffic.bytes_by_assignment(off_rank_tokens as f64) as u64;
             self.active.write().moved_slots = 0;
             last.stats = Some(LayerStats {
                 layer: self.spec.layer,
@@ -215,11 +246,22 @@ impl LayerState {
                 imbalance_static: static_plan.max_over_mean(),
                 imbalance: plan.max_over_mean(),
                 cross_node_tokens: plan.cross_node_tokens(topology),
-                off_rank_tokens: plan.off_rank_tokens(),
+                off_rank_tokens,
+                token_bytes: match &by_rank {
+                    None => bytes_by_assignment,
+                    Some((_, rows)) => traffic.bytes_by_rank(*rows as f64) as u64,
+                },
+                token_bytes_by_assignment: bytes_by_assignment,
                 moved_slots,
                 dispatch_time,
             });
         }
-        Ok(RoutedDispatch { pass: last.pass, counts, layout, unshard, tokens, slot_rows })
+        let rank_rows = by_rank.map(|(rows, _)| rows);
+        Ok(RoutedDispatch { pass: last.pass, counts, layout, unshard, tokens, slot_rows, rank_rows })
     }
+}
+
+/// What goes to other ranks of what goes from each rank to each, `[N, N]`.
+fn off_rank(rows: &[u64], ranks: usize) -> u64 {
+    rows.iter().enumerate().filter(|(i, _)| i / ranks != i % ranks).map(|(_, rows)| rows).sum()
 }

@@ -14,7 +14,7 @@ use super::{
     },
     combine,
     cuda::Fused,
-    device_exchange, experts,
+    device_exchange, experts, places,
 };
 use crate::{
     FsepError,
@@ -62,6 +62,28 @@ impl FsepKernels for LibTorch {
         // SAFETY: the caller's promise.
         let sums = unsafe { combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64) };
         sums.map(TchTensor::new).map_err(device_error)
+    }
+
+    unsafe fn fsep_sum_places(
+        rows: &TchTensor,
+        places: &TchTensor,
+        weights: Option<&TchTensor>,
+        topk: usize,
+    ) -> Result<TchTensor, FsepError> {
+        // SAFETY: the caller's promise.
+        unsafe { places::sum(rows, places, weights, topk) }.map_err(device_error)
+    }
+
+    unsafe fn fsep_spread_rows(
+        rows: &TchTensor,
+        outputs: Option<&TchTensor>,
+        places: &TchTensor,
+        weights: Option<&TchTensor>,
+        sizes: [usize; 2],
+        want_rows: bool,
+    ) -> Result<CombineGradients<Self>, FsepError> {
+        // SAFETY: the caller's promise.
+        unsafe { places::spread(rows, outputs, places, weights, sizes, want_rows) }.map_err(device_error)
     }
 
     fn fsep_sum_replicas(
