@@ -9,6 +9,9 @@ use super::{
 };
 use crate::FsepError;
 
+/// Of the rows, on their way, and of the probabilities; each if it is wanted.
+type Gradients<B> = (Option<TravellingRows<B>>, Option<FloatTensor<B>>);
+
 /// `[T, D]` to `[M, D]` of other ranks.
 pub(super) fn start_tokens<B: FsepKernels>(
     hidden: FloatTensor<B>,
@@ -43,7 +46,7 @@ pub(super) fn start_gradients<B: FsepKernels>(
     probs: &FloatTensor<B>,
     pass: &LayerPass,
     want_rows: bool,
-) -> Result<(Option<TravellingRows<B>>, Option<FloatTensor<B>>), FsepError> {
+) -> Result<Gradients<B>, FsepError> {
     // SAFETY: as in `combine`.
     let gradients = unsafe { B::fsep_combine_backward(&grad, outputs.as_ref(), rows, probs, want_rows) }?;
     drop((grad, outputs));

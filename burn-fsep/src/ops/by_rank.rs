@@ -43,6 +43,9 @@ pub(super) struct Travelling<B: Backend> {
     routes: TravellingRows<B>,
 }
 
+/// Of the slots' rows, and of the weights, on their way back; each if it is wanted.
+type Gradients<B> = (Option<FloatTensor<B>>, Option<TravellingRows<B>>);
+
 /// Slot rows of this rank, `M`.
 fn num_slot_rows(pass: &LayerPass) -> usize {
     pass.dispatch.slot_rows.iter().map(|rows| rows.len()).sum()
@@ -120,7 +123,7 @@ pub(super) fn spread_gradients<B: FsepKernels>(
     routes: &Routes<B>,
     pass: &LayerPass,
     want_rows: bool,
-) -> Result<(Option<FloatTensor<B>>, Option<TravellingRows<B>>), FsepError> {
+) -> Result<Gradients<B>, FsepError> {
     let sizes = [num_slot_rows(pass), pass.spec.topk];
     let Routes { places, weights } = routes;
     // SAFETY: places are below the number of slot rows, which `outputs` has.
