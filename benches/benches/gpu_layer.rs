@@ -1,7 +1,8 @@
-//! A whole FSEPMoE layer on one NVIDIA GPU in bf16: router to combine, forward and backward.
+//! A whole FSEPMoE layer on one NVIDIA GPU in half precision: router to combine, forward and backward.
 //!
 //! Prints one line of JSON as the peers' scripts do: median time, rate of the experts' products (18 D F T K flop), peak
-//! memory. `benches/gpu_layer.py` runs it beside its peers.
+//! memory. `--backend` is what the layer runs on, and `--plain` takes the same layer in Burn's own operations instead.
+//! `benches/gpu_layer.py` runs it beside its peers.
 
 #![allow(deprecated)] // Burn's LibTorch backend: see burn-fsep/src/lib.rs
 
@@ -14,9 +15,9 @@ use std::{
     time::Instant,
 };
 
-use burn::tensor::{Device, Distribution, FloatDType, IntDType, Tensor};
+use burn::tensor::{Distribution, Tensor};
 use burn_fsep::{FSEPMoEConfig, FsepRuntime};
-use burn_fsep_benches::Times;
+use burn_fsep_benches::{GpuBackend, HalfPrecision, PlainMoe, Times};
 use clap::Parser;
 use cudarc::driver::CudaContext;
 
@@ -34,7 +35,17 @@ struct Args {
     topk: usize,
     #[arg(long, default_value_t = 20)]
     iters: usize,
-    /// Measures memory, not time: needs PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that what is free is what nobody uses.
+    #[arg(long, default_value_t = 3)]
+    warmup: usize,
+    #[arg(long, value_enum, default_value_t)]
+    backend: GpuBackend,
+    #[arg(long, value_enum, default_value_t)]
+    dtype: HalfPrecision,
+    /// The layer as Burn's users write it, of Burn's own operations.
+    #[arg(long)]
+    plain: bool,
+    /// Measures memory, not time. LibTorch needs PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that what is free is what nobody uses; what
+    /// CubeCL keeps for later counts.
     #[arg(long)]
     memory: bool,
     /// What `cargo bench` adds.
@@ -44,50 +55,66 @@ struct Args {
 
 fn main() {
     let args = Args::parse();
-    if !tch::Cuda::is_available() {
-        eprintln!("error: LibTorch sees no GPU; see the README for how to build with CUDA");
-        std::process::exit(1);
-    }
-    let mut device = Device::libtorch_cuda(0);
-    device.configure((FloatDType::BF16, IntDType::I64)).expect("the device was not used before");
-    let device = device.autodiff();
-    let config = FSEPMoEConfig::new(args.hidden, args.ffn, args.experts).with_moe_router_topk(args.topk);
-    let layer = config.init(&FsepRuntime::single(), &device);
+    // Also before memory is measured: what a context takes of it is not counted.
+    let gpu = if args.memory { Some(CudaContext::new(0).expect("there is a GPU")) } else { None };
+    let at_start = gpu.as_ref().map(free_bytes);
+    let device = match args.backend.device(args.dtype) {
+        Ok(device) => device.autodiff(),
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            std::process::exit(1);
+        }
+    };
     let normal = || Tensor::<2>::random([args.tokens, args.hidden], Distribution::Normal(0.0, 1.0), &device);
     let grad = normal().detach();
     let x = normal().detach().require_grad();
-    let step = || {
-        let output = layer.forward(x.clone());
-        drop((output * grad.clone()).sum().backward());
+    let config = FSEPMoEConfig::new(args.hidden, args.ffn, args.experts).with_moe_router_topk(args.topk);
+    let forward: Box<dyn Fn(Tensor<2>) -> Tensor<2>> = if args.plain {
+        let layer = PlainMoe::new(args.hidden, args.ffn, args.experts, args.topk, &device);
+        Box::new(move |x| layer.forward(x))
+    } else {
+        let layer = config.init(&FsepRuntime::single(), &device);
+        Box::new(move |x| layer.forward(x))
     };
-    for _ in 0..3 {
+    let step = || drop((forward(x.clone()) * grad.clone()).sum().backward());
+    let synchronize = || device.sync().expect("the device computes");
+    for _ in 0..args.warmup {
         step();
     }
-    tch::Cuda::synchronize(0);
+    synchronize();
+    let kind = if args.plain { "plain Burn" } else { "burn-fsep" };
+    let peer = format!("{kind} on {}", args.backend);
     let flop = 18.0 * (args.hidden * args.ffn * args.tokens * args.topk) as f64;
-    if args.memory {
-        let gpu = CudaContext::new(0).expect("LibTorch sees a GPU");
-        // Between steps only these are alive: parameters, input and gradient of the output. What is free then also lacks
-        // what CUDA took for itself, which the peers' figures do not count either.
-        let parameters = args.experts * (3 * args.hidden * args.ffn + args.hidden);
-        let alive = 2 * (parameters + 2 * args.tokens * args.hidden);
-        let idle = free_bytes(&gpu);
-        let least = least_free_while(&gpu, &step);
-        println!(
-            "{}",
-            serde_json::json!({"peer": "burn-fsep", "peak_gib": (alive + idle - least) as f64 / (1u64 << 30) as f64})
-        );
+    if let (Some(gpu), Some(at_start)) = (gpu, at_start) {
+        let step = || {
+            step();
+            synchronize();
+        };
+        let peak = match args.backend {
+            // Between steps only these are alive: parameters, input and gradient of the output. What is free then also lacks
+            // what CUDA took for itself, which the peers' figures do not count either.
+            GpuBackend::Libtorch => {
+                let parameters = args.experts * (3 * args.hidden * args.ffn + args.hidden);
+                let alive = 2 * (parameters + 2 * args.tokens * args.hidden);
+                alive + free_bytes(&gpu) - least_free_while(&gpu, &step)
+            }
+            GpuBackend::Cuda | GpuBackend::Vulkan => at_start - least_free_while(&gpu, &step),
+        };
+        println!("{}", serde_json::json!({"peer": peer, "peak_gib": peak as f64 / (1u64 << 30) as f64}));
         return;
     }
     let mut times = Times::default();
     for _ in 0..args.iters {
         let start = Instant::now();
         step();
-        tch::Cuda::synchronize(0);
+        synchronize();
         times.push(start.elapsed());
     }
     let ms = times.median().as_secs_f64() * 1e3;
-    println!("{}", serde_json::json!({"peer": "burn-fsep", "ms": ms, "tflops": flop / ms / 1e9}));
+    println!(
+        "{}",
+        serde_json::json!({"peer": peer, "ms": ms, "tflops": flop / ms / 1e9, "dtype": args.dtype.to_string()})
+    );
 }
 
 /// Free bytes of the GPU.
@@ -110,7 +137,6 @@ fn least_free_while(gpu: &Arc<CudaContext>, step: &impl Fn()) -> usize {
     });
     for _ in 0..3 {
         step();
-        tch::Cuda::synchronize(0);
     }
     done.store(true, Ordering::Relaxed);
     watcher.join().expect("the watcher does not panic")

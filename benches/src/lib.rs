@@ -7,8 +7,15 @@
 
 #[cfg(feature = "libtorch")]
 pub mod fused;
+#[cfg(feature = "gpu")]
+mod gpu_backend;
+mod plain_moe;
 
 use std::time::Duration;
+
+#[cfg(feature = "gpu")]
+pub use gpu_backend::{GpuBackend, HalfPrecision};
+pub use plain_moe::PlainMoe;
 
 /// Times of one competitor.
 #[derive(Debug, Clone, Default)]

@@ -187,15 +187,18 @@ impl Layout {
         &self.slots
     }
 
-    /// Experts that a rank holds here but not in `previous`, summed over ranks: what a runtime that keeps restored
-    /// weights has to restore anew. The order of slots on a rank does not count.
+    /// Experts that each rank holds here but not in `previous`. The order of slots on a rank does not count. Shape `[N]`.
+    pub fn received_slots(&self, previous: &Layout) -> Vec<usize> {
+        let received = |rank| {
+            let held = if rank < previous.num_ranks { previous.experts_of(rank) } else { &[] };
+            self.experts_of(rank).iter().filter(|expert| !held.contains(expert)).count()
+        };
+        (0..self.num_ranks).map(received).collect()
+    }
+
+    /// [`Layout::received_slots`] summed over ranks: what a runtime that keeps restored weights has to restore anew.
     pub fn moved_slots(&self, previous: &Layout) -> usize {
-        (0..self.num_ranks)
-            .map(|rank| {
-                let held = if rank < previous.num_ranks { previous.experts_of(rank) } else { &[] };
-                self.experts_of(rank).iter().filter(|expert| !held.contains(expert)).count()
-            })
-            .sum()
+        self.received_slots(previous).into_iter().sum()
     }
 
     /// A hash that is equal on all ranks and in all processes of one build: ranks compare it to catch diverging

@@ -139,15 +139,20 @@ impl RoutingCounts {
         &self.counts
     }
 
-    /// Assignments to each expert over all ranks. Shape `[E]`.
-    pub fn expert_totals(&self) -> Vec<u64> {
+    /// Assignments of some ranks to each expert. Shape `[E]`.
+    pub(crate) fn totals_of(&self, ranks: std::ops::Range<usize>) -> Vec<u64> {
         let mut totals = vec![0u64; self.num_experts];
-        for row in self.counts.chunks_exact(self.num_experts) {
-            for (total, &n) in totals.iter_mut().zip(row) {
+        for rank in ranks {
+            for (total, &n) in totals.iter_mut().zip(self.row(rank)) {
                 *total += u64::from(n);
             }
         }
         totals
+    }
+
+    /// Assignments to each expert over all ranks. Shape `[E]`.
+    pub fn expert_totals(&self) -> Vec<u64> {
+        self.totals_of(0..self.num_ranks)
     }
 
     /// All assignments.

@@ -157,3 +157,25 @@ fn replay_makes_workloads() {
         assert!(error.contains(expected) && !error.contains("panicked"), "{line}: {error}");
     }
 }
+
+#[test]
+fn the_benchmark_balances_a_moving_hotspot() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = run(folder.path(), "benchmark --ranks 8 --workload w6 --workload w7 --steps 7").unwrap();
+    let sizes: Vec<&str> = table.lines().filter(|line| line.starts_with("N=")).collect();
+    assert_eq!(sizes.len(), 2, "{table}");
+    for (size, part) in sizes.iter().zip(table.split("N=").skip(1)) {
+        // workload, static, planned | repaired, p95, ..
+        let row = part.lines().find(|line| line.starts_with("w6-rotating-hotspot")).unwrap();
+        let numbers: Vec<f64> = row.split_whitespace().filter_map(|cell| cell.parse().ok()).collect();
+        let [fixed, planned, repaired, p95, ..] = numbers[..] else { panic!("{row}") };
+        assert!(fixed > 1.5 && planned > 1.2, "{size}: {row}");
+        assert!(repaired <= 1.02 && repaired <= p95 && p95 <= 1.05, "{size}: {row}");
+        let all = part.lines().find(|line| line.starts_with("all, bound")).unwrap();
+        assert!(all.contains(" 12 steps (0 cannot be balanced)"), "{all}");
+    }
+    let error = run(folder.path(), "benchmark --ranks 9").unwrap_err();
+    assert!(error.contains("no layer for 9 ranks; choose of 8, 64, 256"), "{error}");
+    let error = run(folder.path(), "benchmark --ranks 8 --steps 1").unwrap_err();
+    assert!(error.contains("number of steps after the first"), "{error}");
+}

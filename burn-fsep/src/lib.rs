@@ -25,6 +25,7 @@
 //! | `flex` (default) | Burn's CPU backend |
 //! | `learner` (default) | `learner`: training through burn-train's Learner; `dataset` |
 //! | `dataset` | `train::RankDataset`: a rank's part of one of Burn's data sets |
+//! | `vulkan`, `webgpu`, `cuda`, `rocm`, `metal` | Burn's own GPU backends; `cuda` and `rocm` download LLVM when they are built |
 //! | `libtorch` | Burn's LibTorch backend, on CPU and CUDA; LibTorch has to be found when it is built |
 //! | `nccl` | `comm::nccl`: collectives between GPUs; NCCL is loaded at run time |
 //! | `mpi` | `comm::mpi`: collectives over MPI; needs an MPI library with its headers, and libclang |

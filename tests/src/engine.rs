@@ -1,36 +1,37 @@
-use std::{fmt, sync::Arc};
+use std::{fmt, net::TcpListener, sync::Arc};
 
 use burn_fsep::comm::{
     CommError, Communicator,
     local::{self, LaunchConfig, RankError},
+    process::{JobToken, ProcessConfig},
 };
 
-/// Runs `program` as `N` ranks that are threads of this process, over the engine of local threads; with the feature
-/// `process-comm` connected by TCP as processes are. For processes, also over NCCL, see [`RankProcesses`](crate::RankProcesses).
-#[cfg(not(feature = "process-comm"))]
-pub fn launch<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
-where
-    T: Send,
-    E: Send + fmt::Display + From<CommError>,
-    F: Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync,
-{
-    local::launch(config, program)
-}
-
-/// Runs `program` as `N` ranks that are threads of this process, connected by TCP as processes are.
+/// Runs `program` as `N` ranks that are threads of this process, over the engine of local threads; with `FSEP_TEST_ENGINE=tcp`
+/// connected by TCP as processes are. For processes, also over NCCL, see [`RankProcesses`](crate::RankProcesses).
 ///
 /// # Panics
 ///
-/// If the operating system refuses a socket or random numbers.
-#[cfg(feature = "process-comm")]
+/// If `FSEP_TEST_ENGINE` is something else, or the operating system refuses a socket or random numbers.
 pub fn launch<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
 where
     T: Send,
     E: Send + fmt::Display + From<CommError>,
     F: Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync,
 {
-    use burn_fsep::comm::process::{JobToken, ProcessConfig};
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a socket");
+    match std::env::var("FSEP_TEST_ENGINE").as_deref() {
+        Err(_) => local::launch(config, program),
+        Ok("tcp") => launch_over_tcp(config, program),
+        Ok(other) => panic!("FSEP_TEST_ENGINE={other}: leave it out, or say tcp"),
+    }
+}
+
+fn launch_over_tcp<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>
+where
+    T: Send,
+    E: Send + fmt::Display + From<CommError>,
+    F: Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync,
+{
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a socket");
     let port = listener.local_addr().expect("the socket's port").port();
     let token = JobToken::random().expect("random numbers");
     local::launch(config, |comm| {

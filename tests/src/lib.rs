@@ -30,7 +30,10 @@ pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
 pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors, write_safetensors};
 pub use hub_model::{HubAttention, HubDecoder, HubDenseMlp, HubLayer, HubMlp, HubModel, named_parameters};
 pub use layouts::random_layout;
-pub use model::{SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, fixed_linear, task_items};
+pub use model::{
+    SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, dense_loss_curve_on, fixed_linear,
+    task_items,
+};
 pub use parity::{ParityCase, ParityStep, check_parity, check_parity_of, check_parity_with};
 pub use rank_processes::{Launcher, RankProcesses};
 pub use rank_test::rank_of_process;
@@ -39,15 +42,46 @@ pub use rank_test::rank_over_mpi;
 pub use trainer::Trainer;
 pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_trainer};
 
-use burn::tensor::Device;
+use std::time::Duration;
 
-/// The device that the suite runs on: Flex; with the feature `libtorch` the first GPU, or LibTorch's CPU if there is
-/// none.
+use burn::tensor::Device;
+#[cfg(any(feature = "vulkan", feature = "webgpu"))]
+use burn::tensor::DeviceKind;
+use burn_fsep::comm::local::LaunchConfig;
+
+/// The device that the suite runs on: that of the backend that `FSEP_TEST_BACKEND` names, of those that it was built with; without
+/// it of the first one that was built of CUDA, Vulkan, WebGPU, LibTorch and Flex.
+///
+/// # Panics
+///
+/// If `FSEP_TEST_BACKEND` names none that was built.
 pub fn plain_device() -> Device {
-    #[cfg(not(feature = "libtorch"))]
-    return Device::flex();
-    #[cfg(feature = "libtorch")]
-    return if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() };
+    type Backend = (&'static str, fn() -> Device);
+    let built: &[Backend] = &[
+        #[cfg(feature = "cuda")]
+        ("cuda", || Device::cuda(0)),
+        #[cfg(feature = "vulkan")]
+        ("vulkan", || Device::vulkan(DeviceKind::DefaultDevice)),
+        #[cfg(feature = "webgpu")]
+        ("webgpu", || Device::wgpu(DeviceKind::DefaultDevice)),
+        // The first GPU, or LibTorch's CPU where there is none.
+        #[cfg(feature = "libtorch")]
+        ("libtorch", || if tch::Cuda::is_available() { Device::libtorch_cuda(0) } else { Device::libtorch() }),
+        ("flex", Device::flex),
+    ];
+    let device = match std::env::var("FSEP_TEST_BACKEND") {
+        Err(_) => built.first(),
+        Ok(asked) => built.iter().find(|(name, _)| *name == asked),
+    };
+    let names: Vec<&str> = built.iter().map(|(name, _)| *name).collect();
+    device.unwrap_or_else(|| panic!("FSEP_TEST_BACKEND: this build has {}", names.join(", "))).1()
+}
+
+/// So many ranks that are threads. A driver in software compiles each kernel for up to a second when it first meets it, while
+/// the other ranks wait.
+pub fn launch_config(ranks: usize) -> LaunchConfig {
+    let config = LaunchConfig::new(ranks);
+    if cfg!(feature = "webgpu") { config.with_timeout(Duration::from_secs(300)) } else { config }
 }
 
 /// [`plain_device`], with gradients.

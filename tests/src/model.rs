@@ -210,12 +210,23 @@ impl Batcher<TaskItem, TaskBatch> for TaskBatcher {
 ///
 /// If the model cannot be made.
 pub fn dense_loss_curve(seed: u64, steps: usize, batch: usize, items: &[TaskItem], clip: f64) -> Vec<f32> {
-    let device = crate::device();
-    let mut model = SmallMoe::dense(seed, &device).unwrap();
+    dense_loss_curve_on(&crate::device(), seed, steps, batch, items, clip)
+}
+
+/// [`dense_loss_curve`] on a device with gradients.
+pub fn dense_loss_curve_on(
+    device: &Device,
+    seed: u64,
+    steps: usize,
+    batch: usize,
+    items: &[TaskItem],
+    clip: f64,
+) -> Vec<f32> {
+    let mut model = SmallMoe::dense(seed, device).unwrap();
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
     (0..steps)
         .map(|step| {
-            let batch = TaskBatcher.batch(items[step * batch..(step + 1) * batch].to_vec(), &device);
+            let batch = TaskBatcher.batch(items[step * batch..(step + 1) * batch].to_vec(), device);
             let loss = model.loss(&batch);
             let value = loss.clone().into_scalar::<f32>();
             let mut grads = GradientsParams::from_grads(loss.backward(), &model);

@@ -6,13 +6,13 @@ use burn::{
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig, TokenRows,
-    comm::{Communicator, local::LaunchConfig},
+    comm::Communicator,
     moe::{DenseMoE, SharedExpert, TopKRouter},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 
-use crate::{SplitAny, assert_close, device, launch, random_layout};
+use crate::{SplitAny, assert_close, device, launch, launch_config, random_layout};
 
 /// One comparison of the FSEP layer with the dense layer.
 #[derive(Debug, Clone)]
@@ -84,7 +84,7 @@ pub fn check_parity_of(
     wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
 ) -> f64 {
     let run = |comm| case.run_rank(wrap(comm), token_rows);
-    let results = launch(&LaunchConfig::new(case.tokens.len()), run);
+    let results = launch(&launch_config(case.tokens.len()), run);
     let fail = |error| panic!("{token_rows:?}, {case:?}: {error}");
     let results = results.into_iter().map(|rank| rank.unwrap_or_else(fail)).collect();
     case.compare(results, tolerance)

@@ -75,7 +75,7 @@ fn wrong_arguments_are_refused() {
 #[cfg(all(feature = "libtorch", feature = "nccl"))]
 #[test]
 fn an_all_reduce_between_the_backends_operations() {
-    use burn_fsep::comm::{ReduceOp, local::LocalCommunicator, nccl::NcclConfig};
+    use burn_fsep::comm::{ComputeStream, ReduceOp, local::LocalCommunicator, nccl::NcclConfig};
     use tch::{Device, Kind, Tensor};
 
     let comm = NcclConfig::new(0).init(Arc::new(LocalCommunicator::single())).unwrap();
@@ -87,8 +87,9 @@ fn an_all_reduce_between_the_backends_operations() {
             tensor += 1.0;
         }
         let address = tensor.data_ptr() as u64;
+        let stream = ComputeStream::LEGACY_DEFAULT;
         // SAFETY: the address of a contiguous tensor of `len` numbers, which lives to the end.
-        let pending = unsafe { device.start_device_all_reduce(OP, address, len as usize, op) }.unwrap();
+        let pending = unsafe { device.start_device_all_reduce(OP, address, len as usize, op, stream) }.unwrap();
         pending.wait().unwrap();
         tensor *= 2.0;
         assert_eq!(tensor.sum(Kind::Double).double_value(&[]), 40.0 * len as f64, "{op:?}");

@@ -1,15 +1,17 @@
 use std::cmp::Reverse;
 
+use super::{Packing, Part};
 use crate::{Layout, PlannerError, SplitMix64, Topology, dispatch::Flow};
 
 /// Lays out experts on a group of ranks among which tokens move freely.
 ///
-/// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round, the largest share of a round to
-/// the least loaded rank. Shares are blurred by random factors, so that each placement pairs experts differently: a rank
-/// that shares experts with many others lets dispatch repair a wrong prediction. Of some placements the one is taken
-/// whose best dispatch is best on the prediction and on randomly perturbed copies of it. If none is good on the prediction
-/// itself, single slots are exchanged. The layout in use stays if none
-/// is clearly better, since slots that do not change need no restoring where restored weights are kept.
+/// Replicas are counted in proportion to load, of all experts or of the large ones. A placement deals replicas round by round,
+/// the largest share of a round to the least loaded rank. Shares are blurred by random factors, so that each placement pairs
+/// experts differently: a rank that shares experts with many others lets dispatch repair a wrong prediction. Of some placements
+/// the one is taken whose best dispatch is best on the prediction and on randomly perturbed copies of it. If the first do not
+/// even balance the prediction itself, the best of them is packed anew ([`Packing`]); where there are no spare slots for that,
+/// single slots are exchanged. The layout in use stays if none is clearly better, since slots that do not change need no
+/// restoring where restored weights are kept.
 #[derive(Debug, Clone)]
 pub(super) struct GroupSolver {
     /// How many placements are tried.
@@ -18,6 +20,7 @@ pub(super) struct GroupSolver {
     pub exchanges: usize,
     pub rng: SplitMix64,
     flow: Flow,
+    packing: Packing,
 }
 
 /// Perturbed copies of the prediction that a placement is judged on.
@@ -28,6 +31,8 @@ const EXPECTED_ERROR: f64 = 0.15;
 const GOOD_ENOUGH: f64 = 1.004;
 /// Imbalance on the prediction above which exchanges are searched.
 const SEARCH_ABOVE: f64 = 1.005;
+/// Deals after which the best is packed anew if none balances the prediction.
+const DEALS: usize = 4;
 /// Most exchanges that are tried.
 const MOST_EXCHANGES: usize = 3000;
 /// Most exchanges that are tried in all groups together, times the slots of a group.
@@ -45,7 +50,13 @@ const RENUMBERED: usize = 64;
 
 impl GroupSolver {
     pub fn new(seed: u64) -> Self {
-        Self { candidates: 12, exchanges: EXCHANGES, rng: SplitMix64::new(seed), flow: Flow::default() }
+        Self {
+            candidates: 12,
+            exchanges: EXCHANGES,
+            rng: SplitMix64::new(seed),
+            flow: Flow::default(),
+            packing: Packing::default(),
+        }
     }
 
     /// The layout of `ranks` ranks for experts with these totals. `before` is the layout in use, if it is one.
@@ -91,6 +102,16 @@ impl GroupSolver {
                         break 'found;
                     }
                 }
+                // Where dealing does not even balance the prediction, more of it will not.
+                if candidate + 1 == DEALS
+                    && let Some((score, layout)) = &best
+                    && *score > SEARCH_ABOVE
+                    && self.score(layout, &cases[..1], &node) > SEARCH_ABOVE
+                    && let Some(packed) = self.pack(layout, totals, &node)?
+                {
+                    best = Some((self.score(&packed, &cases, &node), packed));
+                    break 'found;
+                }
             }
             tried = replicas;
         }
@@ -110,6 +131,26 @@ impl GroupSolver {
             Some(layout) if ranks <= RENUMBERED => renumber(&best, &layout),
             _ => Ok(best),
         }
+    }
+
+    /// The layout with all ranks packed anew, if it is out of balance on the prediction and that can be.
+    fn pack(&mut self, layout: &Layout, totals: &[u64], node: &Topology) -> Result<Option<Layout>, PlannerError> {
+        let (ranks, slots) = (layout.num_ranks(), layout.slots_per_rank());
+        let total: u64 = totals.iter().sum();
+        let level = total.div_ceil(ranks as u64).max((total as f64 / ranks as f64 * GOOD_ENOUGH) as u64);
+        if self.flow.solve_totals(layout, totals, node, GOOD_ENOUGH - 1.0) <= level {
+            return Ok(None);
+        }
+        let share = |i: usize| u64::from(self.flow.edges[self.flow.edge_of(layout, i / slots, i % slots)]);
+        let shares: Vec<u64> = (0..ranks * slots).map(share).collect();
+        let mut order: Vec<usize> = (0..ranks).collect();
+        order.sort_by_key(|&rank| Reverse(self.flow.loads[rank]));
+        let mut table = layout.as_slice().to_vec();
+        let part = Part { ranks: &order, group: 0..ranks, level, most_new: slots };
+        if !self.packing.pack(&mut table, layout, &shares, part) {
+            return Ok(None);
+        }
+        Layout::new(ranks, slots, layout.num_experts(), table).map(Some)
     }
 
     /// Iterated local search over exchanges, for the few layouts that dealing leaves out of balance: most have next to

@@ -2,9 +2,11 @@
 
 mod baselines;
 mod group;
+mod packing;
 mod robust;
 mod solver;
 
 pub use baselines::{Eplb, FlexMoe, PaperSolver, RandomPlacement, StaticEp};
+pub(crate) use packing::{Packing, Part};
 pub use robust::RobustSolver;
 pub use solver::{LayoutRequest, LayoutSolver};

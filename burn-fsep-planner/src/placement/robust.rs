@@ -80,7 +80,7 @@ impl RobustSolver {
         let mut table = Vec::with_capacity(topology.world_size() * slots);
         self.groups.exchanges = exchanges;
         for ranks in groups {
-            let totals = group_totals(predicted, ranks.clone());
+            let totals = predicted.totals_of(ranks.clone());
             let before = previous.map(|layout| &layout.as_slice()[ranks.start * slots..ranks.end * slots]);
             // The previous layout need not be node-local: then a group's part of it lacks experts and is not considered.
             let before = before.and_then(|part| Layout::new(ranks.len(), slots, experts, part.to_vec()).ok());
@@ -96,17 +96,6 @@ impl RobustSolver {
         let max = self.flow.loads.iter().copied().max().unwrap_or(0);
         if total == 0 { 1.0 } else { max as f64 * self.flow.loads.len() as f64 / total as f64 }
     }
-}
-
-/// Assignments of some ranks to each expert. Shape `[E]`.
-fn group_totals(counts: &RoutingCounts, ranks: std::ops::Range<usize>) -> Vec<u64> {
-    let mut totals = vec![0u64; counts.num_experts()];
-    for rank in ranks {
-        for (total, &n) in totals.iter_mut().zip(counts.row(rank)) {
-            *total += u64::from(n);
-        }
-    }
-    totals
 }
 
 #[cfg(test)]

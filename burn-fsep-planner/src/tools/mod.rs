@@ -1,5 +1,6 @@
 //! Tools that study planners without a training: traces, replay, workloads, the simulator and the command line.
 
+pub mod benchmark;
 mod bound;
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -37,11 +37,13 @@ pub struct ReplayStep {
     pub cross_node_share: f64,
     /// Experts that a rank holds and did not hold in the step before.
     pub moved_slots: usize,
-    /// Experts that the repair gave to a rank in the step itself.
-    pub repaired_slots: usize,
+    /// Experts that the repair gave to each rank in the step itself. Shape `[N]`.
+    pub repaired_slots: Vec<usize>,
     /// How long the layout for this step took to find.
     pub layout_time: Duration,
-    /// How long the repair and the dispatch took to find.
+    /// How long the repair took to find, or that there is nothing to repair.
+    pub repair_time: Duration,
+    /// How long the dispatch took to find.
     pub dispatch_time: Duration,
 }
 
@@ -84,13 +86,15 @@ pub fn replay_each(
         let (mut moved_slots, mut layout_time) = (0, Duration::ZERO);
         for (step, (_, counts)) in trace.steps(layer).enumerate() {
             let start = Instant::now();
-            let mut repaired_slots = 0;
+            let mut repaired_slots = vec![0; topology.world_size()];
             if let Some(repair) = &mut repair
                 && let Some(repaired) = repair.repair(topology, &layout, counts)?
             {
-                repaired_slots = repaired.moved_slots(&layout);
+                repaired_slots = repaired.received_slots(&layout);
                 layout = repaired;
             }
+            let repair_time = start.elapsed();
+            let start = Instant::now();
             dispatcher.dispatch(topology, &layout, counts, &mut plan)?;
             let dispatch_time = start.elapsed();
             let replayed = ReplayStep {
@@ -102,6 +106,7 @@ pub fn replay_each(
                 moved_slots,
                 repaired_slots,
                 layout_time,
+                repair_time,
                 dispatch_time,
             };
             visit(&replayed, &plan);
@@ -122,6 +127,8 @@ pub struct Spread {
     pub mean: f64,
     /// Median.
     pub p50: f64,
+    /// 95th percentile (nearest rank).
+    pub p95: f64,
     /// 99th percentile (nearest rank).
     pub p99: f64,
     /// Largest value.
@@ -135,7 +142,13 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         let max = *values.last()?;
         let at = |q: f64| values[((values.len() as f64 * q).ceil() as usize).clamp(1, values.len()) - 1];
-        Some(Self { mean: values.iter().sum::<f64>() / values.len() as f64, p50: at(0.5), p99: at(0.99), max })
+        Some(Self {
+            mean: values.iter().sum::<f64>() / values.len() as f64,
+            p50: at(0.5),
+            p95: at(0.95),
+            p99: at(0.99),
+            max,
+        })
     }
 }
 
@@ -164,7 +177,7 @@ mod tests {
     #[test]
     fn spread_of_known_numbers() {
         let spread = Spread::of((1..=100).map(f64::from)).unwrap();
-        assert_eq!(spread, Spread { mean: 50.5, p50: 50.0, p99: 99.0, max: 100.0 });
+        assert_eq!(spread, Spread { mean: 50.5, p50: 50.0, p95: 95.0, p99: 99.0, max: 100.0 });
         assert_eq!(Spread::of([]), None);
     }
 }

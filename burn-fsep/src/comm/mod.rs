@@ -22,7 +22,7 @@ mod rounds;
 
 pub use agree::{Difference, agree, digest};
 pub use communicator::{Communicator, PendingExchange, all_gather_u64};
-pub use device::{DeviceCommunicator, PendingDeviceExchange};
+pub use device::{ComputeStream, DeviceCommunicator, PendingDeviceExchange};
 pub use error::CommError;
 pub use exchange_plan::{Block, ExchangePlan};
 pub use operation::Operation;

@@ -4,6 +4,7 @@ use super::LaunchError;
 
 /// What ranks compute on.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub enum RankDevice {
     /// [`RankDevice::Gpu`] where this build has LibTorch and that sees a GPU, else [`RankDevice::Cpu`].
     #[default]
@@ -14,6 +15,10 @@ pub enum RankDevice {
     Gpu,
     /// This device for all ranks: one GPU that they share, or another backend.
     Given(Device),
+    /// The machine's devices of this kind, in turns by the rank's number on the machine: Vulkan, CUDA and Burn's other own GPU
+    /// backends.
+    #[cfg(feature = "cube")]
+    Kind(burn::tensor::DeviceType),
 }
 
 impl RankDevice {
@@ -24,6 +29,11 @@ impl RankDevice {
             RankDevice::Auto if count == 0 => cpu(),
             RankDevice::Auto | RankDevice::Gpu => gpu(local_rank, count, numbered),
             RankDevice::Cpu => cpu(),
+            #[cfg(feature = "cube")]
+            RankDevice::Kind(kind) => {
+                let devices = super::cube_devices::devices_of(kind)?;
+                Ok(devices[local_rank % devices.len()].clone())
+            }
             RankDevice::Given(device) => match gpu_of(device) {
                 Some(index) if index >= count => Err(LaunchError::Device(match count {
                     0 => NO_GPU.into(),

@@ -65,7 +65,7 @@ impl Engine {
                 refuse("this program was built without NCCL (feature `nccl` of burn-fsep)")
             }
             Engine::Nccl if devices.iter().any(|device| gpu_of(device).is_none()) => {
-                refuse("NCCL exchanges between GPUs, but a rank's device is none")
+                refuse("NCCL exchanges between GPUs of LibTorch's, but a rank's device is none")
             }
             Engine::Mpi => Ok(Transport::Mpi),
             // One rank exchanges nothing.

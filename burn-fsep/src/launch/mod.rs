@@ -16,6 +16,8 @@
 //! ```
 
 mod config;
+#[cfg(feature = "cube")]
+mod cube_devices;
 mod device;
 mod engine;
 mod environment;

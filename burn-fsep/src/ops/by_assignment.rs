@@ -18,7 +18,8 @@ pub(super) fn start_tokens<B: FsepKernels>(
     rows: &RowIndices<B>,
     pass: &LayerPass,
 ) -> Result<TravellingRows<B>, FsepError> {
-    let permuted = B::float_select(hidden, 0, rows.token_of.clone());
+    // SAFETY: `token_of` has each assignment's number divided by K, so its indices are below T, the number of rows.
+    let permuted = unsafe { B::fsep_select_rows(hidden, &rows.token_of) }?;
     start_rows::<B>(permuted, pass, &pass.dispatch.tokens, TOKENS_OUT)
 }
 

@@ -4,6 +4,8 @@ use crate::FsepError;
 
 /// The backends that this build has operations for, as [`backend_extension`](burn::backend::backend_extension) lists them.
 const BACKENDS: &[&str] = &[
+    #[cfg(feature = "cube")]
+    "Cube",
     #[cfg(feature = "flex")]
     "Flex",
     #[cfg(feature = "libtorch")]
@@ -30,6 +32,8 @@ fn check_backend(backend: &str, device: &Device) -> Result<(), FsepError> {
 fn backend_of(device: &DispatchDevice) -> &'static str {
     match device {
         DispatchDevice::Autodiff(device) => backend_of(device),
+        #[cfg(feature = "cube")]
+        DispatchDevice::Cube(_) => "Cube",
         #[cfg(feature = "flex")]
         DispatchDevice::Flex(_) => "Flex",
         #[cfg(feature = "libtorch")]

@@ -21,7 +21,7 @@ use crate::{
 
 /// Order of assignments, counts, reductions and identity as operations of a backend. Without overrides numbers go through
 /// host memory, and no tensor is known to be another one.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"))]
+#[backend_extension(Cube: cfg(feature = "cube"), Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"))]
 pub trait FsepDeviceOps: Backend {
     /// Sorts assignments by expert, stably; rows are the sorted assignments. `experts`: `[T * K]`, where `E` means none.
     /// What is no expert and not `E` comes last.

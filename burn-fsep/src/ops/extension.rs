@@ -22,7 +22,7 @@ use crate::FsepError;
 ///
 /// Every backend with [`FsepKernels`](super::FsepKernels) has it; what a backend can do better it replaces there. `Autodiff`
 /// adds the backward pass.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
+#[backend_extension(Cube: cfg(feature = "cube"), Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
 pub trait FsepOps: Backend {
     /// A whole MoE layer after its router: permute, All-to-All, experts on unsharded weights, All-to-All back,
     /// weighted combine.

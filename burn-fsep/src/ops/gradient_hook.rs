@@ -53,7 +53,7 @@ pub struct GradientHook {
 }
 
 /// The gradient hook as an operation of a backend. `Autodiff` adds the backward pass.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
+#[backend_extension(Cube: cfg(feature = "cube"), Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
 pub trait HookOps: Backend {
     /// The parameter in the hook's element type. `input`, of any shape, decides when the hook runs in backward.
     fn fsep_gradient_hook(

@@ -10,7 +10,7 @@ use burn::{
 use burn_fsep_planner::Layout;
 
 use super::{
-    ExpertActivation, combine, places, replicas, slot_experts,
+    ExpertActivation, activation, combine, places, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
     types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
 };
@@ -47,6 +47,38 @@ pub trait FsepKernels: Backend {
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
         Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+    }
+
+    /// The activation of the first projection's output: gate, if there is one, and up, side by side. For the default bodies of the
+    /// experts. `[M, 2F or F] -> [M, F]`
+    fn fsep_activate(activation: ExpertActivation, first: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::activate::<Self>(activation, first)
+    }
+
+    /// Backward of [`FsepKernels::fsep_activate`]: the gradient of the first projection's output and, since backward needs it
+    /// once more, the activation. `([M, 2F or F], [M, F]) -> ([M, 2F or F], [M, F])`
+    fn fsep_activate_backward(
+        activation: ExpertActivation,
+        first: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        activation::activate_backward::<Self>(activation, first, grad)
+    }
+
+    /// The rows that indices name: each assignment's token. `([T, D], [M]) -> [M, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    ///
+    /// # Safety
+    ///
+    /// As [`FsepKernels::fsep_combine`].
+    unsafe fn fsep_select_rows(
+        rows: FloatTensor<Self>,
+        indices: &IntTensor<Self>,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(Self::float_select(rows, 0, indices.clone()))
     }
 
     /// Sums the experts' outputs of each token, weighted: `sum over k of probs[t, k] * rows[row_of[t * K + k]]`.

@@ -7,6 +7,8 @@ mod autodiff;
 mod by_assignment;
 mod by_rank;
 mod combine;
+#[cfg(feature = "cube")]
+mod cube;
 mod device_check;
 mod device_ops;
 mod expert_weights;

@@ -8,13 +8,12 @@ use burn::{
 };
 
 use super::{
-    ExpertActivation,
-    activation::{activate, activate_backward},
+    ExpertActivation, FsepKernels,
     types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
 };
 
 /// Forward; keeps what the first projection of each slot that has tokens gives, `[m, 2F or F]`.
-pub(super) fn forward<B: Backend>(
+pub(super) fn forward<B: FsepKernels>(
     tokens: &FloatTensor<B>,
     weights: &ExpertWeights<B>,
     activation: ExpertActivation,
@@ -24,7 +23,7 @@ pub(super) fn forward<B: Backend>(
     let mut kept = Vec::with_capacity(slot_rows.len());
     for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
         let first = first_projection::<B>(rows_of::<B>(tokens, rows), weights, slot);
-        let hidden = activate::<B>(activation, first.clone());
+        let hidden = B::fsep_activate(activation, first.clone());
         let output = B::float_matmul(hidden, B::float_transpose(weights.down(slot)));
         outputs.push(match weights.biases(slot) {
             Some([_, bias]) => B::float_add(output, bias),
@@ -36,7 +35,7 @@ pub(super) fn forward<B: Backend>(
 }
 
 /// Backward.
-pub(super) fn backward<B: Backend>(
+pub(super) fn backward<B: FsepKernels>(
     args: ExpertsBackward<B>,
     weights: &ExpertWeights<B>,
     activation: ExpertActivation,
@@ -62,7 +61,7 @@ pub(super) fn backward<B: Backend>(
         let activations =
             kept.as_mut().and_then(Iterator::next).unwrap_or_else(|| first_projection::<B>(x.clone(), weights, slot));
         let d_hidden = B::float_matmul(dy.clone(), weights.down(slot));
-        let (d_first, hidden) = activate_backward::<B>(activation, activations, d_hidden);
+        let (d_first, hidden) = B::fsep_activate_backward(activation, activations, d_hidden);
         if want_weights {
             let mut parts = vec![
                 flat::<B>(B::float_matmul(B::float_transpose(d_first.clone()), x)),

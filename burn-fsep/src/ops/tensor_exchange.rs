@@ -18,7 +18,7 @@ pub enum PendingTensor<B: Backend> {
     /// Through host memory.
     Host(PendingHost<B>),
     /// Between tensors on one device.
-    #[cfg_attr(not(feature = "libtorch"), allow(dead_code))]
+    #[cfg_attr(not(any(feature = "libtorch", all(feature = "cuda", feature = "nccl"))), allow(dead_code))]
     Device(PendingDevice<B>),
 }
 
@@ -39,7 +39,7 @@ pub struct PendingDevice<B: Backend> {
 }
 
 impl<B: Backend> PendingDevice<B> {
-    #[cfg_attr(not(feature = "libtorch"), allow(dead_code))]
+    #[cfg_attr(not(any(feature = "libtorch", all(feature = "cuda", feature = "nccl"))), allow(dead_code))]
     /// The exchange `pending` of elements of `sent`, contiguous, into `received`, shape `[plan.recv_len]`.
     pub fn new(pending: Box<dyn PendingDeviceExchange>, sent: FloatTensor<B>, received: FloatTensor<B>) -> Self {
         Self { pending, received, _sent: sent }
@@ -73,6 +73,27 @@ pub fn start_host_exchange<B: Backend>(
 }
 
 impl<B: Backend> PendingTensor<B> {
+    /// The same exchange for a backend that wraps this one. `tensor` gives its tensor for one of this backend's, and `pending` an
+    /// exchange between tensors that also does what the wrapper has to do before it waits.
+    #[cfg(all(feature = "cuda", feature = "nccl"))]
+    pub(super) fn wrapped<W: Backend>(
+        self,
+        device: burn::backend::tensor::Device<W>,
+        tensor: impl Fn(FloatTensor<B>) -> FloatTensor<W>,
+        pending: impl FnOnce(Box<dyn PendingDeviceExchange>) -> Box<dyn PendingDeviceExchange>,
+    ) -> PendingTensor<W> {
+        match self {
+            PendingTensor::Host(PendingHost { pending, recv_len, dtype, .. }) => {
+                PendingTensor::Host(PendingHost { pending, recv_len, dtype, device })
+            }
+            PendingTensor::Device(exchange) => PendingTensor::Device(PendingDevice {
+                pending: pending(exchange.pending),
+                received: tensor(exchange.received),
+                _sent: tensor(exchange._sent),
+            }),
+        }
+    }
+
     /// Waits for the exchange; the received elements as a tensor of `shape`.
     pub(super) fn wait(self, shape: impl Into<Shape>) -> Result<FloatTensor<B>, FsepError> {
         match self {
@@ -96,6 +117,8 @@ impl<B: Backend> PendingTensor<B> {
 
 impl<B: Backend> PendingHost<B> {
     fn wait(self) -> Result<(Bytes, DType), FsepError> {
+        // Backends that hand their work over in batches are to compute what was queued while the host waits.
+        B::flush(&self.device).map_err(|error| FsepError::Device(error.to_string()))?;
         let mut bytes = aligned_zeros(self.recv_len, self.dtype);
         self.pending.wait(&mut bytes)?;
         Ok((bytes, self.dtype))

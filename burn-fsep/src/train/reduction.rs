@@ -14,6 +14,8 @@ use crate::{
 const OPERATION: Operation = Operation::new("replicated gradients");
 
 /// A rank's part of a mean.
+// How large a tensor of Burn's is depends on the backends that are built.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Part {
     /// A gradient of any shape.
     Gradient(DispatchTensor),

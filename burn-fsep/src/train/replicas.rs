@@ -121,7 +121,7 @@ struct Group {
     dtype: DType,
     parts: Vec<Tensor<1>>,
     len: usize,
-    /// By place. `[PART]`
+    /// By place. `[at most PART]`
     weights: Option<Tensor<1, Int>>,
     /// `[1]` each
     sums: Vec<Tensor<1, Int>>,
@@ -150,10 +150,14 @@ impl Group {
         }
         let row = Tensor::cat(std::mem::take(&mut self.parts), 0);
         let residues = (row * SCALE).round().remainder_scalar(MODULUS).cast(IntDType::I64);
-        let weights = self.weights.get_or_insert_with(|| {
-            Tensor::arange(0..PART as i64, (&self.device, DType::I64)).remainder_scalar(WEIGHTS) + 1
+        // As many as there are rows for, and divided in the device's own integers: a division in 64 bits is a loop over the bits on
+        // many GPUs, and four million of them took a driver in software a minute.
+        let weights = self.weights.take().filter(|weights| weights.dims()[0] >= self.len).unwrap_or_else(|| {
+            let places = Tensor::arange(0..self.len.next_power_of_two() as i64, &self.device);
+            (places.remainder_scalar(WEIGHTS) + 1).cast(IntDType::I64)
         });
         self.sums.push((residues * weights.clone().slice(0..self.len)).sum());
+        self.weights = Some(weights);
         self.len = 0;
     }
 }

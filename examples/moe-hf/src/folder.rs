@@ -151,7 +151,7 @@ impl DecoderConfig {
         let (compute, parameters) = (parallel.dtype.compute(), parallel.dtype.parameters());
         for feed_forward in &mut self.feed_forwards {
             if let FeedForwardConfig::Sparse(moe) = feed_forward {
-                let mut with = moe.as_ref().clone().with_slots_per_rank(parallel.slots);
+                let mut with = moe.as_ref().clone().with_slots_per_rank(parallel.ranks.slots);
                 if compute != parameters {
                     with = with.with_compute_dtype(Some(compute));
                 }

@@ -22,8 +22,8 @@ mod run;
 mod text;
 
 pub use args::{
-    Backend, BenchArgs, Cli, Comm, Command, DeviceArg, Dtype, FinetuneArgs, GenerateArgs, InspectArgs, LogitsArgs,
-    MakeArgs, MakeFamily, OptimizerArgs, ParallelArgs,
+    BenchArgs, Cli, Command, Dtype, FinetuneArgs, GenerateArgs, InspectArgs, LogitsArgs, MakeArgs, MakeFamily,
+    OptimizerArgs, ParallelArgs,
 };
 pub use batch::TokenBatch;
 pub use corpus::Corpus;

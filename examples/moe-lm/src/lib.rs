@@ -17,7 +17,7 @@ mod run;
 mod timeline;
 mod train;
 
-pub use args::{Args, Backend, Comm, DeviceArg, ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
+pub use args::{Args, ModelArgs, OutputArgs, ParallelArgs, Planner, TrainingArgs};
 pub use corpus::{Corpus, unigram_entropy};
 pub use error::MoeLmError;
 pub use run::{JobEnd, run};

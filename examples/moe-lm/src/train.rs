@@ -22,7 +22,7 @@ use burn_fsep::{
 };
 
 use crate::{
-    Args, DeviceArg, MoeLmError, Planner,
+    Args, MoeLmError, Planner,
     data::{LmBatch, LmBatcher, Windows},
     generate::generate,
     model::MoeLm,
@@ -88,7 +88,7 @@ fn train(
     let folder = output.out.join(format!("rank-{}", runtime.rank()));
     std::fs::create_dir_all(&folder).map_err(MoeLmError::file(&folder))?;
     let planner = PlannerConfig::new(parallel.planner.strategy())
-        .with_synchronous(parallel.synchronous)
+        .with_synchronous(parallel.ranks.synchronous)
         .with_seed(training.seed)
         .init();
     let metrics = output.out.join("metrics.jsonl");
@@ -175,8 +175,8 @@ fn runtime_config(args: &Args) -> FsepRuntimeConfig {
 fn check_equal(args: &Args, data: &TrainingData, comm: &dyn Communicator) -> Result<(), MoeLmError> {
     let mut args = args.clone();
     // These may have other names on other machines, or concern one rank.
-    args.parallel.ranks = None;
-    args.parallel.device = DeviceArg::Cpu;
+    args.parallel.ranks.ranks = None;
+    args.parallel.ranks.device = rank_args::DeviceArg::Cpu;
     args.training.text.clear();
     args.output.out = PathBuf::new();
     (args.output.summary, args.output.record_trace, args.output.timeline) = (None, None, None);

@@ -24,6 +24,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Simulates training steps of a model on a cluster by strategy, in seconds.
     Simulate(SimulateArgs),
+    /// Replays W0 to W7 on 8, 64 and 256 ranks, with and without repairs in the step: balance, and what planning costs.
+    Benchmark(BenchmarkArgs),
     /// Measures this machine's compute and copy rates for `simulate`, ranks as threads.
     Calibrate(CalibrateArgs),
 }
@@ -147,6 +149,23 @@ pub struct SimulateArgs {
     pub skip_steps: usize,
     /// Seed of drawn routing and of random choices.
     #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Options of `benchmark`.
+#[derive(Args, Debug)]
+pub struct BenchmarkArgs {
+    /// Numbers of ranks: 8, 64 and 256 if none is named; may be repeated.
+    #[arg(long)]
+    pub ranks: Vec<usize>,
+    /// Workloads, named as for `replay`: W0 to W7 if none is named; may be repeated.
+    #[arg(long)]
+    pub workload: Vec<Workload>,
+    /// Steps of each workload; the first does not count, as it has no history.
+    #[arg(long, default_value_t = 24)]
+    pub steps: usize,
+    /// Seed of random choices, and of the workloads.
+    #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
 

@@ -4,7 +4,7 @@ use thiserror::Error;
 
 use crate::{
     PlannerError,
-    tools::{simulator::SimulatorError, trace::TraceError, workload::WorkloadError},
+    tools::{benchmark::BenchmarkSize, simulator::SimulatorError, trace::TraceError, workload::WorkloadError},
 };
 
 /// Why a command failed.
@@ -64,6 +64,9 @@ pub enum CliError {
         /// What is wrong.
         source: SimulatorError,
     },
+    /// A number of ranks that `benchmark` has no layer for.
+    #[error("--ranks: there is no layer for {0} ranks; choose of {known}", known = ranks())]
+    BenchmarkRanks(usize),
     /// A workload that cannot be generated.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
@@ -75,6 +78,14 @@ pub enum CliError {
         /// Steps skipped.
         skipped: usize,
     },
+}
+
+/// The numbers of ranks that `benchmark` knows.
+fn ranks() -> String {
+    let mut ranks = BenchmarkSize::ALL.map(|size| size.ranks).to_vec();
+    ranks.sort_unstable();
+    ranks.dedup();
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl CliError {

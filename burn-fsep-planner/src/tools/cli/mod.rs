@@ -1,6 +1,7 @@
 //! The command `fsep-planner`: evaluates planners without GPUs and without Burn.
 
 mod args;
+mod benchmark;
 mod calibrate;
 mod error;
 mod files;
@@ -11,6 +12,6 @@ mod run;
 mod simulate;
 mod summary;
 
-pub use args::{CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
+pub use args::{BenchmarkArgs, CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
 pub use error::CliError;
 pub use run::run;

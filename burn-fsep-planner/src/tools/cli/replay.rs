@@ -93,7 +93,7 @@ impl Replays {
 pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
     let replays = Replays::run(&args.trace)?;
     let mut table = format!("{}\n\n", replays.setting());
-    let widths = [18, 8, 8, 8, 8, 14, 15, 13, 11, 13];
+    let widths = [18, 8, 8, 8, 8, 14, 15, 13, 11, 11, 13];
     let mut line = |cells: &[&str]| {
         let (first, others) = cells.split_first().unwrap_or((&"", &[]));
         let _ = write!(table, "{first:<width$}", width = widths[0]);
@@ -106,7 +106,7 @@ pub(super) fn table(args: &ReplayArgs) -> Result<String, CliError> {
     for summary in replays.summaries()? {
         line(&summary.cells().each_ref().map(String::as_str));
     }
-    let Spread { mean, p50, p99, max } = replays.bound()?;
+    let Spread { mean, p50, p99, max, .. } = replays.bound()?;
     let bound = [mean, p50, p99, max].map(|value| format!("{value:.4}"));
     line(&["no layout beats", &bound[0], &bound[1], &bound[2], &bound[3]]);
     let _ = writeln!(table, "\n{}", Summary::LEGEND);

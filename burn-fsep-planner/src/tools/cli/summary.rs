@@ -16,12 +16,14 @@ pub(super) struct Summary {
     /// In microseconds.
     pub layout: Spread,
     /// In microseconds.
+    pub repair: Spread,
+    /// In microseconds.
     pub dispatch: Spread,
 }
 
 impl Summary {
     /// Names of the columns.
-    pub const COLUMNS: [&'static str; 10] = [
+    pub const COLUMNS: [&'static str; 11] = [
         "strategy",
         "mean",
         "p50",
@@ -31,6 +33,7 @@ impl Summary {
         "moved slots %",
         "repaired %",
         "layout us",
+        "repair us",
         "dispatch us",
     ];
     /// What the columns mean.
@@ -48,15 +51,16 @@ impl Summary {
             max_over_mean: spread(&|step| step.max_over_mean)?,
             cross_node: spread(&|step| step.cross_node_share * 100.0)?,
             moved: spread(&|step| percent(step.moved_slots))?,
-            repaired: spread(&|step| percent(step.repaired_slots))?,
+            repaired: spread(&|step| percent(step.repaired_slots.iter().sum()))?,
             layout: spread(&|step| us(step.layout_time))?,
+            repair: spread(&|step| us(step.repair_time))?,
             dispatch: spread(&|step| us(step.dispatch_time))?,
         })
     }
 
     /// The line's cells, in the order of the columns.
-    pub fn cells(&self) -> [String; 10] {
-        let Spread { mean, p50, p99, max } = self.max_over_mean;
+    pub fn cells(&self) -> [String; 11] {
+        let Spread { mean, p50, p99, max, .. } = self.max_over_mean;
         [
             self.strategy.to_string(),
             format!("{mean:.4}"),
@@ -67,6 +71,7 @@ impl Summary {
             format!("{:.2}", self.moved.mean),
             format!("{:.2}", self.repaired.mean),
             format!("{:.1}", self.layout.p50),
+            format!("{:.1}", self.repair.p50),
             format!("{:.1}", self.dispatch.p50),
         ]
     }

@@ -9,7 +9,7 @@ use std::{
 
 use burn::tensor::Bytes;
 use cudarc::{
-    driver::{CudaSlice, CudaStream, DevicePtr, DriverError},
+    driver::{CudaSlice, CudaStream, DevicePtr, DriverError, result::event},
     nccl::{
         result::{self, NcclError},
         sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t},
@@ -22,7 +22,7 @@ use super::{
     watchdog::{Group, cuda_error},
 };
 use crate::comm::{
-    Block, CommError, Communicator, DeviceCommunicator, ExchangePlan, Operation, PendingDeviceExchange,
+    Block, CommError, Communicator, ComputeStream, DeviceCommunicator, ExchangePlan, Operation, PendingDeviceExchange,
     PendingExchange, ReduceOp, control_group::engine_error, error::check_buffer, exchange_plan::own_blocks,
     headers::Headers, operation::Collective,
 };
@@ -169,10 +169,14 @@ impl NcclCommunicator {
     fn start_on_device(
         &self,
         operation: Operation,
+        compute: ComputeStream,
         queue: impl FnOnce() -> Result<(), CommError>,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
         let cuda = self.cuda(operation);
-        let ready = self.group.compute.record_event(None).map_err(&cuda)?;
+        // Makes the context current.
+        let ready = self.group.context.new_event(None).map_err(&cuda)?;
+        // SAFETY: the callers vouch for the stream: it is alive and of this GPU's primary context.
+        unsafe { event::record(ready.cu_event(), compute.as_raw() as _) }.map_err(&cuda)?;
         self.stream.wait(&ready).map_err(&cuda)?;
         let timeline = self.group.timeline.as_ref();
         let began = timeline.and_then(|timeline| timeline.mark(&self.stream));
@@ -184,7 +188,7 @@ impl NcclCommunicator {
         {
             timeline.push(self.name, operation.to_string(), [began, ended]);
         }
-        let pending = DeviceExchange { group: self.group.clone(), operation, done: Some(done.clone()) };
+        let pending = DeviceExchange { group: self.group.clone(), operation, compute, done: Some(done.clone()) };
         queued?;
         self.group.watch_over(done, operation);
         Ok(Box::new(pending))
@@ -249,9 +253,10 @@ impl DeviceCommunicator for NcclCommunicator {
         send: u64,
         recv: u64,
         plan: &ExchangePlan,
+        compute: ComputeStream,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
         self.check_exchange(operation, plan)?;
-        self.start_on_device(operation, || self.enqueue_exchange(operation, Buffers { send, recv }, plan))
+        self.start_on_device(operation, compute, || self.enqueue_exchange(operation, Buffers { send, recv }, plan))
     }
 
     unsafe fn start_device_all_gather(
@@ -260,10 +265,11 @@ impl DeviceCommunicator for NcclCommunicator {
         send: u64,
         recv: u64,
         len: usize,
+        compute: ComputeStream,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
         let gather = operation.by(Collective::AllGather { bytes: len });
         self.check_signature(gather, &ExchangePlan::default())?;
-        self.start_on_device(operation, || {
+        self.start_on_device(operation, compute, || {
             self.enqueue(operation, |raw, stream| {
                 let (from, to) = (send as *const c_void, recv as *mut c_void);
                 // SAFETY: the caller vouches for both buffers.
@@ -278,13 +284,14 @@ impl DeviceCommunicator for NcclCommunicator {
         address: u64,
         len: usize,
         op: ReduceOp,
+        compute: ComputeStream,
     ) -> Result<Box<dyn PendingDeviceExchange>, CommError> {
         let op = match op {
             ReduceOp::Sum => ncclRedOp_t::ncclSum,
             ReduceOp::Mean => ncclRedOp_t::ncclAvg,
             ReduceOp::Max => ncclRedOp_t::ncclMax,
         };
-        self.start_on_device(operation, || {
+        self.start_on_device(operation, compute, || {
             self.enqueue(operation, |raw, stream| {
                 let (from, to, kind) = (address as *const c_void, address as *mut c_void, ncclDataType_t::ncclFloat32);
                 // SAFETY: the caller vouches for the numbers; NCCL reduces in place where both addresses are equal.

@@ -55,6 +55,7 @@ impl Handle {
         let mut config = sys::ncclConfig_t {
             size: size_of::<sys::ncclConfig_t>(),
             magic: 0xcafe_beef,
+            // What came after this version is left to NCCL, of which 2.28 or a later one may be there.
             version: 22800,
             // So that a missing rank is a timeout of ours instead of a hang in NCCL.
             blocking: 0,
@@ -71,6 +72,9 @@ impl Handle {
             nvlsCTAs: UNDEFINED,
             nChannelsPerNetPeer: UNDEFINED,
             nvlinkCentricSched: UNDEFINED,
+            graphUsageMode: UNDEFINED,
+            numRmaCtx: UNDEFINED,
+            maxP2pPeers: UNDEFINED,
         };
         let id = sys::ncclUniqueId { internal: id.map(|byte| byte as std::ffi::c_char) };
         let mut raw = std::ptr::null_mut();

@@ -1,9 +1,13 @@
 use std::{ops::Range, sync::Arc};
 
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream};
+use cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, result::stream, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+};
 
 use super::watchdog::{Group, cuda_error};
-use crate::comm::{Block, CommError, Operation, PendingDeviceExchange, PendingExchange, error::check_buffer};
+use crate::comm::{
+    Block, CommError, ComputeStream, Operation, PendingDeviceExchange, PendingExchange, error::check_buffer,
+};
 
 /// An All-to-All-v of host memory, through buffers on the GPU.
 pub(super) struct StagedExchange {
@@ -58,6 +62,8 @@ impl PendingExchange for StagedExchange {
 pub(super) struct DeviceExchange {
     pub group: Arc<Group>,
     pub operation: Operation,
+    /// What the backend computes on.
+    pub compute: ComputeStream,
     pub done: Option<Arc<CudaEvent>>,
 }
 
@@ -70,10 +76,13 @@ impl PendingDeviceExchange for DeviceExchange {
 
 impl DeviceExchange {
     fn join(&mut self) -> Result<(), CommError> {
-        match self.done.take() {
-            Some(done) => self.group.compute.wait(&done).map_err(|error| cuda_error(self.operation, error)),
-            None => Ok(()),
-        }
+        let Some(done) = self.done.take() else { return Ok(()) };
+        let wait = || {
+            self.group.context.bind_to_thread()?;
+            // SAFETY: who started the exchange vouched for the stream: it is alive and of this GPU's primary context.
+            unsafe { stream::wait_event(self.compute.as_raw() as _, done.cu_event(), CU_EVENT_WAIT_DEFAULT) }
+        };
+        wait().map_err(|error| cuda_error(self.operation, error))
     }
 }
 

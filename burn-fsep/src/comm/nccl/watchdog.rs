@@ -12,7 +12,7 @@ use std::{
 
 use cudarc::{
     driver::{
-        CudaContext, CudaEvent, CudaStream, DriverError,
+        CudaContext, CudaEvent, DriverError,
         sys::{CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, CUresult},
     },
     nccl::sys::ncclResult_t,
@@ -42,8 +42,6 @@ pub(super) struct Group {
     pub control: ControlGroup,
     pub context: Arc<CudaContext>,
     pub timeline: Option<Timeline>,
-    /// The legacy default stream, on which the backend computes.
-    pub compute: Arc<CudaStream>,
     /// Thread blocks that a kernel of NCCL may have; one takes a multiprocessor.
     kernel_blocks: usize,
     handles: Mutex<Vec<Weak<Handle>>>,
@@ -97,7 +95,6 @@ impl Group {
             .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(|error| control.fail(cuda_error(operation, error)))?;
         let group = Arc::new(Self {
-            compute: context.default_stream(),
             control,
             context,
             timeline,

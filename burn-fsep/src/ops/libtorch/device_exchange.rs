@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     FsepError,
-    comm::{Communicator, ExchangePlan, Operation},
+    comm::{Communicator, ComputeStream, ExchangePlan, Operation},
 };
 
 /// Between tensors on the GPU if the communicator has them there, else through host memory. `plan` counts elements.
@@ -44,7 +44,9 @@ pub(super) fn start(
     let address = |tensor: &Tensor| tensor.data_ptr() as u64;
     // SAFETY: both are contiguous tensors of the plan's lengths on the communicator's GPU; `PendingDevice` keeps them until
     // it has waited, and LibTorch's allocator reuses their memory in the order of the default stream.
-    let pending = unsafe { comm.start_device_all_to_all_v(operation, address(&send), address(&recv), &plan) }?;
+    let pending = unsafe {
+        comm.start_device_all_to_all_v(operation, address(&send), address(&recv), &plan, ComputeStream::LEGACY_DEFAULT)
+    }?;
     // With the tensor's own storage: while it travels, Burn must not take another handle for the only one and write to it.
     let send = TchTensor::from_existing(send, tensor.storage);
     Ok(PendingTensor::Device(PendingDevice::new(pending, send, TchTensor::new(recv))))

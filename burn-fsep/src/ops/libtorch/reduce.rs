@@ -5,7 +5,7 @@ use super::super::device_ops::RUN;
 
 use crate::{
     FsepError,
-    comm::{CommError, Communicator, Operation, PendingDeviceExchange, ReduceOp},
+    comm::{CommError, Communicator, ComputeStream, Operation, PendingDeviceExchange, ReduceOp},
 };
 
 /// A reduction of a tensor, which it keeps alive.
@@ -54,6 +54,7 @@ pub(super) fn start(
     let (address, len) = (tensor.tensor.data_ptr() as u64, tensor.tensor.numel());
     // SAFETY: a contiguous tensor of `len` numbers in single precision on the communicator's GPU; `PendingReduction`
     // keeps it until it has waited, and LibTorch's allocator reuses its memory in the order of the default stream.
-    let pending = unsafe { device.start_device_all_reduce(operation, address, len, op) }?;
+    let pending =
+        unsafe { device.start_device_all_reduce(operation, address, len, op, ComputeStream::LEGACY_DEFAULT) }?;
     Ok(Some(Box::new(PendingReduction { pending, _tensor: tensor })))
 }

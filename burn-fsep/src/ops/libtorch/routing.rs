@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     FsepError,
-    comm::{DeviceCommunicator, Operation},
+    comm::{ComputeStream, DeviceCommunicator, Operation},
 };
 
 /// Header and ends go out together: no wait for this rank's own numbers comes before that for all.
@@ -27,7 +27,7 @@ pub(super) fn gather_on_gpu(
     let (send, recv) = (message.data_ptr() as u64, all.data_ptr() as u64);
     // SAFETY: contiguous tensors of `len` and `ranks * len` numbers of four bytes on the communicator's GPU, both alive until
     // the exchange was waited for; LibTorch's allocator reuses their memory in the order of the default stream.
-    unsafe { comm.start_device_all_gather(operation, send, recv, 4 * len) }?.wait()?;
+    unsafe { comm.start_device_all_gather(operation, send, recv, 4 * len, ComputeStream::LEGACY_DEFAULT) }?.wait()?;
     let numbers = Vec::<i32>::try_from(&all).map_err(device_error)?;
     Ok(bytemuck::cast_vec(numbers))
 }

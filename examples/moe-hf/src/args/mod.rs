@@ -15,4 +15,4 @@ pub use finetune::{FinetuneArgs, OptimizerArgs};
 pub use generate::GenerateArgs;
 pub use logits::LogitsArgs;
 pub use make::{MakeArgs, MakeFamily};
-pub use parallel::{Backend, Comm, DeviceArg, Dtype, ParallelArgs};
+pub use parallel::{Dtype, ParallelArgs};

@@ -90,7 +90,12 @@ fn options(args: &FinetuneArgs) -> String {
     let parallel = &args.parallel;
     format!(
         "{:?} {} {:?} {:?} {} {}",
-        args.optimizer, args.sample, parallel.dtype, parallel.slots, parallel.no_planner, parallel.synchronous
+        args.optimizer,
+        args.sample,
+        parallel.dtype,
+        parallel.ranks.slots,
+        parallel.no_planner,
+        parallel.ranks.synchronous
     )
 }
 

@@ -96,7 +96,7 @@ impl Job<'_> {
             TrainerConfig::new().with_max_grad_norm(options.clip).with_gradient_buckets(model.buckets().clone());
         if !args.parallel.no_planner {
             let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_seed(options.seed);
-            config = config.with_planner(planner.with_synchronous(args.parallel.synchronous));
+            config = config.with_planner(planner.with_synchronous(args.parallel.ranks.synchronous));
         }
         let optimizer =
             FusedAdamWConfig::new().with_epsilon(1e-8).with_weight_decay(options.weight_decay as f32).init();

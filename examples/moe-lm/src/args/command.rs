@@ -37,15 +37,16 @@ impl Args {
         if self.training.dense && self.output.record_trace.is_some() {
             return refuse("--record-trace needs ranks to route between; leave --dense out".into());
         }
-        let plans = self.parallel.planner != Planner::MinMax || self.parallel.synchronous || self.parallel.no_prefetch;
+        let plans =
+            self.parallel.planner != Planner::MinMax || self.parallel.ranks.synchronous || self.parallel.no_prefetch;
         if self.training.dense && plans {
             return refuse(
                 "--planner, --synchronous and --no-prefetch have no meaning with --dense: nothing is laid out over ranks"
                     .into(),
             );
         }
-        let threads = if self.training.dense { 1 } else { self.parallel.ranks.unwrap_or(4) };
-        let config = self.parallel.rank_config(threads).with_timeline(self.output.timeline.is_some());
+        let threads = if self.training.dense { 1 } else { 4 };
+        let config = self.parallel.ranks.rank_config(threads).with_timeline(self.output.timeline.is_some());
         let ranks = config.init()?;
         self.check_launcher(&ranks)?;
         self.check_ranks(ranks.world_size())?;
@@ -54,11 +55,9 @@ impl Args {
 
     /// What has to fit the launcher, which says how many ranks there are.
     fn check_launcher(&self, ranks: &Ranks) -> Result<(), MoeLmError> {
-        let (is_launched, world_size) = (ranks.environment().is_some(), ranks.world_size());
-        match (self.parallel.ranks, self.training.dense) {
-            (Some(asked), _) if is_launched && asked != world_size => refuse(format!(
-                "--ranks {asked} contradicts the launcher, which says that there are {world_size}; leave --ranks out"
-            )),
+        self.parallel.ranks.check_launcher(ranks).or_else(refuse)?;
+        let world_size = ranks.world_size();
+        match (self.parallel.ranks.ranks, self.training.dense) {
             (Some(asked @ 2..), true) => {
                 refuse(format!("--ranks {asked} contradicts --dense, which trains on one rank"))
             }
@@ -76,7 +75,7 @@ impl Args {
             return refuse(format!("--batch {batch} cannot be split evenly over {ranks} ranks"));
         }
         let is_static = self.parallel.planner == Planner::Static;
-        if is_static && self.parallel.slots.is_some() {
+        if is_static && self.parallel.ranks.slots.is_some() {
             return refuse(
                 "--slots has no meaning with --planner static: each rank holds the experts that it owns".into(),
             );
@@ -86,7 +85,7 @@ impl Args {
                 "--planner static needs equally many experts on every rank: --experts {experts} is no multiple of {ranks}"
             ));
         }
-        if let Some(slots) = self.parallel.slots
+        if let Some(slots) = self.parallel.ranks.slots
             && (slots > experts || slots.saturating_mul(ranks) < experts)
         {
             return refuse(format!(
@@ -113,7 +112,7 @@ impl Args {
         let shares = model.force_shares.clone().map(RouterForcing::Shares);
         FSEPMoEConfig::new(model.hidden, model.ffn, model.experts)
             .with_moe_router_topk(model.top_k)
-            .with_slots_per_rank(if is_static { None } else { parallel.slots })
+            .with_slots_per_rank(if is_static { None } else { parallel.ranks.slots })
             .with_expert_parallelism(if is_static { ExpertParallelism::Static } else { ExpertParallelism::Fsep })
             .with_moe_aux_loss_coeff(self.training.aux_loss)
             .with_moe_router_force(shares.or(model.force_biased.map(RouterForcing::Biased)))

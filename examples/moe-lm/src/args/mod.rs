@@ -9,5 +9,5 @@ mod training;
 pub use command::Args;
 pub use model::ModelArgs;
 pub use output::OutputArgs;
-pub use parallel::{Backend, Comm, DeviceArg, ParallelArgs, Planner};
+pub use parallel::{ParallelArgs, Planner};
 pub use training::TrainingArgs;

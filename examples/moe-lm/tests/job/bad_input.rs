@@ -56,7 +56,7 @@ const OPTIONS: &[(&str, &str)] = &[
     ("--ffn 99999999999999999", "more than any machine can hold"),
     // Words that mean nothing.
     ("--planner best", "min-max"),
-    ("--backend cubecl", "libtorch"),
+    ("--backend cubecl", "vulkan"),
     ("--comm smoke", "nccl"),
     ("--device tpu", "devices are cpu, cuda"),
     ("--device cuda:", "devices are cpu, cuda"),
@@ -125,6 +125,7 @@ const MPI_BUILD: &[(&str, &str)] = &[("--comm mpi", "this process is no rank")];
 #[cfg(not(feature = "libtorch"))]
 const BUILD: &[(&str, &str)] = &[
     ("--backend libtorch", "built without it; get LibTorch"),
+    ("--backend cuda", "--features cuda,fusion,autotune"),
     ("--backend libtorch --device cuda", "--features libtorch"),
     ("--backend libtorch --device cuda --comm nccl --ranks 2", "built without it; get LibTorch"),
 ];

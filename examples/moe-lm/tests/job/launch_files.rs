@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use burn_fsep::launch::RankEnvironment;
 use clap::Parser;
-use moe_lm::{Args, Comm};
+use moe_lm::Args;
+use rank_args::Comm;
 use yaml_rust2::{Yaml, YamlLoader};
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
@@ -58,7 +59,7 @@ fn a_pod_of_the_manifest_is_a_rank() {
     assert_eq!(pods, [rank.world_size; 2]);
 
     let args = options(container["args"].as_vec().unwrap().iter().map(|word| word.as_str().unwrap()));
-    assert_eq!((args.parallel.comm, args.parallel.ranks_per_node), (Comm::Nccl, Some(1)));
+    assert_eq!((args.parallel.ranks.comm, args.parallel.ranks_per_node), (Comm::Nccl, Some(1)));
     assert_eq!(args.training.batch % rank.world_size, 0);
     let mounts = container["volumeMounts"].as_vec().unwrap();
     assert!(mounts.iter().any(|mount| args.output.out.starts_with(mount["mountPath"].as_str().unwrap())));
@@ -125,6 +126,6 @@ fn a_task_of_the_batch_script_is_a_rank() {
     let words = fs::read_to_string(folder.join("words")).unwrap();
     let words: Vec<&str> = words.lines().skip_while(|word| *word != "moe-lm").skip(1).collect();
     let args = options(words.into_iter());
-    assert_eq!((args.parallel.comm, args.parallel.ranks_per_node), (Comm::Nccl, Some(number("ntasks-per-node"))));
+    assert_eq!((args.parallel.ranks.comm, args.parallel.ranks_per_node), (Comm::Nccl, Some(number("ntasks-per-node"))));
     assert_eq!((args.training.batch % rank.world_size, args.training.steps), (0, 7));
 }
