@@ -43,7 +43,7 @@ pub struct ParityStep {
 }
 
 /// Runs the layer on `N` ranks and the dense layer on all tokens, and compares outputs, input gradients and the
-/// gradients of all parameters to `tolerance`.
+/// gradients of all parameters to `tolerance`, for all ways in which tokens travel.
 ///
 /// The experts' gradients are compared expert by expert: each has a scale of its own. Returns the largest relative
 /// error.
@@ -52,27 +52,38 @@ pub struct ParityStep {
 ///
 /// If they differ or a rank fails.
 pub fn check_parity(case: &ParityCase, tolerance: f64) -> f64 {
-    check_parity_with(case, tolerance, |comm| comm)
+    check_ways(case, &TOKEN_ROWS, tolerance)
 }
 
-/// As [`check_parity`], over communicators that `wrap` makes of the ranks' own, for all ways in which tokens travel.
+/// As [`check_parity`], of the `index`-th of many cases: once to an expert, and of every fifth case one of the other ways, too, in
+/// turns. With `FSEP_TEST_TOKEN_ROWS=all` all ways of every case.
 ///
 /// # Panics
 ///
-/// As [`check_parity`].
-pub fn check_parity_with(
-    case: &ParityCase,
-    tolerance: f64,
-    wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
-) -> f64 {
-    WAYS.into_iter().map(|token_rows| check_parity_of(case, token_rows, tolerance, &wrap)).fold(0.0, f64::max)
+/// As [`check_parity`], and if `FSEP_TEST_TOKEN_ROWS` is something else.
+pub fn check_parity_in_turn(case: &ParityCase, index: usize, tolerance: f64) -> f64 {
+    let [by_assignment, by_rank @ ..] = TOKEN_ROWS;
+    match std::env::var("FSEP_TEST_TOKEN_ROWS").as_deref() {
+        Ok("all") => check_parity(case, tolerance),
+        Ok(other) => panic!("FSEP_TEST_TOKEN_ROWS={other}: leave it out, or say all"),
+        Err(_) if index.is_multiple_of(5) => {
+            check_ways(case, &[by_assignment, by_rank[index / 5 % by_rank.len()]], tolerance)
+        }
+        Err(_) => check_ways(case, &[by_assignment], tolerance),
+    }
 }
 
 /// All ways in which tokens travel.
-const WAYS: [TokenRows; 3] =
+pub const TOKEN_ROWS: [TokenRows; 3] =
     [TokenRows::ByAssignment, TokenRows::ByRank { counted: true }, TokenRows::ByRank { counted: false }];
 
-/// As [`check_parity_with`], of one way in which tokens travel.
+fn check_ways(case: &ParityCase, ways: &[TokenRows], tolerance: f64) -> f64 {
+    // On one rank nothing travels.
+    let ways = if case.tokens.len() == 1 { &ways[..1] } else { ways };
+    ways.iter().map(|&way| check_parity_of(case, way, tolerance, |comm| comm)).fold(0.0, f64::max)
+}
+
+/// As [`check_parity`], of one way in which tokens travel, over communicators that `wrap` makes of the ranks' own.
 ///
 /// # Panics
 ///

@@ -3,11 +3,11 @@
 
 use std::{path::Path, time::Duration};
 
-use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig, TokenRows};
+use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig};
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
-    GradientSync, HandTraining, Launcher, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, Trained,
-    dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
+    GradientSync, HandTraining, Launcher, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, TOKEN_ROWS,
+    Trained, dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -48,18 +48,13 @@ fn parity_cases(ranks: usize) -> Vec<ParityCase> {
     [(8, 12, 8, 2), (16, 20, 4, 1), (7, 11, 16, 4)].into_iter().enumerate().flat_map(case).collect()
 }
 
-/// How tokens travel in a case.
-fn way(case: usize) -> TokenRows {
-    [TokenRows::ByAssignment, TokenRows::ByRank { counted: true }, TokenRows::ByRank { counted: false }][case % 3]
-}
-
 #[test]
 #[ignore = "a rank of the test below"]
 fn parity_rank() {
     rank_of_process(|comm, folder| {
         let rank = comm.rank();
         for (i, case) in parity_cases(comm.size()).iter().enumerate() {
-            save(folder, &format!("case-{i}-rank-{rank}.json"), &case.run_rank(comm.clone(), way(i))?);
+            save(folder, &format!("case-{i}-rank-{rank}.json"), &case.run_rank(comm.clone(), TOKEN_ROWS[i % 3])?);
         }
         Ok(())
     });

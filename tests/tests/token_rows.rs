@@ -7,11 +7,9 @@ use burn::{
     tensor::{FloatDType, Int, Tensor, TensorData},
 };
 use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntimeConfig, LayerStats, TokenRows,
-    comm::{Communicator, local::LaunchConfig},
-    moe::RouterOutput,
+    FSEPMoEConfig, FsepError, FsepRuntimeConfig, LayerStats, TokenRows, comm::Communicator, moe::RouterOutput,
 };
-use burn_fsep_tests::{CallRecord, Fault, FaultyCommunicator, SplitAny, device, launch, random_layout};
+use burn_fsep_tests::{CallRecord, Fault, FaultyCommunicator, SplitAny, device, launch, launch_config, random_layout};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::index::sample};
 
 const BY_RANK: [TokenRows; 2] = [TokenRows::ByRank { counted: true }, TokenRows::ByRank { counted: false }];
@@ -55,7 +53,7 @@ impl Case {
     }
 
     fn run(&self, token_rows: TokenRows) -> Left {
-        let results = launch(&LaunchConfig::new(self.tokens.len()), |comm| self.run_rank(comm, token_rows));
+        let results = launch(&launch_config(self.tokens.len()), |comm| self.run_rank(comm, token_rows));
         results.into_iter().map(|rank| rank.unwrap_or_else(|error| panic!("{self:?}: {error}")).0).collect()
     }
 
@@ -184,7 +182,7 @@ fn bf16_is_as_exact_as_once_to_an_expert() {
 
 /// Bytes that all ranks send to others for tokens, counted, and what the layer's statistics say of them.
 fn token_bytes(case: &Case, token_rows: TokenRows) -> (u64, LayerStats) {
-    let results = launch(&LaunchConfig::new(case.tokens.len()), |comm| {
+    let results = launch(&launch_config(case.tokens.len()), |comm| {
         let (comm, record): (_, Arc<CallRecord>) = FaultyCommunicator::new(comm, Fault::None);
         let (_, stats) = case.run_rank(comm, token_rows)?;
         let sent = record.sent.lock().unwrap();
@@ -222,7 +220,7 @@ fn by_default_little_is_sent_as_before() {
 
 #[test]
 fn ranks_that_differ_in_it_find_out() {
-    let errors = launch(&LaunchConfig::new(2), |comm| {
+    let errors = launch(&launch_config(2), |comm| {
         let token_rows = if comm.rank() == 0 { TokenRows::ByAssignment } else { BY_RANK[0] };
         FsepRuntimeConfig::new().with_token_rows(token_rows).init(comm).map(drop)
     });
