@@ -88,6 +88,15 @@ struct Args {
     /// How tokens travel.
     #[arg(long, value_enum, default_value_t = Rows::Auto)]
     token_rows: Rows,
+    /// Chunks of the tokens of a pass.
+    #[arg(long, default_value_t = 1)]
+    token_chunks: usize,
+    /// Last layers that keep their experts from forward to backward.
+    #[arg(long, default_value_t = 1)]
+    kept_layers: usize,
+    /// Thread blocks of exchanges that compute hides.
+    #[arg(long)]
+    background_ctas: Option<usize>,
     /// Replicated gradients are reduced after backward.
     #[arg(long)]
     no_buckets: bool,
@@ -251,14 +260,16 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         ScheduleConfig::new()
             .with_prefetch_forward(!args.no_prefetch_forward)
             .with_prefetch_backward(!args.no_prefetch_backward)
-            .with_delay_reshard(!args.no_delay_reshard),
+            .with_delay_reshard(!args.no_delay_reshard)
+            .with_kept_layers(args.kept_layers),
     );
     config.timeline = timeline.clone();
     config.token_rows = args.token_rows.into();
+    config.token_chunks = args.token_chunks;
     let comm: Arc<dyn Communicator> = if args.ranks == 1 {
         control
     } else {
-        let mut nccl = NcclConfig::new(rank).with_check_signatures(false);
+        let mut nccl = NcclConfig::new(rank).with_check_signatures(false).with_background_ctas(args.background_ctas);
         nccl.timeline = timeline.clone();
         Arc::new(nccl.init(control)?)
     };

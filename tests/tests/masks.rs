@@ -9,7 +9,7 @@ use burn_fsep::{
     moe::{MoeOutput, TokenMask},
 };
 use burn_fsep_planner::RoutingCounts;
-use burn_fsep_tests::{TOKEN_ROWS, assert_close, device, launch};
+use burn_fsep_tests::{TOKEN_TRAVEL, assert_close, device, launch};
 
 const HIDDEN: usize = 6;
 /// Sequences of a rank, and tokens of a sequence with its padding.
@@ -93,11 +93,11 @@ fn config() -> FSEPMoEConfig {
 
 #[test]
 fn a_masked_step_is_that_without_padding() {
-    for (ranks, token_rows) in [1, 2, 4].into_iter().flat_map(|ranks| TOKEN_ROWS.map(|rows| (ranks, rows))) {
+    for (ranks, travel) in [1, 2, 4].into_iter().flat_map(|ranks| TOKEN_TRAVEL.map(|travel| (ranks, travel))) {
         let run = |is_masked: bool| {
             let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
                 let rank = comm.rank();
-                let runtime = FsepRuntimeConfig::new().with_token_rows(token_rows).init(comm)?;
+                let runtime = travel.of(FsepRuntimeConfig::new()).init(comm)?;
                 let layer = config().try_init(&runtime, &device())?;
                 let parameters = [layer.router.weight.val(), layer.experts.weight.val()];
                 let real = real(lengths(rank, ranks));
@@ -122,7 +122,7 @@ fn a_masked_step_is_that_without_padding() {
                 .collect::<Vec<(Step, Arc<RoutingCounts>)>>()
         };
         for (rank, (masked, plain)) in run(true).into_iter().zip(run(false)).enumerate() {
-            let what = format!("rank {rank} of {ranks}, {token_rows:?}");
+            let what = format!("rank {rank} of {ranks}, {travel:?}");
             compare(&what, &masked.0, &plain.0, &real(lengths(rank, ranks)));
             assert_eq!(masked.1, plain.1);
             let tokens: usize = (0..ranks).flat_map(|rank| lengths(rank, ranks)).sum();

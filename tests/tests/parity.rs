@@ -2,7 +2,7 @@
 
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, TokenRows,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime,
     comm::local::LaunchConfig,
     moe::{
         ExpertActivation, ExpertBiasConfig, GroupScore, RouterForcing, RouterGroups, ScoreFunction, SharedExpertConfig,
@@ -10,8 +10,8 @@ use burn_fsep::{
     },
 };
 use burn_fsep_tests::{
-    Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_in_turn, check_parity_of, device,
-    launch,
+    Fault, FaultyCommunicator, ParityCase, SplitAny, TOKEN_TRAVEL, TokenTravel, check_parity, check_parity_in_turn,
+    check_parity_of, device, launch,
 };
 
 const TOLERANCE: f64 = 1e-5;
@@ -171,18 +171,19 @@ fn a_wrong_number_in_any_exchange_is_seen() {
         "gradients to tokens in backward",
         "gradient reshard",
     ] {
-        is_seen(operation, TokenRows::ByAssignment);
-        is_seen(operation, TokenRows::ByRank { counted: true });
+        for travel in [TOKEN_TRAVEL[0], TOKEN_TRAVEL[1], TOKEN_TRAVEL[3]] {
+            is_seen(operation, travel);
+        }
     }
     for operation in ["weights and places of tokens in forward", "gradients of weights in backward"] {
-        is_seen(operation, TokenRows::ByRank { counted: true });
+        is_seen(operation, TOKEN_TRAVEL[1]);
     }
 }
 
-fn is_seen(operation: &'static str, token_rows: TokenRows) {
+fn is_seen(operation: &'static str, travel: TokenTravel) {
     let case = even(config(8, 2), 3, 10);
     let fault = Fault::Corruption(operation);
-    let wrong = || check_parity_of(&case, token_rows, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
+    let wrong = || check_parity_of(&case, travel, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
     let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
     assert!(message.contains("relative error"), "{operation}: {message}");

@@ -1,4 +1,5 @@
-//! Tokens that travel once to a rank: the same results and gradients as once to an expert, in fewer bytes.
+//! Tokens that travel once to a rank, or in chunks: the same results and gradients as once to an expert and all at once; and fewer
+//! bytes.
 
 use std::sync::Arc;
 
@@ -7,9 +8,14 @@ use burn::{
     tensor::{FloatDType, Int, Tensor, TensorData},
 };
 use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntimeConfig, LayerStats, TokenRows, comm::Communicator, moe::RouterOutput,
+    FSEPMoEConfig, FsepError, FsepRuntimeConfig, LayerStats, TokenRows,
+    comm::{Communicator, local::LocalCommunicator},
+    moe::RouterOutput,
 };
-use burn_fsep_tests::{CallRecord, Fault, FaultyCommunicator, SplitAny, device, launch, launch_config, random_layout};
+use burn_fsep_tests::{
+    CallRecord, Fault, FaultyCommunicator, SplitAny, TOKEN_TRAVEL, TokenTravel, device, launch, launch_config,
+    random_layout,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::index::sample};
 
 const BY_RANK: [TokenRows; 2] = [TokenRows::ByRank { counted: true }, TokenRows::ByRank { counted: false }];
@@ -52,18 +58,19 @@ impl Case {
         Self { sizes, slots, tokens, wanted, recompute: false, dtype, wild: true }
     }
 
-    fn run(&self, token_rows: TokenRows) -> Left {
-        let results = launch(&launch_config(self.tokens.len()), |comm| self.run_rank(comm, token_rows));
+    fn run(&self, travel: impl Into<TokenTravel>) -> Left {
+        let travel = travel.into();
+        let results = launch(&launch_config(self.tokens.len()), |comm| self.run_rank(comm, travel));
         results.into_iter().map(|rank| rank.unwrap_or_else(|error| panic!("{self:?}: {error}")).0).collect()
     }
 
     fn run_rank(
         &self,
         comm: Arc<dyn Communicator>,
-        token_rows: TokenRows,
+        travel: TokenTravel,
     ) -> Result<([Vec<f32>; 4], LayerStats), FsepError> {
         let ([hidden, ffn, experts, topk], rank, ranks) = (self.sizes, comm.rank(), comm.size());
-        let mut config = FsepRuntimeConfig::new().with_seed(3).with_token_rows(token_rows);
+        let mut config = travel.of(FsepRuntimeConfig::new().with_seed(3));
         if self.wild {
             config = config.with_dispatcher(|| SplitAny::Random.dispatcher());
         }
@@ -129,12 +136,12 @@ fn rms_error(actual: &[f32], expected: &[f32]) -> f64 {
 
 fn check(case: &Case) {
     let expected = case.run(TokenRows::ByAssignment);
-    for token_rows in BY_RANK {
-        let actual = case.run(token_rows);
-        assert_eq!(actual, case.run(token_rows), "equal bits from run to run: {token_rows:?}, {case:?}");
+    for travel in &TOKEN_TRAVEL[1..] {
+        let actual = case.run(*travel);
+        assert_eq!(actual, case.run(*travel), "equal bits from run to run: {travel:?}, {case:?}");
         for (actual, expected) in actual.iter().flatten().zip(expected.iter().flatten()) {
             let error = rms_error(actual, expected);
-            assert!(error < 1e-6, "{error:.1e}: {token_rows:?}, {case:?}");
+            assert!(error < 1e-6, "{error:.1e}: {travel:?}, {case:?}");
         }
     }
 }
@@ -170,12 +177,12 @@ fn bf16_is_as_exact_as_once_to_an_expert() {
     let full = Case::new([32, 16, 8, 4], 4, vec![33, 20, 27]);
     let half = Case { dtype: FloatDType::BF16, ..full.clone() };
     let (exact, plain) = (full.run(TokenRows::ByAssignment), half.run(TokenRows::ByAssignment));
-    for token_rows in BY_RANK {
-        let actual = half.run(token_rows);
+    for travel in &TOKEN_TRAVEL[1..] {
+        let actual = half.run(*travel);
         for ((actual, plain), exact) in actual.iter().flatten().zip(plain.iter().flatten()).zip(exact.iter().flatten())
         {
             let (error, plain) = (rms_error(actual, exact), rms_error(plain, exact));
-            assert!(error <= 1.2 * plain && plain < 0.05, "{token_rows:?}: {error:.1e}, plain {plain:.1e}");
+            assert!(error <= 1.2 * plain && plain < 0.05, "{travel:?}: {error:.1e}, plain {plain:.1e}");
         }
     }
 }
@@ -184,7 +191,7 @@ fn bf16_is_as_exact_as_once_to_an_expert() {
 fn token_bytes(case: &Case, token_rows: TokenRows) -> (u64, LayerStats) {
     let results = launch(&launch_config(case.tokens.len()), |comm| {
         let (comm, record): (_, Arc<CallRecord>) = FaultyCommunicator::new(comm, Fault::None);
-        let (_, stats) = case.run_rank(comm, token_rows)?;
+        let (_, stats) = case.run_rank(comm, token_rows.into())?;
         let sent = record.sent.lock().unwrap();
         Ok::<_, FsepError>((TOKEN_EXCHANGES.iter().filter_map(|name| sent.get(name)).sum::<usize>(), stats))
     });
@@ -216,6 +223,12 @@ fn by_default_little_is_sent_as_before() {
     // Nothing of tokens leaves the only rank.
     let (bytes, stats) = token_bytes(&Case::new([6, 5, 8, 2], 8, vec![7]), BY_RANK[0]);
     assert_eq!((bytes, stats.token_bytes, stats.token_bytes_by_assignment), (0, 0, 0));
+}
+
+#[test]
+fn no_chunk_is_refused() {
+    let error = FsepRuntimeConfig::new().with_token_chunks(0).init(Arc::new(LocalCommunicator::single())).unwrap_err();
+    assert!(error.to_string().contains("token_chunks"), "{error}");
 }
 
 #[test]

@@ -10,10 +10,9 @@ use burn::{
 };
 
 use super::{
-    FsepKernels, LayerPass, RankRows,
+    ChunkDispatch, FsepKernels, LayerPass, RankRows,
     row_exchange::{
-        GRADIENTS_BACK, GRADIENTS_OUT, PROBS_BACK, ROUTES_OUT, TOKENS_BACK, TOKENS_OUT, TravellingRows, exchange_rows,
-        start_rows,
+        GRADIENTS_BACK, GRADIENTS_OUT, PROBS_BACK, ROUTES_OUT, TOKENS_BACK, TOKENS_OUT, TravellingRows, start_rows,
     },
     row_order::{arange, bool_dtype},
     types::{CombineGradients, cast},
@@ -46,13 +45,8 @@ pub(super) struct Travelling<B: Backend> {
 /// Of the slots' rows, and of the weights, on their way back; each if it is wanted.
 type Gradients<B> = (Option<FloatTensor<B>>, Option<TravellingRows<B>>);
 
-/// Slot rows of this rank, `M`.
-fn num_slot_rows(pass: &LayerPass) -> usize {
-    pass.dispatch.slot_rows.iter().map(|rows| rows.len()).sum()
-}
-
-fn exchange(pass: &LayerPass) -> &ExchangePlan {
-    let RankRows { exchange, .. } = pass.dispatch.rank_rows.as_ref().expect("a pass by rank has rows by rank");
+fn exchange(chunk: &ChunkDispatch) -> &ExchangePlan {
+    let RankRows { exchange, .. } = chunk.rank_rows.as_ref().expect("a chunk by rank has rows by rank");
     exchange
 }
 
@@ -62,22 +56,28 @@ pub(super) fn start_tokens<B: FsepKernels>(
     probs: &FloatTensor<B>,
     rows: &RankRowIndices<B>,
     pass: &LayerPass,
+    chunk: &ChunkDispatch,
 ) -> Result<Travelling<B>, FsepError> {
     let tokens = B::float_select(hidden, 0, rows.token_of.clone());
-    let tokens = start_rows::<B>(tokens, pass, exchange(pass), TOKENS_OUT)?;
+    let tokens = start_rows::<B>(tokens, pass, exchange(chunk), TOKENS_OUT)?;
     // One exchange for both: a place is exact in single precision, since no pass by rank has 2^24 slot rows.
     let dtype = if probs.dtype() == DType::F64 { FloatDType::F64 } else { FloatDType::F32 };
     let weights = cast::<B>(B::float_select(probs.clone(), 0, rows.token_of.clone()), Some(dtype));
     let places = B::float_reshape(B::int_into_float(rows.places.clone(), dtype), weights.shape());
-    let routes = start_rows::<B>(B::float_cat(vec![weights, places], 1), pass, exchange(pass), ROUTES_OUT)?;
+    let routes = start_rows::<B>(B::float_cat(vec![weights, places], 1), pass, exchange(chunk), ROUTES_OUT)?;
     Ok(Travelling { tokens, routes })
 }
 
 impl<B: FsepKernels> Travelling<B> {
     /// Tokens by slot, `[M, D]`, and what they came with.
-    pub fn wait(self, rows: &RankRowIndices<B>, pass: &LayerPass) -> Result<(FloatTensor<B>, Routes<B>), FsepError> {
+    pub fn wait(
+        self,
+        rows: &RankRowIndices<B>,
+        pass: &LayerPass,
+        chunk: &ChunkDispatch,
+    ) -> Result<(FloatTensor<B>, Routes<B>), FsepError> {
         let (tokens, received) = (self.tokens.wait()?, self.routes.wait()?);
-        let (num_rows, topk, num_slot_rows) = (received.shape()[0], pass.spec.topk, num_slot_rows(pass));
+        let (num_rows, topk, num_slot_rows) = (received.shape()[0], pass.spec.topk, chunk.num_slot_rows());
         let half = |start: usize| {
             B::float_slice(received.clone(), &[Slice::from(0..num_rows), Slice::from(start..start + topk)])
         };
@@ -93,16 +93,16 @@ impl<B: FsepKernels> Travelling<B> {
     }
 }
 
-/// The experts' outputs, `[M, D]`, weighed and summed by row, back, and summed by token, `[T, D]`.
-pub(super) fn combine<B: FsepKernels>(
+/// The experts' outputs, `[M, D]`, weighed and summed by row, on their way back.
+pub(super) fn return_outputs<B: FsepKernels>(
     outputs: &FloatTensor<B>,
     routes: &Routes<B>,
-    rows: &RankRowIndices<B>,
     pass: &LayerPass,
-) -> Result<FloatTensor<B>, FsepError> {
+    chunk: &ChunkDispatch,
+) -> Result<TravellingRows<B>, FsepError> {
     // SAFETY: places are below the number of slot rows, which `outputs` has.
     let sums = unsafe { B::fsep_sum_places(outputs, &routes.places, Some(&routes.weights), pass.spec.topk) }?;
-    sum_by_token(sums, rows, pass, TOKENS_BACK)
+    start_back::<B>(sums, pass, chunk, TOKENS_BACK)
 }
 
 /// The gradients of the tokens' rows, on their way to the experts. `[T, D]` to `[U, D]` of other ranks.
@@ -110,9 +110,10 @@ pub(super) fn start_gradients<B: FsepKernels>(
     grad: FloatTensor<B>,
     rows: &RankRowIndices<B>,
     pass: &LayerPass,
+    chunk: &ChunkDispatch,
 ) -> Result<TravellingRows<B>, FsepError> {
     let gradients = B::float_select(grad, 0, rows.token_of.clone());
-    start_rows::<B>(gradients, pass, exchange(pass), GRADIENTS_OUT)
+    start_rows::<B>(gradients, pass, exchange(chunk), GRADIENTS_OUT)
 }
 
 /// Gradients of the experts' outputs, `[M, D]`, if wanted, and of the weights, on their way back, if there are `outputs`,
@@ -122,14 +123,15 @@ pub(super) fn spread_gradients<B: FsepKernels>(
     outputs: Option<&FloatTensor<B>>,
     routes: &Routes<B>,
     pass: &LayerPass,
+    chunk: &ChunkDispatch,
     want_rows: bool,
 ) -> Result<Gradients<B>, FsepError> {
-    let sizes = [num_slot_rows(pass), pass.spec.topk];
+    let sizes = [chunk.num_slot_rows(), pass.spec.topk];
     let Routes { places, weights } = routes;
     // SAFETY: places are below the number of slot rows, which `outputs` has.
     let spread = unsafe { B::fsep_spread_rows(&gradients, outputs, places, Some(weights), sizes, want_rows) }?;
     let CombineGradients { rows, probs } = spread;
-    let start = |probs| start_rows::<B>(probs, pass, &exchange(pass).reversed(), PROBS_BACK);
+    let start = |probs| start_rows::<B>(probs, pass, &exchange(chunk).reversed(), PROBS_BACK);
     Ok((rows, probs.map(start).transpose()?))
 }
 
@@ -154,27 +156,36 @@ pub(super) fn gather_probs<B: FsepKernels>(
     cast::<B>(B::float_reshape(gathered, dims), Some(probs.dtype().into()))
 }
 
-/// Gradients of the experts' inputs, `[M, D]`, summed by row, back, and summed by token, `[T, D]`.
-pub(super) fn sum_gradients<B: FsepKernels>(
+/// Gradients of the experts' inputs, `[M, D]`, summed by row, on their way back.
+pub(super) fn return_gradients<B: FsepKernels>(
     gradients: FloatTensor<B>,
     routes: &Routes<B>,
-    rows: &RankRowIndices<B>,
     pass: &LayerPass,
-) -> Result<FloatTensor<B>, FsepError> {
+    chunk: &ChunkDispatch,
+) -> Result<TravellingRows<B>, FsepError> {
     // SAFETY: places are below the number of slot rows, which the gradients have as the tokens had.
     let sums = unsafe { B::fsep_sum_places(&gradients, &routes.places, None, pass.spec.topk) }?;
     drop(gradients);
-    sum_by_token(sums, rows, pass, GRADIENTS_BACK)
+    start_back::<B>(sums, pass, chunk, GRADIENTS_BACK)
 }
 
-/// `[U, D]` of other ranks back to this one, and summed by token. `[T, D]`
-fn sum_by_token<B: FsepKernels>(
+/// `[U, D]` of other ranks on their way back to this one.
+fn start_back<B: FsepKernels>(
     sums: FloatTensor<B>,
+    pass: &LayerPass,
+    chunk: &ChunkDispatch,
+    name: &'static str,
+) -> Result<TravellingRows<B>, FsepError> {
+    start_rows::<B>(sums, pass, &exchange(chunk).reversed(), name)
+}
+
+/// Rows that come back, summed by token. `[T, D]`
+pub(super) fn sum_by_token<B: FsepKernels>(
+    returning: TravellingRows<B>,
     rows: &RankRowIndices<B>,
     pass: &LayerPass,
-    name: &'static str,
 ) -> Result<FloatTensor<B>, FsepError> {
-    let returned = exchange_rows::<B>(sums, pass, &exchange(pass).reversed(), name)?;
+    let returned = returning.wait()?;
     // SAFETY: `row_of` names rows of the exchange's plan, by which as many come back as were sent.
     unsafe { B::fsep_sum_places(&returned, &rows.row_of, None, pass.spec.topk) }
 }

@@ -77,7 +77,7 @@ impl<B: FsepKernels> FsepOps for B {
         token_of: IntTensor<Self>,
         pass: Arc<LayerPass>,
     ) -> FloatTensor<Self> {
-        let rows = PassRows::new(row_of, assignment_of, token_of, &pass);
+        let rows = PassRows::of_chunks(row_of, assignment_of, token_of, &pass);
         moe_forward::<B>(hidden, probs, weights, rows, &pass, Tracked::default()).output
     }
 

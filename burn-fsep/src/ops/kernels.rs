@@ -12,7 +12,10 @@ use burn_fsep_planner::Layout;
 use super::{
     ExpertActivation, activation, combine, places, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
-    types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+    types::{
+        CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
+        UnfinishedGradients,
+    },
 };
 use crate::{
     FsepError,
@@ -47,6 +50,20 @@ pub trait FsepKernels: Backend {
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
         Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+    }
+
+    /// The rest of [`FsepKernels::fsep_experts_backward`]: gradients shaped as [`ExpertWeights::flat`], zero for slots without tokens
+    /// and where rows are padded.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows))
     }
 
     /// The activation of the first projection's output: gate, if there is one, and up, side by side. For the default bodies of the

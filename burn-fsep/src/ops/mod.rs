@@ -26,6 +26,7 @@ mod places;
 mod rank_rows;
 mod replica_order;
 mod replicas;
+mod routed_dispatch;
 mod row_exchange;
 mod row_order;
 mod slot_experts;
@@ -45,8 +46,7 @@ pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage, options_of};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
-pub use pass::{
-    BesideTokens, Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange,
-};
+pub use pass::{BesideTokens, Deferred, LayerPass, PassHost, RankContext, Tracked, Unshards};
 pub use rank_rows::{PlacedAssignments, RankRows};
+pub use routed_dispatch::{ChunkDispatch, RoutedDispatch, chunk_ranges, token_exchange};
 pub use unshard::Unshard;

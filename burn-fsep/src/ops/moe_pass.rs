@@ -1,7 +1,10 @@
-use burn::backend::{Backend, tensor::FloatTensor};
+use burn::{
+    backend::{Backend, TensorMetadata, tensor::FloatTensor},
+    tensor::Slice,
+};
 
 use super::{
-    FsepKernels, LayerPass, Tracked,
+    ChunkDispatch, FsepKernels, LayerPass, Tracked,
     expert_weights::{end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
     pass_rows::{PassRows, SavedRows, wanted_rows},
@@ -20,12 +23,18 @@ pub(super) struct MoeForward<B: Backend> {
 /// What backward needs: tokens, never weights.
 #[derive(Debug, Clone)]
 pub(super) struct Saved<B: Backend> {
+    /// This rank's parameters: shards or resident experts.
+    weights: FloatTensor<B>,
+    chunks: Vec<SavedChunk<B>>,
+}
+
+/// What backward needs of a chunk.
+#[derive(Debug, Clone)]
+struct SavedChunk<B: Backend> {
     /// Received tokens by slot, `[M, D]`.
     tokens: FloatTensor<B>,
     /// What the experts kept, unless it is to be computed again.
     kept: Option<Vec<FloatTensor<B>>>,
-    /// This rank's parameters: shards or resident experts.
-    weights: FloatTensor<B>,
     rows: SavedRows<B>,
 }
 
@@ -43,7 +52,7 @@ pub(super) fn moe_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
-    rows: PassRows<B>,
+    rows: Vec<PassRows<B>>,
     pass: &LayerPass,
     tracked: Tracked,
 ) -> MoeForward<B> {
@@ -55,30 +64,50 @@ fn try_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
-    rows: PassRows<B>,
+    rows: Vec<PassRows<B>>,
     pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeForward<B>, FsepError> {
     // Experts do not depend on tokens: their unshard starts first, if it was not started behind the layer before.
     let unshards = pass.unshards.as_ref();
-    let unsharding = start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?;
-    let travelling = rows.start_tokens(hidden, &probs, pass)?;
+    let mut unsharding = Some(start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?);
+    let start = |(rows, chunk): (PassRows<B>, _)| {
+        let probs = tokens_of::<B>(&probs, chunk);
+        let travelling = rows.start_tokens(tokens_of::<B>(&hidden, chunk), &probs, pass, chunk)?;
+        Ok((rows, travelling, probs, chunk))
+    };
+    let travelling: Result<Vec<_>, FsepError> = rows.into_iter().zip(&pass.dispatch.chunks).map(start).collect();
+    let travelling = travelling?;
     pass.work_beside_tokens();
-    let (tokens, mut rows) = rows.wait_for_tokens(travelling, probs, pass)?;
-    // Behind the tokens, so that the two do not compete; it travels while the experts compute.
-    if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
-        next.start()?;
-    }
-    let unsharded = unsharding.wait(pass)?;
-    let span = pass.span("experts in forward");
-    let experts = B::fsep_experts(&tokens, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
-    drop(span);
-    end_forward(unsharded, pass)?;
 
-    let output = rows.combine(experts.output, pass, tracked.probs)?;
-    let saved =
-        tracked.any().then(|| Saved { tokens, kept: (!pass.spec.recompute).then_some(experts.kept), weights, rows });
-    Ok(MoeForward { output, saved })
+    let (mut unsharded, mut computed) = (None, Vec::with_capacity(travelling.len()));
+    for (rows, travelling, probs, chunk) in travelling {
+        let (tokens, mut rows) = rows.wait_for_tokens(travelling, probs, pass, chunk)?;
+        if let Some(unsharding) = unsharding.take() {
+            // Behind the tokens, so that the two do not compete; it travels while the experts compute.
+            if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
+                next.start()?;
+            }
+            unsharded = Some(unsharding.wait(pass)?);
+        }
+        let unsharded = unsharded.as_ref().expect("the first chunk has waited for them");
+        let span = pass.span("experts in forward");
+        let experts = B::fsep_experts(&tokens, unsharded, pass.spec.activation, &chunk.slot_rows)?;
+        drop(span);
+        // They travel while the next chunk is computed.
+        let returning = rows.return_outputs(experts.output, pass, chunk, tracked.probs)?;
+        let kept = (!pass.spec.recompute).then_some(experts.kept);
+        computed.push((returning, SavedChunk { tokens, kept, rows }));
+    }
+    end_forward(unsharded.expect("there is a chunk"), pass)?;
+
+    let (mut outputs, mut chunks) = (Vec::with_capacity(computed.len()), Vec::with_capacity(computed.len()));
+    for (returning, mut chunk) in computed {
+        outputs.push(chunk.rows.combine(returning, pass, tracked.probs)?);
+        chunks.push(chunk);
+    }
+    let saved = tracked.any().then_some(Saved { weights, chunks });
+    Ok(MoeForward { output: cat_chunks::<B>(outputs), saved })
 }
 
 pub(super) fn moe_backward<B: FsepKernels>(
@@ -96,38 +125,83 @@ fn try_backward<B: FsepKernels>(
     pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
-    let Saved { tokens, kept, weights, mut rows } = saved;
-    let before = pass.host.begin_backward(pass);
+    let Saved { weights, chunks } = saved;
+    let mut before = pass.host.begin_backward(pass);
     let want_rows = tracked.hidden || tracked.weights;
-    if !want_rows {
-        let travelling = rows.start_gradients(grad, pass, want_rows)?;
-        let (_, d_probs) = rows.wait_for_gradients(travelling, pass, want_rows)?;
-        return Ok(MoeGradients { hidden: None, probs: rows.wait_for_probs(d_probs)?, weights: None });
-    }
-
     // The experts were freed after forward, so they are unsharded again, while gradients travel to them.
     let unshard = pass.unshards.as_ref().map(|unshards| &unshards.backward);
-    let unsharding = start_unshard::<B>(&weights, pass, unshard)?;
-    let travelling = rows.start_gradients(grad, pass, want_rows)?;
-    let (d_slots, d_probs) = rows.wait_for_gradients(travelling, pass, want_rows)?;
-    let d_slots = wanted_rows(d_slots, pass)?;
-    if let Some(before) = before {
-        before.start()?;
+    let mut unsharding = want_rows.then(|| start_unshard::<B>(&weights, pass, unshard)).transpose()?;
+    let start = |(mut saved, chunk): (SavedChunk<B>, _)| {
+        let travelling = saved.rows.start_gradients(tokens_of::<B>(&grad, chunk), pass, chunk, want_rows)?;
+        Ok((saved, travelling, chunk))
+    };
+    let travelling: Result<Vec<_>, FsepError> = chunks.into_iter().zip(&pass.dispatch.chunks).map(start).collect();
+    let travelling = travelling?;
+    drop(grad);
+
+    let (mut unsharded, mut d_weights, mut returning) = (None, None, Vec::with_capacity(travelling.len()));
+    for (saved, travelling, chunk) in travelling {
+        let SavedChunk { tokens, kept, mut rows } = saved;
+        let (d_slots, d_probs) = rows.wait_for_gradients(travelling, pass, chunk, want_rows)?;
+        if !want_rows {
+            returning.push((rows, None, d_probs));
+            continue;
+        }
+        let d_slots = wanted_rows(d_slots, pass)?;
+        if let Some(before) = before.take() {
+            before.start()?;
+        }
+        if let Some(unsharding) = unsharding.take() {
+            unsharded = Some(unsharding.wait(pass)?);
+        }
+        let unsharded = unsharded.as_ref().expect("the first chunk has waited for them");
+        let args =
+            ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
+        let span = pass.span("experts in backward");
+        let ExpertsGradients { tokens: d_tokens, weights: unfinished } =
+            B::fsep_experts_backward(args, unsharded, pass.spec.activation, &chunk.slot_rows)?;
+        // Tokens go first: the layers before need them, the shards' gradients only the optimizer. They travel while the rest of
+        // these is computed, and the next chunk.
+        let d_tokens = d_tokens.map(|d_tokens| rows.return_gradients(d_tokens, pass, chunk)).transpose()?;
+        if let Some(unfinished) = unfinished {
+            let gradients = B::fsep_finish_gradients(unfinished, unsharded, &chunk.slot_rows)?;
+            d_weights = Some(match d_weights {
+                None => gradients,
+                Some(sum) => B::float_add(sum, gradients),
+            });
+        }
+        drop(span);
+        returning.push((rows, d_tokens, d_probs));
     }
-    let unsharded = unsharding.wait(pass)?;
-    let args =
-        ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
-    let span = pass.span("experts in backward");
-    let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
-        B::fsep_experts_backward(args, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
-    drop(span);
     drop(unsharded);
 
-    // Tokens go first: the layers before need them, the shards' gradients only the optimizer.
-    let d_hidden = d_tokens.map(|d_tokens| rows.sum_gradients(d_tokens, pass)).transpose()?;
-    let d_probs = rows.wait_for_probs(d_probs)?;
+    let (mut d_hidden, mut d_probs) = (Vec::with_capacity(returning.len()), Vec::with_capacity(returning.len()));
+    for (rows, d_tokens, probs) in returning {
+        d_hidden.extend(d_tokens.map(|d_tokens| rows.sum_gradients(d_tokens, pass)).transpose()?);
+        d_probs.extend(rows.wait_for_probs(probs)?);
+    }
     // What the layer after has put off had this layer's whole backward pass to travel.
-    pass.host.catch_up()?;
+    if want_rows {
+        pass.host.catch_up()?;
+    }
     let d_weights = d_weights.map(|gradients| start_reshard::<B>(gradients, pass)).transpose()?;
-    Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
+    let all = |chunks: Vec<_>| (!chunks.is_empty()).then(|| cat_chunks::<B>(chunks));
+    Ok(MoeGradients { hidden: all(d_hidden), probs: all(d_probs), weights: d_weights })
+}
+
+/// A chunk's rows of a tensor of all tokens.
+fn tokens_of<B: Backend>(all: &FloatTensor<B>, chunk: &ChunkDispatch) -> FloatTensor<B> {
+    if all.shape()[0] == chunk.range.len() {
+        return all.clone();
+    }
+    let width = all.shape()[1];
+    B::float_slice(all.clone(), &[Slice::from(chunk.range.clone()), Slice::from(0..width)])
+}
+
+/// The rows of all chunks, of which there is one at least.
+fn cat_chunks<B: Backend>(mut chunks: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    match chunks.len() {
+        1 => chunks.swap_remove(0),
+        _ => B::float_cat(chunks, 0),
+    }
 }

@@ -1,19 +1,22 @@
-//! The two ways in which a pass's tokens travel: a row for each of a token's experts, or for each rank that has any of them.
+//! The two ways in which a chunk's tokens travel: a row for each of a token's experts, or for each rank that has any of them.
 
-use burn::backend::{
-    Backend,
-    tensor::{FloatTensor, IntTensor},
+use burn::{
+    backend::{
+        Backend,
+        tensor::{FloatTensor, IntTensor},
+    },
+    tensor::Slice,
 };
 
 use super::{
-    FsepKernels, LayerPass, by_assignment,
+    ChunkDispatch, FsepKernels, LayerPass, by_assignment,
     by_rank::{self, RankRowIndices, Routes, wanted},
     row_exchange::TravellingRows,
     types::RowIndices,
 };
 use crate::FsepError;
 
-/// Index tensors of the rows that a pass's tokens travel in.
+/// Index tensors of the rows that a chunk's tokens travel in.
 #[derive(Debug, Clone)]
 pub(super) enum PassRows<B: Backend> {
     /// One for each of a token's experts.
@@ -52,13 +55,58 @@ pub(super) struct SavedRows<B: Backend> {
     routes: Option<Routes<B>>,
 }
 
-impl<B: FsepKernels> PassRows<B> {
-    /// The index tensors of [`FsepOps::fsep_moe`](super::FsepOps::fsep_moe).
-    pub fn new(row_of: IntTensor<B>, assignment_of: IntTensor<B>, token_of: IntTensor<B>, pass: &LayerPass) -> Self {
-        match pass.dispatch.rank_rows {
-            None => Self::ByAssignment(RowIndices { row_of, assignment_of, token_of }),
-            Some(_) => Self::ByRank(RankRowIndices { row_of, places: assignment_of, token_of }),
+/// A tensor of all chunks, part by part.
+struct Parts<B: Backend> {
+    all: IntTensor<B>,
+    is_one: bool,
+    taken: usize,
+}
+
+impl<B: Backend> Parts<B> {
+    fn new(all: IntTensor<B>, chunks: &[ChunkDispatch]) -> Self {
+        Self { all, is_one: chunks.len() == 1, taken: 0 }
+    }
+
+    fn take(&mut self, len: usize) -> IntTensor<B> {
+        if self.is_one {
+            return self.all.clone();
         }
+        let start = self.taken;
+        self.taken += len;
+        B::int_slice(self.all.clone(), &[Slice::from(start..start + len)])
+    }
+}
+
+impl<B: FsepKernels> PassRows<B> {
+    /// Of each chunk, from the index tensors of [`FsepOps::fsep_moe`](super::FsepOps::fsep_moe).
+    pub fn of_chunks(
+        row_of: IntTensor<B>,
+        assignment_of: IntTensor<B>,
+        token_of: IntTensor<B>,
+        pass: &LayerPass,
+    ) -> Vec<Self> {
+        let chunks = &pass.dispatch.chunks;
+        let (mut row_of, mut assignment_of, mut token_of) = (
+            Parts::<B>::new(row_of, chunks),
+            Parts::<B>::new(assignment_of, chunks),
+            Parts::<B>::new(token_of, chunks),
+        );
+        let of_chunk = |chunk: &ChunkDispatch| {
+            let (topk, row_of) = (pass.spec.topk, row_of.take(chunk.range.len() * pass.spec.topk));
+            match &chunk.rank_rows {
+                None => {
+                    let [assignment_of, token_of] =
+                        [&mut assignment_of, &mut token_of].map(|parts| parts.take(chunk.range.len() * topk));
+                    Self::ByAssignment(RowIndices { row_of, assignment_of, token_of })
+                }
+                Some(rows) => {
+                    let num_rows = rows.exchange.send_len;
+                    let (places, token_of) = (assignment_of.take(num_rows * topk), token_of.take(num_rows));
+                    Self::ByRank(RankRowIndices { row_of, places, token_of })
+                }
+            }
+        };
+        chunks.iter().map(of_chunk).collect()
     }
 
     /// `hidden`: `[T, D]`, `probs`: `[T, K]`
@@ -67,12 +115,15 @@ impl<B: FsepKernels> PassRows<B> {
         hidden: FloatTensor<B>,
         probs: &FloatTensor<B>,
         pass: &LayerPass,
+        chunk: &ChunkDispatch,
     ) -> Result<TravellingTokens<B>, FsepError> {
         Ok(match self {
             Self::ByAssignment(rows) => {
-                TravellingTokens::ByAssignment(by_assignment::start_tokens::<B>(hidden, rows, pass)?)
+                TravellingTokens::ByAssignment(by_assignment::start_tokens::<B>(hidden, rows, pass, chunk)?)
             }
-            Self::ByRank(rows) => TravellingTokens::ByRank(by_rank::start_tokens::<B>(hidden, probs, rows, pass)?),
+            Self::ByRank(rows) => {
+                TravellingTokens::ByRank(by_rank::start_tokens::<B>(hidden, probs, rows, pass, chunk)?)
+            }
         })
     }
 
@@ -82,10 +133,11 @@ impl<B: FsepKernels> PassRows<B> {
         travelling: TravellingTokens<B>,
         probs: FloatTensor<B>,
         pass: &LayerPass,
+        chunk: &ChunkDispatch,
     ) -> Result<(FloatTensor<B>, SavedRows<B>), FsepError> {
         let (tokens, routes) = match (&self, travelling) {
             (Self::ByRank(rows), TravellingTokens::ByRank(travelling)) => {
-                let (tokens, routes) = travelling.wait(rows, pass)?;
+                let (tokens, routes) = travelling.wait(rows, pass, chunk)?;
                 (tokens, Some(routes))
             }
             (_, TravellingTokens::ByAssignment(travelling)) => (travelling.wait()?, None),
@@ -100,25 +152,40 @@ impl<B: FsepKernels> SavedRows<B> {
         self.routes.as_ref().expect("tokens that travel once to a rank come with routes")
     }
 
-    /// The experts' outputs by slot, `[M, D]`, combined by token, `[T, D]`; keeps what the router's gradient needs, if wanted.
-    pub fn combine(
+    /// Starts the experts' outputs by slot, `[M, D]`, on their way back; keeps what the router's gradient needs of them here, if
+    /// wanted.
+    pub fn return_outputs(
         &mut self,
         outputs: FloatTensor<B>,
         pass: &LayerPass,
+        chunk: &ChunkDispatch,
+        keep: bool,
+    ) -> Result<TravellingRows<B>, FsepError> {
+        match &self.rows {
+            PassRows::ByAssignment(_) => by_assignment::return_outputs::<B>(outputs, pass, chunk),
+            PassRows::ByRank(_) => {
+                let returning = by_rank::return_outputs::<B>(&outputs, self.routes(), pass, chunk)?;
+                self.outputs = keep.then_some(outputs);
+                Ok(returning)
+            }
+        }
+    }
+
+    /// The outputs combined by token, `[T, D]`, when they have come; keeps what the router's gradient needs of them, if wanted.
+    pub fn combine(
+        &mut self,
+        returning: TravellingRows<B>,
+        pass: &LayerPass,
         keep: bool,
     ) -> Result<FloatTensor<B>, FsepError> {
-        let (outputs, combined) = match &self.rows {
+        match &self.rows {
             PassRows::ByAssignment(rows) => {
-                let [returned, combined] = by_assignment::combine::<B>(outputs, rows, &self.probs, pass)?;
-                (returned, combined)
+                let [returned, combined] = by_assignment::combine::<B>(returning, rows, &self.probs)?;
+                self.outputs = keep.then_some(returned);
+                Ok(combined)
             }
-            PassRows::ByRank(rows) => {
-                let combined = by_rank::combine::<B>(&outputs, self.routes(), rows, pass)?;
-                (outputs, combined)
-            }
-        };
-        self.outputs = keep.then_some(outputs);
-        Ok(combined)
+            PassRows::ByRank(rows) => by_rank::sum_by_token::<B>(returning, rows, pass),
+        }
     }
 
     /// Starts the gradients of the output, `[T, D]`, on their way to the experts.
@@ -126,16 +193,19 @@ impl<B: FsepKernels> SavedRows<B> {
         &mut self,
         grad: FloatTensor<B>,
         pass: &LayerPass,
+        chunk: &ChunkDispatch,
         want_rows: bool,
     ) -> Result<TravellingGradients<B>, FsepError> {
         Ok(match &self.rows {
             PassRows::ByAssignment(rows) => {
                 let outputs = self.outputs.take();
                 let (rows, probs) =
-                    by_assignment::start_gradients::<B>(grad, outputs, rows, &self.probs, pass, want_rows)?;
+                    by_assignment::start_gradients::<B>(grad, outputs, rows, &self.probs, pass, chunk, want_rows)?;
                 TravellingGradients::ByAssignment(rows, probs)
             }
-            PassRows::ByRank(rows) => TravellingGradients::ByRank(by_rank::start_gradients::<B>(grad, rows, pass)?),
+            PassRows::ByRank(rows) => {
+                TravellingGradients::ByRank(by_rank::start_gradients::<B>(grad, rows, pass, chunk)?)
+            }
         })
     }
 
@@ -144,6 +214,7 @@ impl<B: FsepKernels> SavedRows<B> {
         &mut self,
         travelling: TravellingGradients<B>,
         pass: &LayerPass,
+        chunk: &ChunkDispatch,
         want_rows: bool,
     ) -> Result<(Option<FloatTensor<B>>, ProbsGradient<B>), FsepError> {
         match travelling {
@@ -154,7 +225,7 @@ impl<B: FsepKernels> SavedRows<B> {
                 let outputs = self.outputs.take();
                 let (gradients, routes) = (rows.wait()?, self.routes());
                 let (rows, probs) =
-                    by_rank::spread_gradients::<B>(gradients, outputs.as_ref(), routes, pass, want_rows)?;
+                    by_rank::spread_gradients::<B>(gradients, outputs.as_ref(), routes, pass, chunk, want_rows)?;
                 Ok((rows, ProbsGradient::Travelling(probs)))
             }
         }
@@ -171,11 +242,24 @@ impl<B: FsepKernels> SavedRows<B> {
         }
     }
 
-    /// Gradients of the experts' inputs, `[M, D]`, summed by token, `[T, D]`.
-    pub fn sum_gradients(&self, gradients: FloatTensor<B>, pass: &LayerPass) -> Result<FloatTensor<B>, FsepError> {
+    /// Starts the gradients of the experts' inputs, `[M, D]`, on their way back.
+    pub fn return_gradients(
+        &self,
+        gradients: FloatTensor<B>,
+        pass: &LayerPass,
+        chunk: &ChunkDispatch,
+    ) -> Result<TravellingRows<B>, FsepError> {
         match &self.rows {
-            PassRows::ByAssignment(rows) => by_assignment::sum_gradients::<B>(gradients, rows, pass),
-            PassRows::ByRank(rows) => by_rank::sum_gradients::<B>(gradients, self.routes(), rows, pass),
+            PassRows::ByAssignment(_) => by_assignment::return_gradients::<B>(gradients, pass, chunk),
+            PassRows::ByRank(_) => by_rank::return_gradients::<B>(gradients, self.routes(), pass, chunk),
+        }
+    }
+
+    /// Their sums by token, `[T, D]`, when they have come.
+    pub fn sum_gradients(&self, returning: TravellingRows<B>, pass: &LayerPass) -> Result<FloatTensor<B>, FsepError> {
+        match &self.rows {
+            PassRows::ByAssignment(rows) => by_assignment::sum_gradients::<B>(returning, rows, pass),
+            PassRows::ByRank(rows) => by_rank::sum_by_token::<B>(returning, rows, pass),
         }
     }
 }

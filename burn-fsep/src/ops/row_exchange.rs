@@ -45,13 +45,3 @@ pub(super) fn start_rows<B: FsepKernels>(
     let pending = B::fsep_start_exchange(rows, pass.context.tokens.as_ref(), operation, &plan.scaled(width))?;
     Ok(TravellingRows::Travelling(pending, [plan.recv_len, width]))
 }
-
-/// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
-pub(super) fn exchange_rows<B: FsepKernels>(
-    rows: FloatTensor<B>,
-    pass: &LayerPass,
-    plan: &ExchangePlan,
-    name: &'static str,
-) -> Result<FloatTensor<B>, FsepError> {
-    start_rows::<B>(rows, pass, plan, name)?.wait()
-}

@@ -35,6 +35,7 @@ pub(super) struct Inner {
     pub dispatcher: DispatcherFactory,
     pub repair: Option<LayoutRepair>,
     pub token_rows: TokenRows,
+    pub token_chunks: usize,
     pub layers: RwLock<Vec<Arc<LayerState>>>,
     pub schedule: Schedule,
     pub observed: ObservedSteps,
@@ -70,19 +71,20 @@ impl FsepRuntime {
     ) -> Result<Self, FsepError> {
         let context = RankContext {
             tokens: comm.duplicate("tokens")?,
-            weights: comm.duplicate("weights")?,
+            weights: comm.duplicate_in_background("weights")?,
             gauge: UnshardedGauge::default(),
             timeline: config.timeline.clone(),
         };
         let inner = Inner {
             context: Arc::new(context),
-            dense: comm.duplicate("dense gradients")?,
+            dense: comm.duplicate_in_background("dense gradients")?,
             control: comm,
             topology,
             seed: config.seed,
             dispatcher: config.dispatcher.clone(),
             repair,
             token_rows: config.token_rows,
+            token_chunks: config.token_chunks,
             layers: RwLock::default(),
             schedule: Schedule::new(config.schedule),
             observed: ObservedSteps::default(),

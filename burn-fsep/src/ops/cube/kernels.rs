@@ -18,7 +18,7 @@ use super::{
 use super::{
     super::{
         slot_experts,
-        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
     },
     cuda,
 };
@@ -55,6 +55,19 @@ impl FsepKernels for CubeBackend {
             cuda::experts::backward(args, weights, activation, slot_rows)
         } else {
             Ok(slot_experts::backward::<Self>(args, weights, activation, slot_rows))
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if cuda::experts::computes(&unfinished.tokens.device, unfinished.tokens.dtype) {
+            cuda::experts::finish(unfinished, weights, slot_rows)
+        } else {
+            Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows))
         }
     }
 

@@ -10,7 +10,10 @@ use super::{
         ExpertActivation, FsepKernels,
         replicas::sum_on_device,
         tensor_exchange::PendingTensor,
-        types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+        types::{
+            CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
+            UnfinishedGradients,
+        },
     },
     combine,
     cuda::Fused,
@@ -38,6 +41,14 @@ impl FsepKernels for LibTorch {
         slot_rows: &[Range<usize>],
     ) -> Result<ExpertsGradients<Self>, FsepError> {
         experts::backward(args, weights, activation, slot_rows).map_err(device_error)
+    }
+
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<TchTensor, FsepError> {
+        experts::finish(unfinished, weights, slot_rows).map_err(device_error)
     }
 
     unsafe fn fsep_combine(rows: &TchTensor, row_of: &TchTensor, probs: &TchTensor) -> Result<TchTensor, FsepError> {
