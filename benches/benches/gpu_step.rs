@@ -17,7 +17,7 @@ use burn::{
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig, LayerStats, ScheduleConfig,
-    Timeline, TimelineRecord,
+    Timeline, TimelineRecord, TokenRows,
     comm::{
         Communicator, Operation, ReduceBuffer, ReduceOp,
         local::{LaunchConfig, launch},
@@ -85,6 +85,18 @@ struct Args {
     no_prefetch_backward: bool,
     #[arg(long)]
     no_delay_reshard: bool,
+    /// How tokens travel.
+    #[arg(long, value_enum, default_value_t = Rows::Auto)]
+    token_rows: Rows,
+    /// Chunks of the tokens of a pass.
+    #[arg(long, default_value_t = 1)]
+    token_chunks: usize,
+    /// Last layers that keep their experts from forward to backward.
+    #[arg(long, default_value_t = 1)]
+    kept_layers: usize,
+    /// Thread blocks of exchanges that compute hides.
+    #[arg(long)]
+    background_ctas: Option<usize>,
     /// Replicated gradients are reduced after backward.
     #[arg(long)]
     no_buckets: bool,
@@ -107,6 +119,27 @@ enum Routing {
     Biased,
     /// As the file says that `--shares` names: what forced routing costs beside the router's own, with the same counts.
     Shares,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq)]
+enum Rows {
+    Auto,
+    ByAssignment,
+    /// As many rows as there are.
+    Counted,
+    /// As many rows as there may be.
+    Bounded,
+}
+
+impl From<Rows> for TokenRows {
+    fn from(rows: Rows) -> Self {
+        match rows {
+            Rows::Auto => Self::Auto,
+            Rows::ByAssignment => Self::ByAssignment,
+            Rows::Counted => Self::ByRank { counted: true },
+            Rows::Bounded => Self::ByRank { counted: false },
+        }
+    }
 }
 
 #[derive(Module, Debug)]
@@ -207,6 +240,8 @@ struct Measured {
     imbalance: f64,
     imbalance_static: f64,
     moved: f64,
+    /// Of all ranks to others, mean over steps.
+    token_bytes: f64,
     missed: u64,
     began: f64,
     ended: f64,
@@ -224,13 +259,16 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         ScheduleConfig::new()
             .with_prefetch_forward(!args.no_prefetch_forward)
             .with_prefetch_backward(!args.no_prefetch_backward)
-            .with_delay_reshard(!args.no_delay_reshard),
+            .with_delay_reshard(!args.no_delay_reshard)
+            .with_kept_layers(args.kept_layers),
     );
     config.timeline = timeline.clone();
+    config.token_rows = args.token_rows.into();
+    config.token_chunks = args.token_chunks;
     let comm: Arc<dyn Communicator> = if args.ranks == 1 {
         control
     } else {
-        let mut nccl = NcclConfig::new(rank).with_check_signatures(false);
+        let mut nccl = NcclConfig::new(rank).with_check_signatures(false).with_background_ctas(args.background_ctas);
         nccl.timeline = timeline.clone();
         Arc::new(nccl.init(control)?)
     };
@@ -250,7 +288,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         .map(|_| Tensor::random([tokens, args.hidden], Distribution::Normal(0.0, 1.0), &device).detach())
         .collect();
 
-    let (mut times, mut sums) = (Times::default(), [0.0; 3]);
+    let (mut times, mut sums) = (Times::default(), [0.0; 4]);
     let mut began = 0.0;
     for step in 0..args.warmup + args.steps {
         if step == args.warmup {
@@ -268,7 +306,8 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
         if step >= args.warmup {
             times.push(start.elapsed());
             let stats = runtime.stats();
-            let values = [stats.imbalance(), stats.imbalance_static(), stats.moved_slots() as f64];
+            let values =
+                [stats.imbalance(), stats.imbalance_static(), stats.moved_slots() as f64, stats.token_bytes() as f64];
             sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value / args.steps as f64);
         }
     }
@@ -287,10 +326,10 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
     }
     let mut slowest = [times.median().as_secs_f64()];
     runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
-    let [imbalance, imbalance_static, moved] = sums;
+    let [imbalance, imbalance_static, moved, token_bytes] = sums;
     let missed = runtime.missed_prefetches();
     let step = Duration::from_secs_f64(slowest[0]);
-    Ok(Measured { step, imbalance, imbalance_static, moved, missed, began, ended })
+    Ok(Measured { step, imbalance, imbalance_static, moved, token_bytes, missed, began, ended })
 }
 
 /// Each expert's share of the last step's assignments, of all layers.
@@ -349,11 +388,11 @@ fn main() {
             }
         }
     }
-    let Measured { step, imbalance, imbalance_static, moved, missed, began, ended } = &results[0];
+    let Measured { step, imbalance, imbalance_static, moved, token_bytes, missed, began, ended } = &results[0];
     let tokens = (args.ranks * args.sequences * args.length) as f64;
     let line = serde_json::json!({
         "step_ms": step.as_secs_f64() * 1e3, "tokens_per_s": tokens / step.as_secs_f64(), "imbalance": imbalance,
-        "imbalance_static": imbalance_static, "moved_slots": moved, "missed_prefetches": missed,
+        "imbalance_static": imbalance_static, "moved_slots": moved, "token_bytes": token_bytes, "missed_prefetches": missed,
         "began": began, "ended": ended, "steps": args.steps
     });
     println!("{line}");

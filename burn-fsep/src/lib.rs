@@ -54,6 +54,6 @@ pub mod train;
 pub use burn_fsep_planner as planner;
 pub use error::FsepError;
 pub use moe::{ExpertParallelism, FSEPMoE, FSEPMoEConfig};
-pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats};
+pub use runtime::{FsepRuntime, FsepRuntimeConfig, LayerStats, StepStats, TokenRows};
 pub use schedule::ScheduleConfig;
 pub use timeline::{Timeline, TimelineRecord, TimelineSpan};

@@ -1,6 +1,9 @@
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use burn::tensor::Bytes;
@@ -31,6 +34,8 @@ pub enum Fault {
     },
     /// The first number that exchanges of this name bring to rank 0 changes its sign: the negative control of comparisons.
     Corruption(&'static str),
+    /// Nothing.
+    None,
 }
 
 /// What a rank has done, on all its communicators.
@@ -40,6 +45,8 @@ pub struct CallRecord {
     pub made: AtomicUsize,
     /// Bytes of the largest broadcast.
     pub largest_broadcast: AtomicUsize,
+    /// Bytes that exchanges and gathers of each name have sent to other ranks.
+    pub sent: Mutex<BTreeMap<&'static str, usize>>,
 }
 
 /// A communicator with a fault, which also keeps a record of calls.
@@ -67,6 +74,10 @@ struct Calls {
 }
 
 impl Calls {
+    fn sent(&self, operation: Operation, bytes: usize) {
+        *self.record.sent.lock().expect("no panic while it is held").entry(operation.name).or_default() += bytes;
+    }
+
     fn count(&self, operation: Operation) -> Result<(), CommError> {
         let call = self.record.made.fetch_add(1, Ordering::Relaxed);
         match self.fault {
@@ -125,12 +136,15 @@ impl Communicator for FaultyCommunicator {
         plan: ExchangePlan,
     ) -> Result<Box<dyn PendingExchange>, CommError> {
         self.calls.count(operation)?;
+        let to_others = plan.sends.iter().filter(|block| block.peer != self.rank());
+        self.calls.sent(operation, to_others.map(|block| block.len).sum());
         let inner = self.inner.start_all_to_all_v(operation, send, plan)?;
         Ok(Box::new(FaultyExchange { inner, calls: self.calls.clone(), operation }))
     }
 
     fn all_gather(&self, operation: Operation, send: &[u8], recv: &mut [u8]) -> Result<(), CommError> {
         self.calls.count(operation)?;
+        self.calls.sent(operation, send.len() * (self.size() - 1));
         self.inner.all_gather(operation, send, recv)
     }
 

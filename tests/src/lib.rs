@@ -34,7 +34,9 @@ pub use model::{
     SmallMoe, SmallOutput, TaskBatch, TaskBatcher, TaskItem, dense_loss_curve, dense_loss_curve_on, fixed_linear,
     task_items,
 };
-pub use parity::{ParityCase, ParityStep, check_parity, check_parity_with};
+pub use parity::{
+    ParityCase, ParityStep, TOKEN_TRAVEL, TokenTravel, check_parity, check_parity_in_turn, check_parity_of,
+};
 pub use rank_processes::{Launcher, RankProcesses};
 pub use rank_test::rank_of_process;
 #[cfg(feature = "mpi")]

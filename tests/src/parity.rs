@@ -5,7 +5,7 @@ use burn::{
     tensor::{Gradients, Tensor, TensorData, activation::softmax},
 };
 use burn_fsep::{
-    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig,
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig, TokenRows,
     comm::Communicator,
     moe::{DenseMoE, SharedExpert, TopKRouter},
 };
@@ -43,7 +43,7 @@ pub struct ParityStep {
 }
 
 /// Runs the layer on `N` ranks and the dense layer on all tokens, and compares outputs, input gradients and the
-/// gradients of all parameters to `tolerance`.
+/// gradients of all parameters to `tolerance`, for all ways in which tokens travel.
 ///
 /// The experts' gradients are compared expert by expert: each has a scale of its own. Returns the largest relative
 /// error.
@@ -52,21 +52,78 @@ pub struct ParityStep {
 ///
 /// If they differ or a rank fails.
 pub fn check_parity(case: &ParityCase, tolerance: f64) -> f64 {
-    check_parity_with(case, tolerance, |comm| comm)
+    check_ways(case, &TOKEN_TRAVEL, tolerance)
 }
 
-/// As [`check_parity`], over communicators that `wrap` makes of the ranks' own.
+/// As [`check_parity`], of the `index`-th of many cases: once to an expert, and of every fifth case one of the other ways, too, in
+/// turns. With `FSEP_TEST_TOKEN_ROWS=all` all ways of every case.
+///
+/// # Panics
+///
+/// As [`check_parity`], and if `FSEP_TEST_TOKEN_ROWS` is something else.
+pub fn check_parity_in_turn(case: &ParityCase, index: usize, tolerance: f64) -> f64 {
+    let [plain, others @ ..] = TOKEN_TRAVEL;
+    match std::env::var("FSEP_TEST_TOKEN_ROWS").as_deref() {
+        Ok("all") => check_parity(case, tolerance),
+        Ok(other) => panic!("FSEP_TEST_TOKEN_ROWS={other}: leave it out, or say all"),
+        Err(_) if index.is_multiple_of(5) => check_ways(case, &[plain, others[index / 5 % others.len()]], tolerance),
+        Err(_) => check_ways(case, &[plain], tolerance),
+    }
+}
+
+/// How tokens travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenTravel {
+    /// In which rows.
+    pub rows: TokenRows,
+    /// In how many chunks.
+    pub chunks: usize,
+}
+
+impl From<TokenRows> for TokenTravel {
+    /// In one chunk.
+    fn from(rows: TokenRows) -> Self {
+        Self { rows, chunks: 1 }
+    }
+}
+
+impl TokenTravel {
+    /// The runtime's configuration with it.
+    pub fn of(self, config: FsepRuntimeConfig) -> FsepRuntimeConfig {
+        config.with_token_rows(self.rows).with_token_chunks(self.chunks)
+    }
+}
+
+/// Ways in which tokens travel: of both sorts of rows whole and in chunks.
+pub const TOKEN_TRAVEL: [TokenTravel; 5] = [
+    TokenTravel { rows: TokenRows::ByAssignment, chunks: 1 },
+    TokenTravel { rows: TokenRows::ByRank { counted: true }, chunks: 1 },
+    TokenTravel { rows: TokenRows::ByRank { counted: false }, chunks: 2 },
+    TokenTravel { rows: TokenRows::ByAssignment, chunks: 3 },
+    TokenTravel { rows: TokenRows::ByRank { counted: true }, chunks: 4 },
+];
+
+fn check_ways(case: &ParityCase, ways: &[TokenTravel], tolerance: f64) -> f64 {
+    // On one rank nothing travels.
+    let ways = if case.tokens.len() == 1 { &ways[..1] } else { ways };
+    ways.iter().map(|&way| check_parity_of(case, way, tolerance, |comm| comm)).fold(0.0, f64::max)
+}
+
+/// As [`check_parity`], of one way in which tokens travel, over communicators that `wrap` makes of the ranks' own.
 ///
 /// # Panics
 ///
 /// As [`check_parity`].
-pub fn check_parity_with(
+pub fn check_parity_of(
     case: &ParityCase,
+    travel: TokenTravel,
     tolerance: f64,
     wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator> + Sync,
 ) -> f64 {
-    let results = launch(&launch_config(case.tokens.len()), |comm| case.run_rank(wrap(comm)));
-    let results = results.into_iter().map(|rank| rank.unwrap_or_else(|e| panic!("{case:?}: {e}"))).collect();
+    let run = |comm| case.run_rank(wrap(comm), travel);
+    let results = launch(&launch_config(case.tokens.len()), run);
+    let fail = |error| panic!("{travel:?}, {case:?}: {error}");
+    let results = results.into_iter().map(|rank| rank.unwrap_or_else(fail)).collect();
     case.compare(results, tolerance)
 }
 
@@ -88,11 +145,11 @@ impl ParityCase {
     /// # Panics
     ///
     /// If a gradient is missing.
-    pub fn run_rank(&self, comm: Arc<dyn Communicator>) -> Result<Vec<ParityStep>, FsepError> {
+    pub fn run_rank(&self, comm: Arc<dyn Communicator>, travel: TokenTravel) -> Result<Vec<ParityStep>, FsepError> {
         let (case, rank, ranks, hidden) = (self, comm.rank(), comm.size(), self.config.hidden_size);
         let split = case.split;
         let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(move || split.dispatcher());
-        let runtime = runtime.init(comm)?;
+        let runtime = travel.of(runtime).init(comm)?;
         let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
         let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;
         let mine = start..start + case.tokens[rank] * hidden;

@@ -51,7 +51,8 @@ fn rms_error(actual: &TensorData, expected: &TensorData) -> f64 {
 #[test]
 fn half_precision_is_as_exact_as_plain_operations() {
     let mut device = plain_device();
-    let Some(dtype) = [FloatDType::BF16, FloatDType::F16].into_iter().find(|&dtype| device.supports_dtype(dtype)) else {
+    let Some(dtype) = [FloatDType::BF16, FloatDType::F16].into_iter().find(|&dtype| device.supports_dtype(dtype))
+    else {
         return eprintln!("skipped: {device:?} has no half precision");
     };
     let ints = if device.supports_dtype(IntDType::I64) { IntDType::I64 } else { IntDType::I32 };

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, Tensor, TensorData};
 use burn_fsep::{
-    FSEPMoEConfig, FsepError, FsepRuntime,
+    FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
     comm::local::LaunchConfig,
     moe::{MoeOutput, TokenMask},
 };
 use burn_fsep_planner::RoutingCounts;
-use burn_fsep_tests::{assert_close, device, launch};
+use burn_fsep_tests::{TOKEN_TRAVEL, assert_close, device, launch};
 
 const HIDDEN: usize = 6;
 /// Sequences of a rank, and tokens of a sequence with its padding.
@@ -93,10 +93,11 @@ fn config() -> FSEPMoEConfig {
 
 #[test]
 fn a_masked_step_is_that_without_padding() {
-    for ranks in [1, 2, 4] {
+    for (ranks, travel) in [1, 2, 4].into_iter().flat_map(|ranks| TOKEN_TRAVEL.map(|travel| (ranks, travel))) {
         let run = |is_masked: bool| {
             let results = launch(&LaunchConfig::new(ranks), |comm| -> Result<_, FsepError> {
-                let (rank, runtime) = (comm.rank(), FsepRuntime::new(comm)?);
+                let rank = comm.rank();
+                let runtime = travel.of(FsepRuntimeConfig::new()).init(comm)?;
                 let layer = config().try_init(&runtime, &device())?;
                 let parameters = [layer.router.weight.val(), layer.experts.weight.val()];
                 let real = real(lengths(rank, ranks));
@@ -121,7 +122,8 @@ fn a_masked_step_is_that_without_padding() {
                 .collect::<Vec<(Step, Arc<RoutingCounts>)>>()
         };
         for (rank, (masked, plain)) in run(true).into_iter().zip(run(false)).enumerate() {
-            compare(&format!("rank {rank} of {ranks}"), &masked.0, &plain.0, &real(lengths(rank, ranks)));
+            let what = format!("rank {rank} of {ranks}, {travel:?}");
+            compare(&what, &masked.0, &plain.0, &real(lengths(rank, ranks)));
             assert_eq!(masked.1, plain.1);
             let tokens: usize = (0..ranks).flat_map(|rank| lengths(rank, ranks)).sum();
             assert_eq!(masked.1.expert_totals().iter().sum::<u64>(), 2 * tokens as u64);

@@ -10,7 +10,8 @@ use burn_fsep::{
     },
 };
 use burn_fsep_tests::{
-    Fault, FaultyCommunicator, ParityCase, SplitAny, check_parity, check_parity_with, device, launch,
+    Fault, FaultyCommunicator, ParityCase, SplitAny, TOKEN_TRAVEL, TokenTravel, check_parity, check_parity_in_turn,
+    check_parity_of, device, launch,
 };
 
 const TOLERANCE: f64 = 1e-5;
@@ -43,7 +44,7 @@ fn sweep(ranks: usize) {
                         seed += 1;
                         let tokens = tokens.clone();
                         let case = ParityCase { config: config(experts, topk), slots, tokens, split, steps: 3, seed };
-                        worst = worst.max(check_parity(&case, TOLERANCE));
+                        worst = worst.max(check_parity_in_turn(&case, seed as usize, TOLERANCE));
                     }
                 }
             }
@@ -78,12 +79,15 @@ fn even(config: FSEPMoEConfig, slots: usize, tokens: usize) -> ParityCase {
 
 /// A configuration on every world size, token pattern and dispatcher.
 fn everywhere(config: &FSEPMoEConfig) {
+    let mut index = 0;
     for ranks in [1, 2, 4, 8] {
         for tokens in token_patterns(ranks) {
             for split in SplitAny::ALL {
                 let (config, tokens) = (config.clone(), tokens.clone());
                 let slots = 8 / ranks + usize::from(ranks > 1);
-                check_parity(&ParityCase { config, slots, tokens, split, steps: 2, seed: 7 }, TOLERANCE);
+                let case = ParityCase { config, slots, tokens, split, steps: 2, seed: 7 };
+                check_parity_in_turn(&case, index, TOLERANCE);
+                index += 1;
             }
         }
     }
@@ -167,13 +171,22 @@ fn a_wrong_number_in_any_exchange_is_seen() {
         "gradients to tokens in backward",
         "gradient reshard",
     ] {
-        let case = even(config(8, 2), 3, 10);
-        let fault = Fault::Corruption(operation);
-        let wrong = || check_parity_with(&case, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
-        let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
-        assert!(message.contains("relative error"), "{operation}: {message}");
+        for travel in [TOKEN_TRAVEL[0], TOKEN_TRAVEL[1], TOKEN_TRAVEL[3]] {
+            is_seen(operation, travel);
+        }
     }
+    for operation in ["weights and places of tokens in forward", "gradients of weights in backward"] {
+        is_seen(operation, TOKEN_TRAVEL[1]);
+    }
+}
+
+fn is_seen(operation: &'static str, travel: TokenTravel) {
+    let case = even(config(8, 2), 3, 10);
+    let fault = Fault::Corruption(operation);
+    let wrong = || check_parity_of(&case, travel, TOLERANCE, |comm| FaultyCommunicator::new(comm, fault).0);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wrong));
+    let message = *outcome.expect_err(operation).downcast::<String>().unwrap();
+    assert!(message.contains("relative error"), "{operation}: {message}");
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::{path::Path, time::Duration};
 use burn_fsep::{FSEPMoEConfig, FsepError, FsepRuntimeConfig};
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
-    GradientSync, HandTraining, Launcher, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, Trained,
-    dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
+    GradientSync, HandTraining, Launcher, LayoutSource, ParityCase, ParityStep, RankProcesses, SplitAny, TOKEN_TRAVEL,
+    Trained, dense_loss_curve, rank_of_process, small_slots, task_items, train_by_hand,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -54,7 +54,11 @@ fn parity_rank() {
     rank_of_process(|comm, folder| {
         let rank = comm.rank();
         for (i, case) in parity_cases(comm.size()).iter().enumerate() {
-            save(folder, &format!("case-{i}-rank-{rank}.json"), &case.run_rank(comm.clone())?);
+            save(
+                folder,
+                &format!("case-{i}-rank-{rank}.json"),
+                &case.run_rank(comm.clone(), TOKEN_TRAVEL[i % TOKEN_TRAVEL.len()])?,
+            );
         }
         Ok(())
     });

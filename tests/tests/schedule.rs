@@ -89,7 +89,8 @@ fn every_combination_of_switches_gives_the_same_bits() {
             let schedule = ScheduleConfig::new()
                 .with_prefetch_forward(bits & 1 != 0)
                 .with_prefetch_backward(bits & 2 != 0)
-                .with_delay_reshard(bits & 4 != 0);
+                .with_delay_reshard(bits & 4 != 0)
+                .with_kept_layers([0, 1, 3, usize::MAX][bits % 4]);
             let results = train(ranks, schedule, &orders, |_, _| {});
             assert!(results.iter().all(|(_, missed)| *missed == 0), "{schedule:?}: all prefetches were used");
             assert_eq!(values(results), expected, "{ranks} ranks, {schedule:?}");

@@ -7,6 +7,7 @@ mod flow;
 mod min_cost;
 mod min_max;
 mod plan;
+mod token_rows;
 
 pub use dispatcher::Dispatcher;
 pub use even::EvenSplit;
@@ -14,3 +15,4 @@ pub(crate) use even_over_all::EvenOverAll;
 pub(crate) use flow::Flow;
 pub use min_max::MinMax;
 pub use plan::{DispatchPlan, Share};
+pub use token_rows::TokenRowBounds;

@@ -64,6 +64,15 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     /// Any [`CommError`].
     fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError>;
 
+    /// [`Communicator::duplicate`] for exchanges that compute hides: where it would take the compute's multiprocessors, it takes few.
+    ///
+    /// # Errors
+    ///
+    /// As [`Communicator::duplicate`].
+    fn duplicate_in_background(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        self.duplicate(name)
+    }
+
     /// Exchanges between buffers on this rank's GPU, if the engine has them.
     fn device(&self) -> Option<&dyn DeviceCommunicator> {
         None

@@ -110,3 +110,10 @@ stats_metric!(
     Some("slots".to_string()),
     |stats| stats.moved_slots() as f64
 );
+stats_metric!(
+    /// Bytes of tokens to other ranks, as a share of what they would be if each token travelled once for each of its experts.
+    TokenBytesMetric,
+    "Token bytes (share)",
+    None,
+    StepStats::token_bytes_share
+);

@@ -5,6 +5,8 @@ mod metrics;
 mod renderer;
 mod strategy;
 
-pub use metrics::{FsepStats, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, StaticImbalanceMetric};
+pub use metrics::{
+    FsepStats, ImbalanceMetric, ImbalanceP95Metric, MovedSlotsMetric, StaticImbalanceMetric, TokenBytesMetric,
+};
 pub use renderer::SilentRenderer;
 pub use strategy::FsepStrategy;

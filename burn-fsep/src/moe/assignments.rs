@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use burn::{
     backend::Dispatch as AnyBackend,
     tensor::{Int, Tensor},
@@ -6,6 +8,7 @@ use burn::{
 use crate::{
     FsepError,
     ops::{FsepDeviceOps, counts_of},
+    runtime::ChunkStart,
 };
 
 /// The assignments (token, expert) of one rank, and their order by expert, on the device.
@@ -33,6 +36,11 @@ impl Assignments {
         let [ends, row_of, assignment_of, token_of] =
             [ends, row_of, assignment_of, token_of].map(Tensor::from_dispatch);
         Self { ends, row_of, assignment_of, token_of }
+    }
+
+    /// What the routing of these tokens begins with.
+    pub fn start(&self, range: Range<usize>) -> ChunkStart {
+        ChunkStart { range, ends: self.ends.clone(), row_of: self.row_of.clone() }
     }
 
     /// Reads the number of assignments of each expert, on the one rank of a layer. Shape `[E]`.

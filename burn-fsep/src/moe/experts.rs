@@ -1,8 +1,8 @@
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Range, sync::Arc};
 
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Device, Tensor, TensorData},
+    tensor::{DType, Device, Int, Tensor, TensorData},
 };
 use burn_fsep_planner::RoutingCounts;
 use parking_lot::Mutex;
@@ -12,7 +12,7 @@ use super::{RouterOutput, assignments::Assignments, tokens::check_dtype};
 use crate::{
     FsepError, FsepRuntime,
     burn_compat::{Metadata, is_reparameterized},
-    ops::{self, BesideTokens, LayerSpec, Tracked, WeightStorage},
+    ops::{self, BesideTokens, LayerSpec, Tracked, WeightStorage, chunk_ranges},
     runtime::PassStart,
     shard::{ExpertShape, expert_parameters, foreign_owner, shard_id},
 };
@@ -158,7 +158,17 @@ impl FsepExperts {
             }
         }
         let probs = probs.cast(dtype);
-        let Assignments { ends, row_of, assignment_of, token_of } = Assignments::new(experts.inner(), spec.num_experts);
+        let experts = experts.inner();
+        let sort = |range: Range<usize>| {
+            let experts = match range.len() {
+                len if len == num_tokens => experts.clone(),
+                // Burn narrows to no rows of none.
+                0 => Tensor::zeros([0, spec.topk], (&experts.device(), experts.dtype())),
+                len => experts.clone().narrow(0, range.start, len),
+            };
+            (range, Assignments::new(experts, spec.num_experts))
+        };
+        let chunks: Vec<_> = chunk_ranges(num_tokens, self.runtime.token_chunks()).map(sort).collect();
         let weights = self.weight.val();
         let tracked = Tracked { hidden: tokens.is_tracked(), probs: probs.is_tracked(), weights: weights.is_tracked() };
         let result = Arc::new(Mutex::new(None));
@@ -166,8 +176,22 @@ impl FsepExperts {
             let result = result.clone();
             Box::new(move || *result.lock() = Some(work())) as BesideTokens
         });
-        let start = PassStart { ends, tracked, weights: weights.clone(), param: self.weight.id, beside };
+        let start = PassStart {
+            chunks: chunks.iter().map(|(range, assignments)| assignments.start(range.clone())).collect(),
+            tracked,
+            weights: weights.clone(),
+            param: self.weight.id,
+            beside,
+        };
         let pass = self.runtime.begin_pass(spec, start)?;
+        let indices = chunks.into_iter().zip(&pass.dispatch.chunks).map(|((_, assignments), chunk)| {
+            let Assignments { row_of, assignment_of, token_of, .. } = assignments;
+            match &chunk.rank_rows {
+                None => [row_of, assignment_of, token_of],
+                Some(rows) => [rows.row_of.clone(), rows.places.clone(), rows.token_of.clone()],
+            }
+        });
+        let [row_of, assignment_of, token_of] = cat_chunks(indices);
         let hidden = ops::moe(tokens, probs, weights, row_of, assignment_of, token_of, pass.clone());
         self.runtime.end_forward(&pass, &hidden);
         let output = FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() };
@@ -193,6 +217,15 @@ impl FsepExperts {
         }
         Ok(())
     }
+}
+
+/// The index tensors of all chunks, of which there is one at least, one behind the other.
+fn cat_chunks(chunks: impl Iterator<Item = [Tensor<1, Int>; 3]>) -> [Tensor<1, Int>; 3] {
+    let mut all: [Vec<_>; 3] = Default::default();
+    for chunk in chunks {
+        all.iter_mut().zip(chunk).for_each(|(all, tensor)| all.push(tensor));
+    }
+    all.map(|mut chunks| if chunks.len() == 1 { chunks.swap_remove(0) } else { Tensor::cat(chunks, 0) })
 }
 
 /// What a rank's parameters are a part of, as visitors learn it: a shard's length does not tell the expert's.

@@ -5,12 +5,12 @@ use burn::tensor::{DType, TensorData};
 use crate::FsepError;
 
 /// Built in the device's own type: Burn would convert number by number.
-pub(super) fn with_dtype(values: Vec<usize>, dtype: DType) -> TensorData {
+pub(super) fn with_dtype(values: Vec<i64>, dtype: DType) -> TensorData {
     let len = [values.len()];
     match dtype {
-        DType::I64 => TensorData::new(values.into_iter().map(|value| value as i64).collect(), len),
         DType::I32 => TensorData::new(values.into_iter().map(|value| value as i32).collect(), len),
-        _ => TensorData::new(values.into_iter().map(|value| value as i64).collect(), len).convert_dtype(dtype),
+        DType::I64 => TensorData::new(values, len),
+        _ => TensorData::new(values, len).convert_dtype(dtype),
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
     expert_weights::UnshardRequest,
     gradients::GradientSlot,
     moe_pass::{Saved, moe_backward, moe_forward},
-    types::RowIndices,
+    pass_rows::PassRows,
 };
 use crate::FsepError;
 
@@ -71,7 +71,7 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         token_of: IntTensor<Self>,
         pass: Arc<LayerPass>,
     ) -> FloatTensor<Self> {
-        let rows = RowIndices::<B> { row_of, assignment_of, token_of };
+        let rows = PassRows::<B>::of_chunks(row_of, assignment_of, token_of, &pass);
         let slot = GradientSlot::<B>::new(pass.clone());
         let leaf = weights.node();
         let weights = match CollectGradient.prepare::<C>([leaf]).compute_bound().stateful() {

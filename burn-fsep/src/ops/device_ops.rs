@@ -10,7 +10,10 @@ use burn::{
     tensor::{DType, FloatDType, Shape, Slice, Tensor, TensorData, read_sync},
 };
 
-use super::assignment_order::{AssignmentOrder, with_dtype};
+use super::{
+    assignment_order::{AssignmentOrder, with_dtype},
+    row_order::{self, AssignmentPlaces, AssignmentRun, LeadingOrder},
+};
 use crate::{
     FsepError,
     comm::{Communicator, Operation, PendingDeviceExchange, ReduceOp},
@@ -42,8 +45,63 @@ pub trait FsepDeviceOps: Backend {
         let experts: Vec<i64> = data.iter::<i64>().collect();
         let AssignmentOrder { row_of, assignment_of, ends } = AssignmentOrder::new(&experts, num_experts);
         let token_of = assignment_of.iter().map(|assignment| assignment / topk).collect();
-        let upload = |values| Self::int_from_data(with_dtype(values, dtype), &device);
+        let upload = |values: Vec<usize>| {
+            let values = values.into_iter().map(|value| value as i64).collect();
+            Self::int_from_data(with_dtype(values, dtype), &device)
+        };
         (upload(row_of), upload(assignment_of), upload(token_of), upload(ends))
+    }
+
+    /// `numbers`, the i-th of them `times[i]` times, of the type and on the device of `like`.
+    fn fsep_repeated(numbers: Vec<i64>, times: Vec<usize>, like: IntTensor<Self>) -> IntTensor<Self> {
+        row_order::repeated::<Self>(&numbers, &times, &like)
+    }
+
+    /// Where each assignment goes, `[T * K]` each: the rank that computes it, its row among that rank's slot rows, the first
+    /// assignment of its token to that rank, and the rank once more, but `num_ranks` for all that are not such first ones.
+    ///
+    /// `row_of`, `[T * K]`, with at least one token: the row of each assignment among those sorted by expert; `runs` are these
+    /// rows, in order.
+    fn fsep_place_assignments(
+        row_of: IntTensor<Self>,
+        runs: Vec<AssignmentRun>,
+        num_ranks: usize,
+        topk: usize,
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let by_run = |number: fn(&AssignmentRun) -> i64| {
+            let lens = runs.iter().map(|run| run.len).collect();
+            Self::fsep_repeated(runs.iter().map(number).collect(), lens, row_of.clone())
+        };
+        let of_rows = [by_run(|run| run.rank as i64), by_run(|run| run.shift)];
+        let (AssignmentPlaces { rank_of, place_of, first_of }, leading) =
+            row_order::place_assignments::<Self>(row_of, of_rows, num_ranks, topk);
+        (rank_of, place_of, first_of, leading)
+    }
+
+    /// Rows of tokens that go once to each rank, by rank and then by token: `lens[r]` to rank `r`, at least as many as there
+    /// are; the sum is `U`. The first three are of [`fsep_place_assignments`](Self::fsep_place_assignments), the next three,
+    /// with `num_ranks` in place of experts, of what [`fsep_sort_assignments`](Self::fsep_sort_assignments) makes of its fourth.
+    ///
+    /// - `row_of`, `[T * K]`: the row of each assignment's token for its rank; `-1 - row` unless it is the first of them
+    /// - `token_of`, `[U]`: the token of each row; any for rows that none needs
+    /// - `places`, `[U * K]`: the row, among the slot rows of the rank that the row goes to, of each of the token's
+    ///   assignments; -1 where another rank computes it
+    #[allow(clippy::too_many_arguments)]
+    fn fsep_lay_out_rows(
+        rank_of: IntTensor<Self>,
+        place_of: IntTensor<Self>,
+        first_of: IntTensor<Self>,
+        sorted_row_of: IntTensor<Self>,
+        sorted_token_of: IntTensor<Self>,
+        ends: IntTensor<Self>,
+        lens: Vec<usize>,
+        topk: usize,
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let ranks = Self::fsep_repeated((0..lens.len() as i64).collect(), lens.clone(), rank_of.clone());
+        let assignments = AssignmentPlaces { rank_of, place_of, first_of };
+        let order = LeadingOrder { row_of: sorted_row_of, token_of: sorted_token_of, ends };
+        let [row_of, token_of, places] = row_order::lay_out_rows::<Self>(assignments, order, ranks, &lens, topk);
+        (row_of, token_of, places)
     }
 
     /// Indices of the `topk` largest numbers of each row, the largest first and of equal ones the lower index; what is no number

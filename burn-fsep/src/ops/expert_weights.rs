@@ -123,7 +123,7 @@ impl<B: Backend> Repair<B> {
     }
 }
 
-/// Frees the experts of a forward pass, or keeps them where backward comes next.
+/// Frees the experts of a forward pass, or keeps them for backward.
 pub(super) fn end_forward<B: FsepKernels>(weights: ExpertWeights<B>, pass: &LayerPass) -> Result<(), FsepError> {
     match pass.unshards.as_ref().filter(|unshards| unshards.keep) {
         Some(unshards) => unshards.backward.keep(Unsharding::<B>::Kept(weights)),

@@ -14,7 +14,7 @@ use super::{
     FsepKernels, LayerPass, Tracked, Unshard,
     expert_weights::{self, UnshardRequest},
     moe_pass::moe_forward,
-    types::RowIndices,
+    pass_rows::PassRows,
 };
 use crate::FsepError;
 
@@ -37,6 +37,8 @@ pub trait FsepOps: Backend {
     /// - `row_of`: `[T * K]`, the row of assignment `t * K + k` among the assignments sorted by expert
     /// - `assignment_of`: `[T * K]`, the inverse
     /// - `token_of`: `[T * K]`, the token of each row: `assignment_of / K`
+    /// - in place of these three, where tokens travel once to a rank, those of [`RankRows`](super::RankRows): `row_of`,
+    ///   `places` and `token_of`
     /// - result: `[T, D]`
     ///
     /// # Panics
@@ -75,7 +77,7 @@ impl<B: FsepKernels> FsepOps for B {
         token_of: IntTensor<Self>,
         pass: Arc<LayerPass>,
     ) -> FloatTensor<Self> {
-        let rows = RowIndices { row_of, assignment_of, token_of };
+        let rows = PassRows::of_chunks(row_of, assignment_of, token_of, &pass);
         moe_forward::<B>(hidden, probs, weights, rows, &pass, Tracked::default()).output
     }
 

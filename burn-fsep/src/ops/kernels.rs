@@ -10,9 +10,12 @@ use burn::{
 use burn_fsep_planner::Layout;
 
 use super::{
-    ExpertActivation, Transposed, activation, combine, product, replicas, slot_experts,
+    ExpertActivation, Transposed, activation, combine, places, product, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
-    types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+    types::{
+        CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
+        UnfinishedGradients,
+    },
 };
 use crate::{
     FsepError,
@@ -53,6 +56,20 @@ pub trait FsepKernels: Backend {
     /// after what was queued before as Burn's own products do.
     fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
         product::multiply::<Self>(left, right, transposed)
+    }
+
+    /// The rest of [`FsepKernels::fsep_experts_backward`]: gradients shaped as [`ExpertWeights::flat`], zero for slots without tokens
+    /// and where rows are padded.
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows))
     }
 
     /// The activation of the first projection's output: gate, if there is one, and up, side by side. For the default bodies of the
@@ -140,6 +157,49 @@ pub trait FsepKernels: Backend {
         topk: usize,
     ) -> Result<FloatTensor<Self>, FsepError> {
         Ok(combine::sum_rows::<Self>(rows, row_of, topk))
+    }
+
+    /// Sums the rows at up to `topk` places each, weighted if there are weights, at least in single precision:
+    /// `sum over k of weights[u, k] * rows[places[u * K + k]]`, without the places below 0.
+    /// `([R, D], [U * K], [U, K]) -> [U, D]`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    ///
+    /// # Safety
+    ///
+    /// Every place is below `R`: kernels read there without asking.
+    unsafe fn fsep_sum_places(
+        rows: &FloatTensor<Self>,
+        places: &IntTensor<Self>,
+        weights: Option<&FloatTensor<Self>>,
+        topk: usize,
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        Ok(places::sum::<Self>(rows, places, weights, topk))
+    }
+
+    /// The transpose of [`FsepKernels::fsep_sum_places`]: `spread[places[u * K + k]] = weights[u, k] * rows[u]`, of `num_rows`
+    /// rows, if wanted; and where there are `outputs`, `[R, D]`, the weights' gradients
+    /// `dot(outputs[places[u * K + k]], rows[u])`, 0 where the place is below 0, of the type of the weights.
+    /// `([U, D], [U * K], [U, K]) -> ([R, D], [U, K])`
+    ///
+    /// # Errors
+    ///
+    /// [`FsepError::Device`] if the backend cannot compute it.
+    ///
+    /// # Safety
+    ///
+    /// Every place is below `num_rows`, the number of rows of `outputs`.
+    unsafe fn fsep_spread_rows(
+        rows: &FloatTensor<Self>,
+        outputs: Option<&FloatTensor<Self>>,
+        places: &IntTensor<Self>,
+        weights: Option<&FloatTensor<Self>>,
+        [num_rows, topk]: [usize; 2],
+        want_rows: bool,
+    ) -> Result<CombineGradients<Self>, FsepError> {
+        Ok(places::spread::<Self>(rows, outputs, places, weights, [num_rows, topk], want_rows))
     }
 
     /// Sums slot gradients on the device over the replicas of each expert, in rank order and at least in single precision,

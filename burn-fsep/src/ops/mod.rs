@@ -4,6 +4,8 @@
 mod activation;
 mod assignment_order;
 mod autodiff;
+mod by_assignment;
+mod by_rank;
 mod combine;
 #[cfg(feature = "cube")]
 mod cube;
@@ -19,10 +21,18 @@ mod layer_spec;
 mod libtorch;
 mod moe_pass;
 mod pass;
+mod pass_rows;
+mod places;
 mod product;
+mod rank_rows;
+mod replica_order;
 mod replicas;
+mod routed_dispatch;
+mod row_exchange;
+mod row_order;
 mod slot_experts;
 mod tensor_exchange;
+
 mod types;
 mod unshard;
 
@@ -37,8 +47,8 @@ pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage, options_of};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
-pub use pass::{
-    BesideTokens, Deferred, LayerPass, PassHost, RankContext, RoutedDispatch, Tracked, Unshards, token_exchange,
-};
+pub use pass::{BesideTokens, Deferred, LayerPass, PassHost, RankContext, Tracked, Unshards};
 pub use product::{ProductOps, Transposed, product};
+pub use rank_rows::{PlacedAssignments, RankRows};
+pub use routed_dispatch::{ChunkDispatch, RoutedDispatch, chunk_ranges, token_exchange};
 pub use unshard::Unshard;

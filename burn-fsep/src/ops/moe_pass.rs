@@ -1,13 +1,16 @@
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::{
+    backend::{Backend, TensorMetadata, tensor::FloatTensor},
+    tensor::Slice,
+};
 
 use super::{
-    FsepKernels, LayerPass, Tracked,
+    ChunkDispatch, FsepKernels, LayerPass, Tracked,
     expert_weights::{end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
-    tensor_exchange::PendingTensor,
-    types::{CombineGradients, ExpertsBackward, ExpertsGradients, RowIndices},
+    pass_rows::{PassRows, SavedRows, wanted_rows},
+    types::{ExpertsBackward, ExpertsGradients},
 };
-use crate::{FsepError, comm::ExchangePlan};
+use crate::FsepError;
 
 /// Result of the forward pass.
 pub(super) struct MoeForward<B: Backend> {
@@ -20,17 +23,19 @@ pub(super) struct MoeForward<B: Backend> {
 /// What backward needs: tokens, never weights.
 #[derive(Debug, Clone)]
 pub(super) struct Saved<B: Backend> {
+    /// This rank's parameters: shards or resident experts.
+    weights: FloatTensor<B>,
+    chunks: Vec<SavedChunk<B>>,
+}
+
+/// What backward needs of a chunk.
+#[derive(Debug, Clone)]
+struct SavedChunk<B: Backend> {
     /// Received tokens by slot, `[M, D]`.
     tokens: FloatTensor<B>,
     /// What the experts kept, unless it is to be computed again.
     kept: Option<Vec<FloatTensor<B>>>,
-    /// Expert outputs by row, `[T * K, D]`, if the router is trained.
-    outputs: Option<FloatTensor<B>>,
-    /// `[T, K]`
-    probs: FloatTensor<B>,
-    /// This rank's parameters: shards or resident experts.
-    weights: FloatTensor<B>,
-    rows: RowIndices<B>,
+    rows: SavedRows<B>,
 }
 
 /// Gradients of the layer's inputs; `None` where none is wanted.
@@ -47,7 +52,7 @@ pub(super) fn moe_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
-    rows: RowIndices<B>,
+    rows: Vec<PassRows<B>>,
     pass: &LayerPass,
     tracked: Tracked,
 ) -> MoeForward<B> {
@@ -59,44 +64,50 @@ fn try_forward<B: FsepKernels>(
     hidden: FloatTensor<B>,
     probs: FloatTensor<B>,
     weights: FloatTensor<B>,
-    rows: RowIndices<B>,
+    rows: Vec<PassRows<B>>,
     pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeForward<B>, FsepError> {
     // Experts do not depend on tokens: their unshard starts first, if it was not started behind the layer before.
     let unshards = pass.unshards.as_ref();
-    let unsharding = start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?;
-    // SAFETY: `token_of` has each assignment's number divided by K, so its indices are below T, the number of rows.
-    let permuted = unsafe { B::fsep_select_rows(hidden, &rows.token_of) }?;
-    let travelling = start_rows::<B>(permuted, pass, &pass.dispatch.tokens, "tokens to experts in forward")?;
+    let mut unsharding = Some(start_unshard::<B>(&weights, pass, unshards.map(|unshards| &unshards.forward))?);
+    let start = |(rows, chunk): (PassRows<B>, _)| {
+        let probs = tokens_of::<B>(&probs, chunk);
+        let travelling = rows.start_tokens(tokens_of::<B>(&hidden, chunk), &probs, pass, chunk)?;
+        Ok((rows, travelling, probs, chunk))
+    };
+    let travelling: Result<Vec<_>, FsepError> = rows.into_iter().zip(&pass.dispatch.chunks).map(start).collect();
+    let travelling = travelling?;
     pass.work_beside_tokens();
-    let tokens = travelling.wait()?;
-    // Behind the tokens, so that the two do not compete; it travels while the experts compute.
-    if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
-        next.start()?;
+
+    let (mut unsharded, mut computed) = (None, Vec::with_capacity(travelling.len()));
+    for (rows, travelling, probs, chunk) in travelling {
+        let (tokens, mut rows) = rows.wait_for_tokens(travelling, probs, pass, chunk)?;
+        if let Some(unsharding) = unsharding.take() {
+            // Behind the tokens, so that the two do not compete; it travels while the experts compute.
+            if let Some(next) = unshards.and_then(|unshards| unshards.next.as_ref()) {
+                next.start()?;
+            }
+            unsharded = Some(unsharding.wait(pass)?);
+        }
+        let unsharded = unsharded.as_ref().expect("the first chunk has waited for them");
+        let span = pass.span("experts in forward");
+        let experts = B::fsep_experts(&tokens, unsharded, pass.spec.activation, &chunk.slot_rows)?;
+        drop(span);
+        // They travel while the next chunk is computed.
+        let returning = rows.return_outputs(experts.output, pass, chunk, tracked.probs)?;
+        let kept = (!pass.spec.recompute).then_some(experts.kept);
+        computed.push((returning, SavedChunk { tokens, kept, rows }));
     }
-    let unsharded = unsharding.wait(pass)?;
-    let span = pass.span("experts in forward");
-    let experts = B::fsep_experts(&tokens, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
-    drop(span);
-    end_forward(unsharded, pass)?;
+    end_forward(unsharded.expect("there is a chunk"), pass)?;
 
-    let returned =
-        exchange_rows::<B>(experts.output, pass, &pass.dispatch.tokens.reversed(), "outputs to tokens in forward")?;
-    // SAFETY: `row_of` is the permutation that sorted this rank's T * K assignments, so its indices are below T * K, and
-    // `returned` has that many rows: each exchange refuses a tensor that has not the elements that its plan sends, so the
-    // plan sends the T * K permuted rows, and the reversed plan receives as many as the plan sends.
-    let output = unsafe { B::fsep_combine(&returned, &rows.row_of, &probs) }?;
-
-    let saved = tracked.any().then(|| Saved {
-        tokens,
-        kept: (!pass.spec.recompute).then_some(experts.kept),
-        outputs: tracked.probs.then_some(returned),
-        probs,
-        weights,
-        rows,
-    });
-    Ok(MoeForward { output, saved })
+    let (mut outputs, mut chunks) = (Vec::with_capacity(computed.len()), Vec::with_capacity(computed.len()));
+    for (returning, mut chunk) in computed {
+        outputs.push(chunk.rows.combine(returning, pass, tracked.probs)?);
+        chunks.push(chunk);
+    }
+    let saved = tracked.any().then_some(Saved { weights, chunks });
+    Ok(MoeForward { output: cat_chunks::<B>(outputs), saved })
 }
 
 pub(super) fn moe_backward<B: FsepKernels>(
@@ -114,96 +125,83 @@ fn try_backward<B: FsepKernels>(
     pass: &LayerPass,
     tracked: Tracked,
 ) -> Result<MoeGradients<B>, FsepError> {
-    let Saved { tokens, kept, outputs, probs, weights, rows } = saved;
-    let before = pass.host.begin_backward(pass);
+    let Saved { weights, chunks } = saved;
+    let mut before = pass.host.begin_backward(pass);
     let want_rows = tracked.hidden || tracked.weights;
-    // SAFETY: as in forward.
-    let combined = |grad: &_| unsafe { B::fsep_combine_backward(grad, outputs.as_ref(), &rows, &probs, want_rows) };
-    if !want_rows {
-        return Ok(MoeGradients { hidden: None, probs: combined(&grad)?.probs, weights: None });
-    }
-
     // The experts were freed after forward, so they are unsharded again, while gradients travel to them.
     let unshard = pass.unshards.as_ref().map(|unshards| &unshards.backward);
-    let unsharding = start_unshard::<B>(&weights, pass, unshard)?;
-    let CombineGradients { rows: d_rows, probs: d_probs } = combined(&grad)?;
-    drop((grad, outputs));
-    let d_rows = d_rows.ok_or_else(|| FsepError::Backend {
-        operation: pass.operation("combine in backward").to_string(),
-        reason: "the kernel returned no gradient of the rows, which is wanted".into(),
-    })?;
-    let d_slots = exchange_rows::<B>(d_rows, pass, &pass.dispatch.tokens, "gradients to experts in backward")?;
-    if let Some(before) = before {
-        before.start()?;
+    let mut unsharding = want_rows.then(|| start_unshard::<B>(&weights, pass, unshard)).transpose()?;
+    let start = |(mut saved, chunk): (SavedChunk<B>, _)| {
+        let travelling = saved.rows.start_gradients(tokens_of::<B>(&grad, chunk), pass, chunk, want_rows)?;
+        Ok((saved, travelling, chunk))
+    };
+    let travelling: Result<Vec<_>, FsepError> = chunks.into_iter().zip(&pass.dispatch.chunks).map(start).collect();
+    let travelling = travelling?;
+    drop(grad);
+
+    let (mut unsharded, mut d_weights, mut returning) = (None, None, Vec::with_capacity(travelling.len()));
+    for (saved, travelling, chunk) in travelling {
+        let SavedChunk { tokens, kept, mut rows } = saved;
+        let (d_slots, d_probs) = rows.wait_for_gradients(travelling, pass, chunk, want_rows)?;
+        if !want_rows {
+            returning.push((rows, None, d_probs));
+            continue;
+        }
+        let d_slots = wanted_rows(d_slots, pass)?;
+        if let Some(before) = before.take() {
+            before.start()?;
+        }
+        if let Some(unsharding) = unsharding.take() {
+            unsharded = Some(unsharding.wait(pass)?);
+        }
+        let unsharded = unsharded.as_ref().expect("the first chunk has waited for them");
+        let args =
+            ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
+        let span = pass.span("experts in backward");
+        let ExpertsGradients { tokens: d_tokens, weights: unfinished } =
+            B::fsep_experts_backward(args, unsharded, pass.spec.activation, &chunk.slot_rows)?;
+        // Tokens go first: the layers before need them, the shards' gradients only the optimizer. They travel while the rest of
+        // these is computed, and the next chunk.
+        let d_tokens = d_tokens.map(|d_tokens| rows.return_gradients(d_tokens, pass, chunk)).transpose()?;
+        if let Some(unfinished) = unfinished {
+            let gradients = B::fsep_finish_gradients(unfinished, unsharded, &chunk.slot_rows)?;
+            d_weights = Some(match d_weights {
+                None => gradients,
+                Some(sum) => B::float_add(sum, gradients),
+            });
+        }
+        drop(span);
+        returning.push((rows, d_tokens, d_probs));
     }
-    let unsharded = unsharding.wait(pass)?;
-    let args =
-        ExpertsBackward { tokens, kept, grad: d_slots, want_tokens: tracked.hidden, want_weights: tracked.weights };
-    let span = pass.span("experts in backward");
-    let ExpertsGradients { tokens: d_tokens, weights: d_weights } =
-        B::fsep_experts_backward(args, &unsharded, pass.spec.activation, &pass.dispatch.slot_rows)?;
-    drop(span);
     drop(unsharded);
 
-    // Tokens go first: the layers before need them, the shards' gradients only the optimizer.
-    let d_hidden = match d_tokens {
-        None => None,
-        Some(d_tokens) => {
-            let returned = exchange_rows::<B>(
-                d_tokens,
-                pass,
-                &pass.dispatch.tokens.reversed(),
-                "gradients to tokens in backward",
-            )?;
-            // SAFETY: as in forward.
-            Some(unsafe { B::fsep_sum_rows(&returned, &rows.row_of, pass.spec.topk) }?)
-        }
-    };
+    let (mut d_hidden, mut d_probs) = (Vec::with_capacity(returning.len()), Vec::with_capacity(returning.len()));
+    for (rows, d_tokens, probs) in returning {
+        d_hidden.extend(d_tokens.map(|d_tokens| rows.sum_gradients(d_tokens, pass)).transpose()?);
+        d_probs.extend(rows.wait_for_probs(probs)?);
+    }
     // What the layer after has put off had this layer's whole backward pass to travel.
-    pass.host.catch_up()?;
+    if want_rows {
+        pass.host.catch_up()?;
+    }
     let d_weights = d_weights.map(|gradients| start_reshard::<B>(gradients, pass)).transpose()?;
-    Ok(MoeGradients { hidden: d_hidden, probs: d_probs, weights: d_weights })
+    let all = |chunks: Vec<_>| (!chunks.is_empty()).then(|| cat_chunks::<B>(chunks));
+    Ok(MoeGradients { hidden: all(d_hidden), probs: all(d_probs), weights: d_weights })
 }
 
-/// Rows on their way to other ranks.
-enum TravellingRows<B: Backend> {
-    /// They stay where they are.
-    Here(FloatTensor<B>),
-    Travelling(PendingTensor<B>, [usize; 2]),
-}
-
-impl<B: FsepKernels> TravellingRows<B> {
-    /// `[rows received, D]`
-    fn wait(self) -> Result<FloatTensor<B>, FsepError> {
-        match self {
-            Self::Here(rows) => Ok(rows),
-            Self::Travelling(pending, dims) => pending.wait(dims),
-        }
+/// A chunk's rows of a tensor of all tokens.
+fn tokens_of<B: Backend>(all: &FloatTensor<B>, chunk: &ChunkDispatch) -> FloatTensor<B> {
+    if all.shape()[0] == chunk.range.len() {
+        return all.clone();
     }
+    let width = all.shape()[1];
+    B::float_slice(all.clone(), &[Slice::from(chunk.range.clone()), Slice::from(0..width)])
 }
 
-/// Starts an All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
-fn start_rows<B: FsepKernels>(
-    rows: FloatTensor<B>,
-    pass: &LayerPass,
-    plan: &ExchangePlan,
-    name: &'static str,
-) -> Result<TravellingRows<B>, FsepError> {
-    if pass.spec.world_size == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
-        return Ok(TravellingRows::Here(rows));
+/// The rows of all chunks, of which there is one at least.
+fn cat_chunks<B: Backend>(mut chunks: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    match chunks.len() {
+        1 => chunks.swap_remove(0),
+        _ => B::float_cat(chunks, 0),
     }
-    let width = rows.shape()[1];
-    let operation = pass.operation(name);
-    let pending = B::fsep_start_exchange(rows, pass.context.tokens.as_ref(), operation, &plan.scaled(width))?;
-    Ok(TravellingRows::Travelling(pending, [plan.recv_len, width]))
-}
-
-/// All-to-All-v of whole rows. `[rows sent, D] -> [rows received, D]`
-fn exchange_rows<B: FsepKernels>(
-    rows: FloatTensor<B>,
-    pass: &LayerPass,
-    plan: &ExchangePlan,
-    name: &'static str,
-) -> Result<FloatTensor<B>, FsepError> {
-    start_rows::<B>(rows, pass, plan, name)?.wait()
 }

@@ -1,14 +1,13 @@
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
 use burn::tensor::DType;
-use burn_fsep_planner::{Layout, RoutingCounts, dispatch::DispatchPlan};
 use parking_lot::Mutex;
 
-use super::{LayerSpec, Unshard};
+use super::{LayerSpec, RoutedDispatch, Unshard};
 use crate::{
     FsepError, Timeline,
-    comm::{Block, Communicator, ExchangePlan, Operation},
-    shard::{UnshardPlan, UnshardedGauge},
+    comm::{Communicator, Operation},
+    shard::UnshardedGauge,
     timeline::TimelineSpan,
 };
 
@@ -96,23 +95,6 @@ pub trait PassHost: std::fmt::Debug + Send + Sync {
     fn fail(&self, error: FsepError) -> !;
 }
 
-/// Where the tokens of one pass go, under which layout.
-#[derive(Debug)]
-pub struct RoutedDispatch {
-    /// Which training pass of the layer this is, from 1; equal on all ranks.
-    pub pass: u64,
-    /// All ranks' routing counts. `[N, E]`
-    pub counts: Arc<RoutingCounts>,
-    /// The layout, maybe repaired for these counts.
-    pub layout: Arc<Layout>,
-    /// How shards travel under it.
-    pub unshard: Arc<UnshardPlan>,
-    /// Assignments sorted by expert -> tokens sorted by slot; in rows.
-    pub tokens: ExchangePlan,
-    /// Rows of each slot after the All-to-All. Shape `[C]`.
-    pub slot_rows: Vec<Range<usize>>,
-}
-
 /// Everything that one rank has to know to run one pass of one layer, forward and backward.
 pub struct LayerPass {
     pub spec: Arc<LayerSpec>,
@@ -144,7 +126,7 @@ pub struct Unshards {
     pub backward: Arc<Unshard>,
     /// Of the layer after, to be started when this layer's tokens have come.
     pub next: Option<Arc<Unshard>>,
-    /// Backward comes next: the experts of the forward pass are kept for it.
+    /// The experts of the forward pass are kept for backward.
     pub keep: bool,
 }
 
@@ -180,65 +162,5 @@ impl LayerPass {
     /// The experts of this rank by slot. Shape `[C]`.
     pub fn experts(&self) -> &[u32] {
         self.dispatch.layout.experts_of(self.spec.rank)
-    }
-}
-
-/// The token All-to-All of `rank` under a dispatch plan, in rows, and the rows of each slot.
-///
-/// Assignments lie sorted by expert, so what goes to one replica is one block. On arrival the blocks are laid out by
-/// slot, and within a slot by source rank: no permutation follows.
-pub fn token_exchange(plan: &DispatchPlan, layout: &Layout, rank: usize) -> (ExchangePlan, Vec<Range<usize>>) {
-    let mut sends = Vec::new();
-    let mut offset = 0;
-    for expert in 0..plan.num_experts() {
-        for share in plan.shares(rank, expert) {
-            sends.push(Block { peer: share.rank as usize, offset, len: share.tokens as usize });
-            offset += share.tokens as usize;
-        }
-    }
-    let send_len = offset;
-
-    let mut recvs = Vec::new();
-    let mut slot_rows = Vec::with_capacity(layout.slots_per_rank());
-    let mut offset = 0;
-    for &expert in layout.experts_of(rank) {
-        let start = offset;
-        for source in 0..plan.num_ranks() {
-            let shares = plan.shares(source, expert as usize);
-            if let Ok(i) = shares.binary_search_by_key(&(rank as u32), |share| share.rank) {
-                let len = shares[i].tokens as usize;
-                recvs.push((expert, Block { peer: source, offset, len }));
-                offset += len;
-            }
-        }
-        slot_rows.push(start..offset);
-    }
-    // Blocks of one pair of ranks are matched in order, and senders go by expert.
-    recvs.sort_by_key(|(expert, _)| *expert);
-    let recvs = recvs.into_iter().map(|(_, block)| block).collect();
-    (ExchangePlan { sends, recvs, recv_len: offset, send_len }, slot_rows)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use burn_fsep_planner::{
-        RoutingCounts, Topology,
-        dispatch::{Dispatcher, EvenSplit},
-    };
-
-    #[test]
-    fn rows_arrive_grouped_by_slot() {
-        let layout = Layout::from_rows(3, &[vec![2, 0], vec![1, 2]]).unwrap();
-        let counts = RoutingCounts::from_rows(&[vec![1, 2, 4], vec![3, 0, 2]]).unwrap();
-        let mut plan = DispatchPlan::new();
-        let topology = Topology::single_node(2).unwrap();
-        EvenSplit::new().dispatch(&topology, &layout, &counts, &mut plan).unwrap();
-        let (exchange, slot_rows) = token_exchange(&plan, &layout, 0);
-        exchange.check(Operation::new("tokens"), 2).unwrap();
-        assert_eq!(exchange.send_len, 7);
-        assert_eq!(slot_rows, [0..3, 3..7], "expert 2: 2 + 1 tokens, expert 0: 1 + 3 tokens");
-        // Expert 0 comes before expert 2 in the order of the blocks, behind it in the buffer.
-        assert_eq!(exchange.recvs[0], Block { peer: 0, offset: 3, len: 1 });
     }
 }

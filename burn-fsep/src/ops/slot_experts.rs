@@ -9,7 +9,7 @@ use burn::{
 
 use super::{
     ExpertActivation, FsepKernels,
-    types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+    types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
 };
 
 /// Forward; keeps what the first projection of each slot that has tokens gives, `[m, 2F or F]`.
@@ -34,7 +34,8 @@ pub(super) fn forward<B: FsepKernels>(
     ExpertsOutput { output: cat_rows::<B>(outputs, tokens), kept }
 }
 
-/// Backward.
+/// Backward. Of the weights' gradients what needs the output's: of each slot that has tokens the second projection's matrix and,
+/// if there are biases, its bias.
 pub(super) fn backward<B: FsepKernels>(
     args: ExpertsBackward<B>,
     weights: &ExpertWeights<B>,
@@ -43,50 +44,64 @@ pub(super) fn backward<B: FsepKernels>(
 ) -> ExpertsGradients<B> {
     let ExpertsBackward { tokens, kept, grad, want_tokens, want_weights } = args;
     let mut kept = kept.map(Vec::into_iter);
-    let mut d_tokens = Vec::new();
-    // Flat gradients by row of the weights.
-    let mut d_weights: Vec<(usize, Vec<FloatTensor<B>>)> = Vec::new();
-    let [_, width] = weights.flat.shape().dims();
-    let zeros = |len: usize| B::float_zeros(Shape::new([len]), &weights.flat.device(), weights.flat.dtype().into());
-    for (slot, rows) in slot_rows.iter().enumerate() {
-        let row = weights.rows[slot];
-        if rows.is_empty() {
-            if want_weights {
-                d_weights.push((row, vec![zeros(width)]));
-            }
-            continue;
-        }
-        let x = rows_of::<B>(&tokens, rows);
+    let (mut d_tokens, mut finished, mut first) = (Vec::new(), Vec::new(), Vec::new());
+    for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
         let dy = rows_of::<B>(&grad, rows);
-        let activations =
-            kept.as_mut().and_then(Iterator::next).unwrap_or_else(|| first_projection::<B>(x.clone(), weights, slot));
+        let activations = kept
+            .as_mut()
+            .and_then(Iterator::next)
+            .unwrap_or_else(|| first_projection::<B>(rows_of::<B>(&tokens, rows), weights, slot));
         let d_hidden = B::float_matmul(dy.clone(), weights.down(slot));
         let (d_first, hidden) = B::fsep_activate_backward(activation, activations, d_hidden);
         if want_weights {
-            let mut parts = vec![
-                flat::<B>(B::float_matmul(B::float_transpose(d_first.clone()), x)),
-                flat::<B>(B::float_matmul(B::float_transpose(dy.clone()), hidden)),
-            ];
-            if weights.shape.bias {
-                parts.extend([&d_first, &dy].map(|grad| flat::<B>(B::float_sum_dim(grad.clone(), 0))));
-            }
-            let padding = width - weights.shape.num_params();
-            parts.extend((padding > 0).then(|| zeros(padding)));
-            d_weights.push((row, parts));
+            finished.push(flat::<B>(B::float_matmul(B::float_transpose(dy.clone()), hidden)));
+            finished.extend(weights.shape.bias.then(|| flat::<B>(B::float_sum_dim(dy, 0))));
+            first.push(d_first.clone());
         }
         if want_tokens {
             d_tokens.push(B::float_matmul(d_first, weights.gate_up(slot)));
         }
     }
-    d_weights.sort_by_key(|(row, _)| *row);
     ExpertsGradients {
         tokens: want_tokens.then(|| cat_rows::<B>(d_tokens, &tokens)),
-        weights: want_weights.then(|| {
-            let rows = d_weights.len();
-            let parts = d_weights.into_iter().flat_map(|(_, parts)| parts).collect();
-            B::float_reshape(B::float_cat(parts, 0), Shape::new([rows, width]))
-        }),
+        weights: want_weights.then_some(UnfinishedGradients { finished, first, tokens }),
     }
+}
+
+/// The rest of backward: the first projection's gradients, and all of them in their places.
+pub(super) fn finish<B: FsepKernels>(
+    unfinished: UnfinishedGradients<B>,
+    weights: &ExpertWeights<B>,
+    slot_rows: &[Range<usize>],
+) -> FloatTensor<B> {
+    let UnfinishedGradients { finished, first, tokens } = unfinished;
+    let (mut finished, mut first) = (finished.into_iter(), first.into_iter());
+    let [_, width] = weights.flat.shape().dims();
+    let zeros = |len: usize| B::float_zeros(Shape::new([len]), &weights.flat.device(), weights.flat.dtype().into());
+    let padding = width - weights.shape.num_params();
+    let of_slot = |(slot, rows): (usize, &Range<usize>)| {
+        let d_first = if rows.is_empty() { None } else { first.next() };
+        let parts = match d_first {
+            None => vec![zeros(width)],
+            Some(d_first) => {
+                let bias = weights.shape.bias.then(|| flat::<B>(B::float_sum_dim(d_first.clone(), 0)));
+                let x = rows_of::<B>(&tokens, rows);
+                let mut parts = vec![flat::<B>(B::float_matmul(B::float_transpose(d_first), x))];
+                parts.extend(finished.next());
+                if bias.is_some() {
+                    parts.extend(bias.into_iter().chain(finished.next()));
+                }
+                parts.extend((padding > 0).then(|| zeros(padding)));
+                parts
+            }
+        };
+        (weights.rows[slot], parts)
+    };
+    let mut gradients: Vec<_> = slot_rows.iter().enumerate().map(of_slot).collect();
+    gradients.sort_by_key(|(row, _)| *row);
+    let rows = gradients.len();
+    let parts = gradients.into_iter().flat_map(|(_, parts)| parts).collect();
+    B::float_reshape(B::float_cat(parts, 0), Shape::new([rows, width]))
 }
 
 /// `[m, D] -> [m, 2F or F]`

@@ -94,8 +94,20 @@ pub struct ExpertsBackward<B: Backend> {
 pub struct ExpertsGradients<B: Backend> {
     /// `[M, D]`
     pub tokens: Option<FloatTensor<B>>,
-    /// Shaped as [`ExpertWeights::flat`]; zero for slots without tokens and where rows are padded.
-    pub weights: Option<FloatTensor<B>>,
+    /// Maybe with the first projection's still to be computed.
+    pub weights: Option<UnfinishedGradients<B>>,
+}
+
+/// Gradients of the experts' weights without those of the first projection, which need nothing that travels: they are computed
+/// while the tokens' gradients do.
+#[derive(Debug)]
+pub struct UnfinishedGradients<B: Backend> {
+    /// What there is already, as the backend has it.
+    pub finished: Vec<FloatTensor<B>>,
+    /// Gradients of the first projection's output; of `[M, 2F or F]`, or slot by slot.
+    pub first: Vec<FloatTensor<B>>,
+    /// Inputs, `[M, D]`.
+    pub tokens: FloatTensor<B>,
 }
 
 /// Gradients of the inputs of the weighted combination of the experts' outputs; `None` where none is wanted.

@@ -7,7 +7,7 @@ use burn_fsep_planner::{
 };
 use derive_new::new;
 
-use super::{FsepRuntime, dispatcher_factory::DispatcherFactory};
+use super::{FsepRuntime, TokenRows, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
     comm::{Communicator, Operation, agree, digest},
@@ -35,6 +35,12 @@ pub struct FsepRuntimeConfig {
     /// Which communication is moved behind compute.
     #[new(default)]
     pub schedule: ScheduleConfig,
+    /// How tokens travel between ranks.
+    #[new(default)]
+    pub token_rows: TokenRows,
+    /// In how many chunks the tokens of a pass go through a layer.
+    #[new(value = "1")]
+    pub token_chunks: usize,
     /// Records what runs when; this rank's own.
     #[new(default)]
     pub timeline: Option<Timeline>,
@@ -96,6 +102,21 @@ impl FsepRuntimeConfig {
         self
     }
 
+    /// Sets how tokens travel between ranks (by default once to a rank, in passes where that pays).
+    pub fn with_token_rows(mut self, token_rows: TokenRows) -> Self {
+        self.token_rows = token_rows;
+        self
+    }
+
+    /// Sets in how many chunks the tokens of a pass go through a layer (1 by default): while the experts compute one, the next
+    /// travels to them and the one before back. Of `n` chunks about `1 - 1 / n` of the tokens' travel is hidden, and what it takes
+    /// is `n` times the launches and products of an `n`-th of the rows. It pays where tokens travel for longer than that costs:
+    /// between GPUs from some thousand rows a slot on.
+    pub fn with_token_chunks(mut self, chunks: usize) -> Self {
+        self.token_chunks = chunks;
+        self
+    }
+
     /// Sets the timeline that records what this rank computes and when its host waits. Communication on a GPU is recorded by
     /// the communicator; see `NcclConfig::with_timeline`.
     pub fn with_timeline(mut self, timeline: Timeline) -> Self {
@@ -110,6 +131,9 @@ impl FsepRuntimeConfig {
     /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] if the topology is not one of `comm`'s ranks or the
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
+        if self.token_chunks == 0 {
+            return Err(FsepError::Config("`token_chunks` is 0: tokens go through a layer in 1 chunk at least".into()));
+        }
         let topology = self.topology_of(comm.size())?;
         let repair = self.repair.map(LayoutRepair::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
@@ -139,6 +163,8 @@ impl FsepRuntimeConfig {
             ("dispatcher", hash(self.dispatcher.make().name())),
             ("repair", hash(&format!("{:?}", self.repair))),
             ("schedule", hash(&format!("{:?}", self.schedule))),
+            ("token_rows", hash(&format!("{:?}", self.token_rows))),
+            ("token_chunks", self.token_chunks as u64),
         ];
         match agree(comm, Operation::new("configuration of the runtime"), &fields)? {
             Some(difference) => {

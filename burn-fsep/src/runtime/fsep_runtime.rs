@@ -4,8 +4,8 @@ use burn_fsep_planner::{Topology, repair::LayoutRepair};
 use parking_lot::RwLock;
 
 use super::{
-    FsepRuntimeConfig, dispatcher_factory::DispatcherFactory, layer_state::LayerState, observed_steps::ObservedSteps,
-    outputs::Outputs,
+    FsepRuntimeConfig, TokenRows, dispatcher_factory::DispatcherFactory, layer_state::LayerState,
+    observed_steps::ObservedSteps, outputs::Outputs,
 };
 use crate::{
     FsepError, Timeline,
@@ -34,6 +34,8 @@ pub(super) struct Inner {
     seed: u64,
     pub dispatcher: DispatcherFactory,
     pub repair: Option<LayoutRepair>,
+    pub token_rows: TokenRows,
+    pub token_chunks: usize,
     pub layers: RwLock<Vec<Arc<LayerState>>>,
     pub schedule: Schedule,
     pub observed: ObservedSteps,
@@ -69,18 +71,20 @@ impl FsepRuntime {
     ) -> Result<Self, FsepError> {
         let context = RankContext {
             tokens: comm.duplicate("tokens")?,
-            weights: comm.duplicate("weights")?,
+            weights: comm.duplicate_in_background("weights")?,
             gauge: UnshardedGauge::default(),
             timeline: config.timeline.clone(),
         };
         let inner = Inner {
             context: Arc::new(context),
-            dense: comm.duplicate("dense gradients")?,
+            dense: comm.duplicate_in_background("dense gradients")?,
             control: comm,
             topology,
             seed: config.seed,
             dispatcher: config.dispatcher.clone(),
             repair,
+            token_rows: config.token_rows,
+            token_chunks: config.token_chunks,
             layers: RwLock::default(),
             schedule: Schedule::new(config.schedule),
             observed: ObservedSteps::default(),

@@ -1,4 +1,5 @@
 use std::{
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,11 +15,16 @@ use burn_fsep_planner::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use super::{LayerStats, dispatcher_factory::DispatcherFactory, routing_message::RoutingMessage};
+use super::{
+    LayerStats, TokenRows,
+    dispatcher_factory::DispatcherFactory,
+    routing_message::RoutingMessage,
+    token_rows::{RowsByRank, TokenTraffic},
+};
 use crate::{
     FsepError,
     comm::{Communicator, agree, digest},
-    ops::{LayerSpec, RoutedDispatch, Tracked, token_exchange},
+    ops::{ChunkDispatch, LayerSpec, PlacedAssignments, RoutedDispatch, Tracked, token_exchange},
     shard::UnshardPlan,
 };
 
@@ -60,8 +66,31 @@ struct Dispatching {
     is_checked: bool,
     /// Repairs the layout once the counts are known; not where experts have fixed owners.
     repair: Option<LayoutRepair>,
-    plan: DispatchPlan,
+    token_rows: TokenRows,
+    /// Of each chunk.
+    plans: Vec<DispatchPlan>,
     static_plan: DispatchPlan,
+}
+
+/// What the routing of a chunk's tokens begins with.
+pub(crate) struct ChunkStart {
+    /// Which of this rank's tokens.
+    pub range: Range<usize>,
+    /// Where the rows of each expert, of none, and of what is no expert end. `[E + 2]`
+    pub ends: Tensor<1, Int>,
+    /// The row of each assignment among those sorted by expert. `[T * K]`
+    pub row_of: Tensor<1, Int>,
+}
+
+/// What the routing of a pass begins with.
+pub(super) struct Routing {
+    pub chunks: Vec<ChunkStart>,
+    /// Bytes of an element of a token.
+    pub element: usize,
+    /// Which gradients are wanted.
+    pub tracked: Tracked,
+    /// Fingerprint of the layout under which the layer's experts were prefetched, if they were.
+    pub ahead: Option<u64>,
 }
 
 #[derive(Default)]
@@ -75,8 +104,7 @@ impl LayerState {
     pub fn new(
         spec: Arc<LayerSpec>,
         topology: &Topology,
-        dispatcher: &DispatcherFactory,
-        repair: Option<LayoutRepair>,
+        (dispatcher, repair, token_rows): (&DispatcherFactory, Option<LayoutRepair>, TokenRows),
     ) -> Result<Self, FsepError> {
         let (ranks, experts) = (spec.world_size, spec.num_experts);
         let layout = Layout::static_ep(ranks, spec.slots_per_rank, experts)?;
@@ -88,7 +116,8 @@ impl LayerState {
                 dispatcher: dispatcher.make(),
                 is_checked: cfg!(debug_assertions) || dispatcher.is_given(),
                 repair: repair.filter(|_| !spec.fixed_layout),
-                plan: DispatchPlan::new(),
+                token_rows,
+                plans: Vec::new(),
                 static_plan: DispatchPlan::new(),
             }),
             last: Mutex::default(),
@@ -178,18 +207,18 @@ impl LayerState {
         &self,
         comm: &Arc<dyn Communicator>,
         topology: &Topology,
-        ends: Tensor<1, Int>,
-        tracked: Tracked,
-        ahead: Option<u64>,
+        routing: Routing,
     ) -> Result<RoutedDispatch, FsepError> {
+        let Routing { chunks, element, tracked, ahead } = routing;
         self.compare_options(comm.as_ref())?;
         let layout = self.layout();
         let message = RoutingMessage { spec: &self.spec, layout: layout.fingerprint(), tracked, ahead };
-        let counts = Arc::new(message.gather_counts(comm, ends)?);
+        let counts_of_chunks = message.gather_counts(comm, chunks.iter().map(|chunk| chunk.ends.clone()).collect())?;
+        let counts = Arc::new(total(&counts_of_chunks)?);
 
         let start = Instant::now();
         let mut dispatch = self.dispatch.lock();
-        let Dispatching { dispatcher, is_checked, repair, plan, static_plan } = &mut *dispatch;
+        let Dispatching { dispatcher, is_checked, repair, token_rows, plans, static_plan } = &mut *dispatch;
         // Every rank repairs for itself, from the same counts and layout.
         if let (true, Some(repair)) = (tracked.any(), repair)
             && let Some(repaired) = repair.repair(topology, &layout, &counts)?
@@ -197,29 +226,79 @@ impl LayerState {
             self.active.write().replace(Arc::new(repaired), &self.spec);
         }
         let Active { layout, unshard, moved_slots } = self.active.read().clone();
-        dispatcher.dispatch(topology, &layout, &counts, plan)?;
-        let dispatch_time = start.elapsed();
-        if *is_checked {
-            plan.check(&layout, &counts)?;
+        plans.resize_with(chunks.len(), DispatchPlan::new);
+        for (plan, counts) in plans.iter_mut().zip(&counts_of_chunks) {
+            dispatcher.dispatch(topology, &layout, counts, plan)?;
         }
-        let (tokens, slot_rows) = token_exchange(plan, &layout, self.spec.rank);
+        let dispatch_time = start.elapsed();
+        let traffic = TokenTraffic { spec: &self.spec, tracked, element };
+        let (mut dispatches, mut token_bytes) = (Vec::with_capacity(chunks.len()), 0);
+        for ((ChunkStart { range, row_of, .. }, plan), counts) in chunks.into_iter().zip(&*plans).zip(&counts_of_chunks)
+        {
+            if *is_checked {
+                plan.check(&layout, counts)?;
+            }
+            let (tokens, slot_rows) = token_exchange(plan, &layout, self.spec.rank);
+            let rank_rows = match token_rows.choose(plan, &traffic, comm.device().is_some()) {
+                None => {
+                    token_bytes += traffic.bytes_by_assignment(plan.off_rank_tokens() as f64) as u64;
+                    None
+                }
+                Some(RowsByRank { most, counted }) => {
+                    let placed = PlacedAssignments::new(row_of, plan, &layout, &self.spec);
+                    let operation = self.spec.operation("token rows");
+                    let rows = if counted { placed.gather_counts(comm, operation, &most)? } else { most };
+                    token_bytes += traffic.bytes_by_rank(off_rank(&rows, self.spec.world_size) as f64) as u64;
+                    Some(placed.lay_out(&rows))
+                }
+            };
+            dispatches.push(ChunkDispatch { range, tokens, slot_rows, rank_rows });
+        }
 
         let mut last = self.last.lock();
         if tracked.any() {
             EvenSplit::new().dispatch(topology, &self.static_layout, &counts, static_plan)?;
             last.pass += 1;
+            let off_rank_tokens = plans.iter().map(DispatchPlan::off_rank_tokens).sum();
             self.active.write().moved_slots = 0;
             last.stats = Some(LayerStats {
                 layer: self.spec.layer,
                 counts: counts.clone(),
                 imbalance_static: static_plan.max_over_mean(),
-                imbalance: plan.max_over_mean(),
-                cross_node_tokens: plan.cross_node_tokens(topology),
-                off_rank_tokens: plan.off_rank_tokens(),
+                imbalance: max_over_mean(plans),
+                cross_node_tokens: plans.iter().map(|plan| plan.cross_node_tokens(topology)).sum(),
+                off_rank_tokens,
+                token_bytes,
+                token_bytes_by_assignment: traffic.bytes_by_assignment(off_rank_tokens as f64) as u64,
                 moved_slots,
                 dispatch_time,
             });
         }
-        Ok(RoutedDispatch { pass: last.pass, counts, layout, unshard, tokens, slot_rows })
+        Ok(RoutedDispatch { pass: last.pass, counts, layout, unshard, chunks: dispatches })
     }
+}
+
+/// The counts of all chunks together.
+fn total(chunks: &[RoutingCounts]) -> Result<RoutingCounts, PlannerError> {
+    let [first, others @ ..] = chunks else { unreachable!("a pass has a chunk") };
+    let mut table = first.as_slice().to_vec();
+    for counts in others {
+        table.iter_mut().zip(counts.as_slice()).for_each(|(sum, count)| *sum = sum.saturating_add(*count));
+    }
+    RoutingCounts::new(first.num_ranks(), first.num_experts(), table)
+}
+
+/// Imbalance of all chunks together.
+fn max_over_mean(plans: &[DispatchPlan]) -> f64 {
+    let mut loads = vec![0u64; plans.first().map_or(0, DispatchPlan::num_ranks)];
+    for plan in plans {
+        loads.iter_mut().zip(plan.loads()).for_each(|(sum, load)| *sum += load);
+    }
+    let (total, max) = (loads.iter().sum::<u64>(), loads.iter().copied().max().unwrap_or(0));
+    if total == 0 { 1.0 } else { max as f64 * loads.len() as f64 / total as f64 }
+}
+
+/// What goes to other ranks of what goes from each rank to each, `[N, N]`.
+fn off_rank(rows: &[u64], ranks: usize) -> u64 {
+    rows.iter().enumerate().filter(|(i, _)| i / ranks != i % ranks).map(|(_, rows)| rows).sum()
 }

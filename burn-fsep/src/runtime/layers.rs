@@ -66,7 +66,8 @@ impl FsepRuntime {
         let mut layers = self.inner.layers.write();
         let spec = Arc::new(spec(layers.len()));
         let inner = &self.inner;
-        layers.push(Arc::new(LayerState::new(spec.clone(), &inner.topology, &inner.dispatcher, inner.repair.clone())?));
+        let plug_ins = (&inner.dispatcher, inner.repair.clone(), inner.token_rows);
+        layers.push(Arc::new(LayerState::new(spec.clone(), &inner.topology, plug_ins)?));
         Ok(spec)
     }
 

@@ -12,8 +12,11 @@ mod passes;
 mod routing_message;
 mod stats;
 mod step;
+mod token_rows;
 
 pub use config::FsepRuntimeConfig;
 pub use fsep_runtime::FsepRuntime;
+pub(crate) use layer_state::ChunkStart;
 pub(crate) use passes::PassStart;
 pub use stats::{LayerStats, StepStats};
+pub use token_rows::TokenRows;

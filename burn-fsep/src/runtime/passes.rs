@@ -7,12 +7,12 @@ use std::{
 
 use burn::{
     module::ParamId,
-    tensor::{FloatDType, Int, Tensor},
+    tensor::{FloatDType, Tensor},
 };
 
 use parking_lot::Mutex;
 
-use super::{FsepRuntime, fsep_runtime::Inner, outputs::Outputs};
+use super::{ChunkStart, FsepRuntime, fsep_runtime::Inner, layer_state::Routing, outputs::Outputs};
 use crate::{
     FsepError,
     comm::Operation,
@@ -26,8 +26,8 @@ use crate::{
 
 /// What a layer's pass begins with.
 pub(crate) struct PassStart {
-    /// Where the rows of each expert, of none, and of what is no expert end. `[E + 2]`
-    pub ends: Tensor<1, Int>,
+    /// The tokens, chunk by chunk: as many chunks as [`FsepRuntime::token_chunks`] says.
+    pub chunks: Vec<ChunkStart>,
     /// Which gradients are wanted.
     pub tracked: Tracked,
     /// This rank's part of the experts, and its id.
@@ -41,7 +41,7 @@ impl FsepRuntime {
     /// Exchanges the routing counts of a layer, plans its dispatch, and makes everything ready for its forward pass.
     /// Collective.
     pub(crate) fn begin_pass(&self, spec: &Arc<LayerSpec>, start: PassStart) -> Result<Arc<LayerPass>, FsepError> {
-        let PassStart { ends, tracked, weights, param, beside } = start;
+        let PassStart { chunks, tracked, weights, param, beside } = start;
         let (layer, is_sharded, schedule) = (spec.layer, spec.is_sharded(), &self.inner.schedule);
         if is_sharded {
             // Ids may be new after a record was loaded.
@@ -55,7 +55,8 @@ impl FsepRuntime {
             ForwardStart::default()
         };
         let ahead = begun.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
-        let dispatch = self.route(layer, ends, tracked, ahead)?;
+        let element = spec.input_dtype(param_dtype).size();
+        let dispatch = self.route(layer, Routing { chunks, element, tracked, ahead })?;
         let unshards = is_sharded.then(|| self.unshards(spec, &dispatch, shards, tracked, begun));
         let (inner, outputs) = (self.inner.clone(), Arc::downgrade(&self.outputs));
         let pass = Arc::new(LayerPass {
@@ -74,16 +75,16 @@ impl FsepRuntime {
         Ok(pass)
     }
 
-    /// `ahead` is the fingerprint of the layout under which the layer's experts were prefetched, if they were.
-    fn route(
-        &self,
-        layer: usize,
-        ends: Tensor<1, Int>,
-        tracked: Tracked,
-        ahead: Option<u64>,
-    ) -> Result<RoutedDispatch, FsepError> {
+    /// In how many chunks tokens go through a layer; equal on all ranks.
+    pub(crate) fn token_chunks(&self) -> usize {
+        // A single rank sends nothing that compute could hide.
+        if self.world_size() == 1 { 1 } else { self.inner.token_chunks }
+    }
+
+    fn route(&self, layer: usize, routing: Routing) -> Result<RoutedDispatch, FsepError> {
+        let tracked = routing.tracked;
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
-        let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, ends, tracked, ahead)?;
+        let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, routing)?;
         if tracked.any() && self.inner.observed.is_observing() {
             self.layer(layer).add_expert_loads(&dispatch.counts);
             if let Some(planner) = self.inner.observed.planner() {

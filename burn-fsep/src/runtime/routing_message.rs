@@ -47,7 +47,7 @@ impl RoutingMessage<'_> {
         [layout, layout_high, self.tracked.bits(), ahead, ahead_high]
     }
 
-    /// All ranks' counts. `[E + 2] -> [N, E]`
+    /// All ranks' counts of each chunk, from where its rows end, `[E + 2]`. `[N, E]` each
     ///
     /// # Errors
     ///
@@ -55,16 +55,18 @@ impl RoutingMessage<'_> {
     pub fn gather_counts(
         &self,
         comm: &Arc<dyn Communicator>,
-        ends: Tensor<1, Int>,
-    ) -> Result<RoutingCounts, FsepError> {
+        mut ends: Vec<Tensor<1, Int>>,
+    ) -> Result<Vec<RoutingCounts>, FsepError> {
         let (layer, num_experts) = (self.spec.layer, self.spec.num_experts);
         let operation = self.spec.operation("routing counts");
+        let (chunks, len) = (ends.len(), num_experts + 2);
+        let ends = if chunks == 1 { ends.swap_remove(0) } else { Tensor::cat(ends, 0) };
         let (ends, header) = (ends.into_dispatch(), self.header().to_vec());
         let all = <AnyBackend as FsepDeviceOps>::fsep_gather_ends(ends, header, comm.clone(), operation)?;
 
-        let messages: Vec<&[u32]> = all.chunks_exact(HEADER + num_experts + 2).collect();
+        let messages: Vec<&[u32]> = all.chunks_exact(HEADER + chunks * len).collect();
         let ours = messages[comm.rank()];
-        let mut table = Vec::with_capacity(comm.size() * num_experts);
+        let mut tables = vec![Vec::with_capacity(comm.size() * num_experts); chunks];
         for (peer, theirs) in messages.iter().enumerate() {
             if let Some((what, range, describe)) =
                 FIELDS.into_iter().find(|(_, range, _)| theirs[range.clone()] != ours[range.clone()])
@@ -78,13 +80,15 @@ impl RoutingMessage<'_> {
                     theirs: describe(&theirs[range]),
                 });
             }
-            let ends = &theirs[HEADER..];
-            if !ends.is_sorted() {
-                let reason = format!("what came from rank {peer} are no counts");
-                return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
+            for (ends, table) in theirs[HEADER..].chunks_exact(len).zip(&mut tables) {
+                if !ends.is_sorted() {
+                    let reason = format!("what came from rank {peer} are no counts");
+                    return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
+                }
+                table.extend(counts_of(ends, layer, peer)?);
             }
-            table.extend(counts_of(ends, layer, peer)?);
         }
-        Ok(RoutingCounts::new(comm.size(), num_experts, table)?)
+        let counts = |table| Ok(RoutingCounts::new(comm.size(), num_experts, table)?);
+        tables.into_iter().map(counts).collect()
     }
 }

@@ -17,6 +17,10 @@ pub struct LayerStats {
     pub cross_node_tokens: u64,
     /// Assignments computed on another rank than their token's.
     pub off_rank_tokens: u64,
+    /// Bytes of tokens, outputs and their gradients that all ranks send to others, in this forward pass and its backward pass.
+    pub token_bytes: u64,
+    /// What they would be if each token travelled once for each of its experts; see [`TokenRows`](crate::TokenRows).
+    pub token_bytes_by_assignment: u64,
     /// Slots whose expert changed since the forward pass before.
     pub moved_slots: usize,
     /// How long the dispatcher took.
@@ -51,6 +55,17 @@ impl StepStats {
         let total: u64 = self.layers.iter().map(|layer| layer.counts.total()).sum();
         let crossing: u64 = self.layers.iter().map(|layer| layer.cross_node_tokens).sum();
         if total == 0 { 0.0 } else { crossing as f64 / total as f64 }
+    }
+
+    /// Bytes of tokens, outputs and their gradients that all ranks send to others, over all layers.
+    pub fn token_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.token_bytes).sum()
+    }
+
+    /// Their share of what they would be if each token travelled once for each of its experts; 1 where none travel.
+    pub fn token_bytes_share(&self) -> f64 {
+        let by_assignment: u64 = self.layers.iter().map(|layer| layer.token_bytes_by_assignment).sum();
+        if by_assignment == 0 { 1.0 } else { self.token_bytes() as f64 / by_assignment as f64 }
     }
 
     /// Slots whose expert changed, over all layers.

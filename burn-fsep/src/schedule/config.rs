@@ -7,12 +7,17 @@ pub struct ScheduleConfig {
     /// [`FsepRuntime::begin_step`](crate::FsepRuntime::begin_step) before each forward pass.
     #[config(default = true)]
     pub prefetch_forward: bool,
-    /// The same in backward, of the layer before; the last layer's experts are kept for it.
+    /// The same in backward, of the layer before.
     #[config(default = true)]
     pub prefetch_backward: bool,
     /// Return gradients to their shards behind the backward pass of the layer before.
     #[config(default = true)]
     pub delay_reshard: bool,
+    /// How many of a step's last layers keep their experts from forward to backward, instead of freeing and restoring them once
+    /// more: a third of the traffic of their parameters, for the memory of their `C` experts each. `usize::MAX` keeps all, as
+    /// FSDP2's `reshard_after_forward=False`. Of the last layer alone backward would begin by waiting.
+    #[config(default = 1)]
+    pub kept_layers: usize,
 }
 
 impl Default for ScheduleConfig {
@@ -24,6 +29,6 @@ impl Default for ScheduleConfig {
 impl ScheduleConfig {
     /// Every layer unshards, computes and reshards by itself: the paper's ablation, and the least memory.
     pub fn off() -> Self {
-        Self { prefetch_forward: false, prefetch_backward: false, delay_reshard: false }
+        Self { prefetch_forward: false, prefetch_backward: false, delay_reshard: false, kept_layers: 0 }
     }
 }

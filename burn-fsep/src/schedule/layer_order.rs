@@ -12,8 +12,8 @@ pub(super) struct LayerOrder {
 pub(super) struct Position {
     /// The layer that comes next, if the step goes on as the one before.
     pub next: Option<usize>,
-    /// Whether it was the last of the step before.
-    pub is_last: bool,
+    /// How many come after it, if the step goes on as the one before.
+    pub left: Option<usize>,
 }
 
 impl LayerOrder {
@@ -31,7 +31,8 @@ impl LayerOrder {
         self.current.push(layer);
         self.follows &= self.before.get(place) == Some(&layer);
         let next = self.before.get(place + 1).copied().filter(|_| self.follows);
-        Position { next, is_last: self.follows && place + 1 == self.before.len() }
+        let left = self.before.len().checked_sub(place + 1).filter(|_| self.follows);
+        Position { next, left }
     }
 
     /// The first layer of the step before.
@@ -48,13 +49,13 @@ mod tests {
     fn the_second_step_knows_what_comes_next() {
         let mut order = LayerOrder::default();
         order.begin();
-        let unknown = Position { next: None, is_last: false };
+        let unknown = Position { next: None, left: None };
         assert_eq!([3, 1, 3].map(|layer| order.begin_layer(layer)), [unknown; 3]);
         order.begin();
         assert_eq!(order.first(), Some(3));
-        assert_eq!(order.begin_layer(3), Position { next: Some(1), is_last: false });
-        assert_eq!(order.begin_layer(1), Position { next: Some(3), is_last: false });
-        assert_eq!(order.begin_layer(3), Position { next: None, is_last: true });
+        assert_eq!(order.begin_layer(3), Position { next: Some(1), left: Some(2) });
+        assert_eq!(order.begin_layer(1), Position { next: Some(3), left: Some(1) });
+        assert_eq!(order.begin_layer(3), Position { next: None, left: Some(0) });
         // A layer more than before: nothing is known of it.
         assert_eq!(order.begin_layer(1), unknown);
     }
@@ -69,6 +70,6 @@ mod tests {
         order.begin();
         assert_eq!(order.begin_layer(0).next, Some(2));
         assert_eq!(order.begin_layer(1).next, None);
-        assert_eq!(order.begin_layer(2), Position { next: None, is_last: false });
+        assert_eq!(order.begin_layer(2), Position { next: None, left: None });
     }
 }

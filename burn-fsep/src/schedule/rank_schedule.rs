@@ -49,7 +49,7 @@ pub(crate) struct ForwardStart {
     pub ahead: Option<Arc<Unshard>>,
     /// The layer to unshard behind this one, and its shards.
     pub next: Option<(usize, Tensor<2>)>,
-    /// Backward begins with this layer: its experts are kept.
+    /// The layer's experts are kept for backward.
     pub keep: bool,
 }
 
@@ -109,7 +109,8 @@ impl Schedule {
         };
         let next = position.next.filter(|_| self.config.prefetch_forward);
         let next = next.and_then(|layer| Some((layer, state.shards.get(&layer)?.clone())));
-        ForwardStart { ahead, next, keep: position.is_last && self.config.prefetch_backward }
+        let keep = position.left.is_some_and(|left| left < self.config.kept_layers);
+        ForwardStart { ahead, next, keep }
     }
 
     /// Unshards that were started ahead for nothing.

@@ -52,10 +52,16 @@ struct Buffers {
 }
 
 impl NcclCommunicator {
-    pub(super) fn connect(group: Arc<Group>, name: &'static str, check_signatures: bool) -> Result<Self, CommError> {
+    /// `in_background`: what it carries is hidden by compute.
+    pub(super) fn connect(
+        group: Arc<Group>,
+        name: &'static str,
+        in_background: bool,
+        check_signatures: bool,
+    ) -> Result<Self, CommError> {
         let operation = Operation::new("connection of NCCL");
         let signatures = check_signatures.then(|| group.control.comm.duplicate("signatures")).transpose()?;
-        let handle = group.connect()?;
+        let handle = group.connect(in_background)?;
         let stream = group.context.new_stream().map_err(|error| group.fail(cuda_error(operation, error)))?;
         let comm = Self { group, handle, stream, name, signatures, sequence: AtomicU64::new(0) };
         comm.connect_pairs(operation)?;
@@ -234,7 +240,11 @@ impl Communicator for NcclCommunicator {
     }
 
     fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
-        Ok(Arc::new(Self::connect(self.group.clone(), name, self.signatures.is_some())?))
+        Ok(Arc::new(Self::connect(self.group.clone(), name, false, self.signatures.is_some())?))
+    }
+
+    fn duplicate_in_background(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self::connect(self.group.clone(), name, true, self.signatures.is_some())?))
     }
 
     fn device(&self) -> Option<&dyn DeviceCommunicator> {

@@ -24,6 +24,10 @@ pub struct NcclConfig {
     /// each time.
     #[new(value = "cfg!(debug_assertions)")]
     pub check_signatures: bool,
+    /// Thread blocks of an exchange that compute hides, of parameters and their gradients (NCCL's `maxCTAs`); each takes a
+    /// multiprocessor from the experts. As many as tokens have by default.
+    #[new(default)]
+    pub background_ctas: Option<usize>,
     /// Records the exchanges between buffers on the GPU, a track for each communicator.
     #[new(default)]
     pub timeline: Option<Timeline>,
@@ -40,6 +44,12 @@ impl NcclConfig {
     /// Equal on all ranks.
     pub fn with_check_signatures(mut self, check: bool) -> Self {
         self.check_signatures = check;
+        self
+    }
+
+    /// Sets how many thread blocks an exchange has that compute hides. A power of two, to which NCCL rounds up.
+    pub fn with_background_ctas(mut self, ctas: Option<usize>) -> Self {
+        self.background_ctas = ctas;
         self
     }
 
@@ -77,7 +87,7 @@ impl NcclConfig {
         let context =
             CudaContext::new(self.gpu).map_err(|error| fail(format!("GPU {} cannot be used: {error}", self.gpu)))?;
         control.check_config(operation, self.check_signatures)?;
-        let group = Group::new(control, context, self.timeline.clone())?;
-        NcclCommunicator::connect(group, "control", self.check_signatures)
+        let group = Group::new(control, context, self.background_ctas, self.timeline.clone())?;
+        NcclCommunicator::connect(group, "control", false, self.check_signatures)
     }
 }

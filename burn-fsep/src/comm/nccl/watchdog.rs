@@ -44,6 +44,8 @@ pub(super) struct Group {
     pub timeline: Option<Timeline>,
     /// Thread blocks that a kernel of NCCL may have; one takes a multiprocessor.
     kernel_blocks: usize,
+    /// The same for what compute hides.
+    background_blocks: usize,
     handles: Mutex<Vec<Weak<Handle>>>,
     /// Exchanges on the GPU that nobody has seen the end of.
     outstanding: Mutex<Vec<Outstanding>>,
@@ -75,6 +77,7 @@ impl Group {
     pub fn new(
         control: ControlGroup,
         context: Arc<CudaContext>,
+        background_ctas: Option<usize>,
         timeline: Option<Timeline>,
     ) -> Result<Arc<Self>, CommError> {
         let operation = Operation::new("GPUs of the ranks");
@@ -94,11 +97,13 @@ impl Group {
         let multiprocessors = context
             .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(|error| control.fail(cuda_error(operation, error)))?;
+        let kernel_blocks = kernel_blocks(multiprocessors.max(0) as usize);
         let group = Arc::new(Self {
             control,
             context,
             timeline,
-            kernel_blocks: kernel_blocks(multiprocessors.max(0) as usize),
+            kernel_blocks,
+            background_blocks: background_ctas.map_or(kernel_blocks, |ctas| ctas.clamp(1, kernel_blocks)),
             handles: Mutex::default(),
             outstanding: Mutex::default(),
             has_ended: AtomicBool::new(false),
@@ -124,8 +129,8 @@ impl Group {
         self.control.comm.size()
     }
 
-    /// A new NCCL communicator over all ranks. Collective.
-    pub fn connect(&self) -> Result<Arc<Handle>, CommError> {
+    /// A new NCCL communicator over all ranks, for what compute hides or not. Collective.
+    pub fn connect(&self, in_background: bool) -> Result<Arc<Handle>, CommError> {
         let operation = Operation::new("connection of NCCL");
         self.check(operation)?;
         let result = || -> Result<Arc<Handle>, CommError> {
@@ -135,7 +140,8 @@ impl Group {
             }
             self.control.comm.broadcast(operation, &mut id, 0)?;
             self.context.bind_to_thread().map_err(|error| cuda_error(operation, error))?;
-            let handle = Handle::connect(&id, self.size(), self.rank(), self.kernel_blocks, self.control.timeout)
+            let blocks = if in_background { self.background_blocks } else { self.kernel_blocks };
+            let handle = Handle::connect(&id, self.size(), self.rank(), blocks, self.control.timeout)
                 .map_err(|fault| self.fault(operation, fault))?;
             let handle = Arc::new(handle);
             self.handles.lock().push(Arc::downgrade(&handle));

@@ -15,7 +15,10 @@ use burn_fusion::{ExecutionError, Fusion, FusionBackend};
 use super::{
     super::{
         ExpertActivation, FsepKernels, Transposed, combine, product, slot_experts,
-        types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+        types::{
+            CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
+            UnfinishedGradients,
+        },
     },
     activation,
     fusion::queue,
@@ -71,9 +74,14 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
         let (has_kept, dtype) = (kept.is_some(), tokens.dtype);
         let kept = kept.and_then(|mut kept| kept.pop()).unwrap_or_else(|| tokens.clone());
         let wanted = |is_wanted, shape: &Shape| (if is_wanted { shape.clone() } else { Shape::new([0]) }, dtype);
-        let outputs = [wanted(want_tokens, &tokens.shape), wanted(want_weights, &weights.flat.shape)];
-        let inputs = [tokens, weights.flat.clone(), grad, kept];
-        let [tokens, weights] = queue::<B, 4, 2>(
+        let first = Shape::new([tokens.shape[0], shape.first_width()]);
+        let outputs = [
+            wanted(want_tokens, &tokens.shape),
+            wanted(want_weights, &weights.flat.shape),
+            wanted(want_weights, &first),
+        ];
+        let inputs = [tokens.clone(), weights.flat.clone(), grad, kept];
+        let [d_tokens, d_weights, d_first] = queue::<B, 4, 3>(
             "fsep::experts_backward",
             inputs,
             outputs,
@@ -85,13 +93,51 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
                 let kept = has_kept.then(|| vec![kept]);
                 let args = ExpertsBackward { tokens, kept, grad, want_tokens, want_weights };
                 let done = B::fsep_experts_backward(args, &weights, activation, &slot_rows).map_err(failed)?;
-                for (output, tensor) in outputs.iter().zip([done.tokens, done.weights]) {
+                let [d_weights, d_first] = match done.weights {
+                    Some(mut unfinished) => [unfinished.finished.pop(), unfinished.first.pop()],
+                    None => [None, None],
+                };
+                for (output, tensor) in outputs.iter().zip([done.tokens, d_weights, d_first]) {
                     handles.register_float_tensor::<B>(&output.id, tensor.unwrap_or_else(|| nothing.clone()));
                 }
                 Ok(())
             },
         );
-        Ok(ExpertsGradients { tokens: want_tokens.then_some(tokens), weights: want_weights.then_some(weights) })
+        let unfinished = UnfinishedGradients { finished: vec![d_weights], first: vec![d_first], tokens };
+        Ok(ExpertsGradients { tokens: want_tokens.then_some(d_tokens), weights: want_weights.then_some(unfinished) })
+    }
+
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if !has_own_experts::<B>(&unfinished.tokens) {
+            return Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows));
+        }
+        let UnfinishedGradients { mut finished, mut first, tokens } = unfinished;
+        let (Some(d_weights), Some(d_first)) = (finished.pop(), first.pop()) else {
+            unreachable!("experts of the backend's own leave one tensor of each");
+        };
+        let (rows, shape, slot_rows) = (weights.rows.clone(), weights.shape, slot_rows.to_vec());
+        let output = (weights.flat.shape.clone(), tokens.dtype);
+        let inputs = [tokens, weights.flat.clone(), d_weights, d_first];
+        let [gradients] = queue::<B, 4, 1>(
+            "fsep::finish_gradients",
+            inputs,
+            [output],
+            move |[tokens, flat, d_weights, d_first], outputs, handles| {
+                let flat = handles.get_float_tensor::<B>(flat);
+                let weights = ExpertWeights { flat, rows: rows.clone(), shape, _guard: None };
+                let [tokens, d_weights, d_first] =
+                    [tokens, d_weights, d_first].map(|tensor| handles.get_float_tensor::<B>(tensor));
+                let unfinished = UnfinishedGradients { finished: vec![d_weights], first: vec![d_first], tokens };
+                let gradients = B::fsep_finish_gradients(unfinished, &weights, &slot_rows).map_err(failed)?;
+                handles.register_float_tensor::<B>(&outputs[0].id, gradients);
+                Ok(())
+            },
+        );
+        Ok(gradients)
     }
 
     fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {

@@ -18,7 +18,7 @@ use super::{
 use super::{
     super::{
         Transposed, product, slot_experts,
-        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
     },
     cuda,
 };
@@ -64,6 +64,19 @@ impl FsepKernels for CubeBackend {
             cuda::product::multiply(left, right, transposed).unwrap_or_else(|error| panic!("{error}"))
         } else {
             product::multiply::<Self>(left, right, transposed)
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<FloatTensor<Self>, FsepError> {
+        if cuda::experts::computes(&unfinished.tokens.device, unfinished.tokens.dtype) {
+            cuda::experts::finish(unfinished, weights, slot_rows)
+        } else {
+            Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows))
         }
     }
 

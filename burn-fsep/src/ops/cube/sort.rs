@@ -29,7 +29,8 @@ pub(super) fn sort_assignments(experts: CubeTensor, num_experts: usize, topk: us
     let tiles = assignments.div_ceil(TILE);
     // Without assignments there is nothing to count, but ends are wanted: an empty tile.
     let counts = empty(tiles.max(1) * groups, DType::U32);
-    let dim = CubeDim::new_1d(groups.next_multiple_of(32).min(256) as u32);
+    let units = groups.next_multiple_of(32).min(256);
+    let dim = CubeDim::new_1d(units as u32);
     let per_tile = CubeCount::Static(tiles as u32, 1, 1);
     let elem = dtype_to_elem_type(dtype);
     if tiles > 0 {
@@ -46,7 +47,8 @@ pub(super) fn sort_assignments(experts: CubeTensor, num_experts: usize, topk: us
     }
     let one = CubeCount::Static(1, 1, 1);
     let (counts_arg, ends_arg) = (counts.clone().into_tensor_arg(), ends.clone().into_tensor_arg());
-    scan_tiles::launch(&client, one, dim, counts_arg, ends_arg, tiles as u32, groups, elem);
+    let each = groups.div_ceil(units) as u32;
+    scan_tiles::launch(&client, one, dim, counts_arg, ends_arg, tiles as u32, each, units, elem);
     if tiles > 0 {
         place_tiles::launch(
             &client,
@@ -123,40 +125,45 @@ fn count_tiles<I: Int>(
     }
 }
 
-/// Counts of tiles become the first row of each group's assignments in each tile. One cube. `[tiles, E + 2] -> [E + 2]`
+/// Counts of tiles become the first row of each group's assignments in each tile. One cube, of whose units each has `each` groups in
+/// a row: shared memory has a number of each unit, so there may be any number of groups. `[tiles, E + 2] -> [E + 2]`
 #[cube(launch)]
 fn scan_tiles<I: Int>(
     counts: &mut Tensor<u32>,
     ends: &mut Tensor<I>,
     tiles: u32,
-    #[comptime] num_groups: usize,
+    each: u32,
+    #[comptime] units: usize,
     #[define(I)] _dtype: ElemType,
 ) {
-    let mut totals = Shared::<[u32]>::new_slice(num_groups);
-    let mut group = UNIT_POS_X as usize;
-    while group < num_groups {
-        let mut total = 0u32;
+    let mut totals = Shared::<[u32]>::new_slice(units);
+    let num_groups = ends.len();
+    let unit = UNIT_POS_X as usize;
+    let first = unit * each as usize;
+    let mut end = first + each as usize;
+    if end > num_groups {
+        end = num_groups;
+    }
+    let mut total = 0u32;
+    for group in first..end {
+        for tile in 0..tiles as usize {
+            total += counts[tile * num_groups + group];
+        }
+    }
+    totals[unit] = total;
+    sync_cube();
+    let mut row = 0u32;
+    for before in 0..unit {
+        row += totals[before];
+    }
+    for group in first..end {
         for tile in 0..tiles as usize {
             let place = tile * num_groups + group;
             let count = counts[place];
-            counts[place] = total;
-            total += count;
+            counts[place] = row;
+            row += count;
         }
-        totals[group] = total;
-        group += CUBE_DIM_X as usize;
-    }
-    sync_cube();
-    let mut group = UNIT_POS_X as usize;
-    while group < num_groups {
-        let mut start = 0u32;
-        for before in 0..group {
-            start += totals[before];
-        }
-        ends[group] = I::cast_from(start + totals[group]);
-        for tile in 0..tiles as usize {
-            counts[tile * num_groups + group] += start;
-        }
-        group += CUBE_DIM_X as usize;
+        ends[group] = I::cast_from(row);
     }
 }
 

@@ -83,8 +83,9 @@ fn assignments_are_sorted_as_on_the_host() {
     if !has_device() {
         return;
     }
-    // Without any, within a tile, beyond one, and experts that are none.
-    for (assignments, experts, topk) in [(0, 4, 2), (1, 1, 1), (96, 4, 2), (1024, 8, 1), (5000, 61, 4), (4096, 700, 8)]
+    // Without any, within a tile, beyond one, experts that are none, and more groups than shared memory has numbers.
+    for (assignments, experts, topk) in
+        [(0, 4, 2), (1, 1, 1), (96, 4, 2), (1024, 8, 1), (5000, 61, 4), (4096, 700, 8), (1500, 20_000, 4)]
     {
         let chosen: Vec<i32> = (0..assignments)
             .map(|i| match i * 7919 % 101 {

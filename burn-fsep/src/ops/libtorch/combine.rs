@@ -41,8 +41,9 @@ pub(super) unsafe fn backward(
     };
     let grad = grad.f_contiguous()?;
     if let Some(fused) = Fused::of(&grad, grad.size()[1]) {
+        let sizes = [row_of.size()[0], probs.size()[1]];
         // SAFETY: the caller's promise.
-        return unsafe { fused.combine_backward(&grad, rows, row_of, probs, want_rows) }.map(wrap);
+        return unsafe { fused.combine_backward(&grad, rows, row_of, Some(probs), sizes, want_rows) }.map(wrap);
     }
     let by_token = grad.f_unsqueeze(1)?;
     let d_probs = match rows {

@@ -166,7 +166,8 @@ impl Fused {
         Ok(Some(chosen))
     }
 
-    /// `([R, D], [T * K], [T, K]) -> [T, D]`: rows of each token summed, weighted if there are probabilities.
+    /// `([R, D], [T * K], [T, K]) -> [T, D]`: rows of each token summed, weighted if there are probabilities. An index below 0 is
+    /// none.
     ///
     /// # Safety
     ///
@@ -191,31 +192,33 @@ impl Fused {
         Ok(out)
     }
 
-    /// Gradients of the rows, `[R, D]`, if wanted, and of the probabilities, `[T, K]`, if rows are given.
+    /// Gradients of the `R` rows, `[R, D]`, if wanted, and of the probabilities, `[T, K]`, if rows are given. Without
+    /// probabilities they are 1. An index below 0 is none; a row that none names is left as it is in memory.
     ///
     /// # Safety
     ///
-    /// Indices are less than `T * K`, the number of rows.
+    /// Indices are less than `R`.
     pub unsafe fn combine_backward(
         &self,
         grad: &Tensor,
         rows: Option<&Tensor>,
         row_of: &Tensor,
-        probs: &Tensor,
+        probs: Option<&Tensor>,
+        [num_rows, topk]: [i64; 2],
         want_rows: bool,
     ) -> Result<(Option<Tensor>, Option<Tensor>), TchError> {
-        let (tokens, hidden, topk) = (grad.size()[0], grad.size()[1], probs.size()[1]);
+        let (tokens, hidden) = (grad.size()[0], grad.size()[1]);
         let row_of = row_of.f_to_kind(Kind::Int64)?.f_contiguous()?;
-        let probs = probs.f_to_kind(Kind::BFloat16)?.f_contiguous()?;
+        let probs = probs.map(|probs| probs.f_to_kind(Kind::BFloat16)?.f_contiguous()).transpose()?;
         let options = (grad.kind(), grad.device());
-        let d_rows = want_rows.then(|| Tensor::f_empty([tokens * topk, hidden], options)).transpose()?;
+        let d_rows = want_rows.then(|| Tensor::f_empty([num_rows, hidden], options)).transpose()?;
         let d_probs = rows.map(|_| Tensor::f_empty([tokens, topk], options)).transpose()?;
         let optional = |tensor: Option<&Tensor>| tensor.map_or(0, address);
         let pointers = [
             address(grad),
             optional(rows),
             address(&row_of),
-            address(&probs),
+            optional(probs.as_ref()),
             optional(d_rows.as_ref()),
             optional(d_probs.as_ref()),
         ];

@@ -28,6 +28,11 @@ impl FsepDeviceOps for LibTorch {
         (row_of, assignment_of, token_of, ends)
     }
 
+    fn fsep_repeated(numbers: Vec<i64>, times: Vec<usize>, like: TchTensor) -> TchTensor {
+        let repeated = routing::repeated(&numbers, &times, &like.tensor);
+        TchTensor::new(repeated.unwrap_or_else(|error| panic!("{error}")))
+    }
+
     fn fsep_top_k(numbers: TchTensor, topk: usize) -> TchTensor {
         TchTensor::new(routing::top_k(&numbers.tensor, topk).unwrap_or_else(|error| panic!("{error}")))
     }

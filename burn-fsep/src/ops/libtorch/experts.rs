@@ -7,7 +7,7 @@ use tch::{Kind, TchError, Tensor};
 use super::{
     super::{
         ExpertActivation,
-        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
     },
     activation, cuda,
 };
@@ -263,24 +263,51 @@ pub(super) fn backward(
         if used < width {
             let _ = out.flat.f_narrow(1, used, width - used)?.f_zero_()?;
         }
-        products.gradients(&d_first, &tokens, |slot| out.gate_up(slot), || out.all_gate_up())?;
         products.gradients(&grad, &hidden, |slot| out.down(slot), || out.all_down())?;
         for (slot, rows) in slot_rows.iter().enumerate() {
             if rows.is_empty() {
                 let _ = out.flat.f_select(0, weights.rows[slot] as i64)?.f_zero_()?;
-                continue;
-            }
-            for (mut bias, grad) in out.biases(slot)?.into_iter().flatten().zip([&d_first, &grad]) {
-                bias.f_copy_(&part(grad, rows)?.f_sum_dim_intlist([0i64].as_slice(), false, None::<Kind>)?)?;
+            } else if let Some([_, bias]) = out.biases(slot)? {
+                sum_rows_to(bias, &grad, rows)?;
             }
         }
-        Some(TchTensor::new(out.flat))
+        Some(out.flat)
     } else {
         None
     };
-    drop(hidden);
+    drop((hidden, grad));
     let d_tokens = want_tokens
         .then(|| products.product(&d_first, weights.hidden, |slot| weights.gate_up(slot), || weights.all_gate_up()))
         .transpose()?;
-    Ok(ExpertsGradients { tokens: d_tokens.map(TchTensor::new), weights: d_weights })
+    let unfinished = d_weights.map(|flat| UnfinishedGradients {
+        finished: vec![TchTensor::new(flat)],
+        first: vec![TchTensor::new(d_first)],
+        tokens: TchTensor::new(tokens),
+    });
+    Ok(ExpertsGradients { tokens: d_tokens.map(TchTensor::new), weights: unfinished })
+}
+
+/// The first projection's gradients, written to their places beside what `backward` has written.
+pub(super) fn finish(
+    unfinished: UnfinishedGradients<LibTorch>,
+    weights: &ExpertWeights<LibTorch>,
+    slot_rows: &[Range<usize>],
+) -> Result<TchTensor, TchError> {
+    let [Some(flat), Some(d_first)] = [unfinished.finished, unfinished.first].map(|mut tensors| tensors.pop()) else {
+        unreachable!("`backward` leaves one tensor of each");
+    };
+    let (flat, d_first, tokens) = (flat.tensor, d_first.tensor, unfinished.tokens.tensor);
+    let out = Matrices::new(weights).of(flat);
+    let products = Products::new(&tokens, &out, slot_rows)?;
+    products.gradients(&d_first, &tokens, |slot| out.gate_up(slot), || out.all_gate_up())?;
+    for (slot, rows) in slot_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+        let Some([bias, _]) = out.biases(slot)? else { break };
+        sum_rows_to(bias, &d_first, rows)?;
+    }
+    Ok(TchTensor::new(out.flat))
+}
+
+/// Writes the gradient of a bias.
+fn sum_rows_to(mut bias: Tensor, grad: &Tensor, rows: &Range<usize>) -> Result<(), TchError> {
+    bias.f_copy_(&part(grad, rows)?.f_sum_dim_intlist([0i64].as_slice(), false, None::<Kind>)?)
 }

@@ -162,7 +162,7 @@ extern "C" __global__ void top_k(const float *numbers, long long *chosen, int ro
     }
 }
 
-// One block a token: sum over its assignments of its probabilities (1 without any) times their rows.
+// One block a token: sum over its assignments of its probabilities (1 without any) times their rows. A row below 0 is none.
 extern "C" __global__ void combine(const uint4 *rows, const long long *row_of, const bf16 *probs, uint4 *out, int topk,
                                    int width) {
     size_t first = (size_t)blockIdx.x * topk;
@@ -171,8 +171,10 @@ extern "C" __global__ void combine(const uint4 *rows, const long long *row_of, c
 #pragma unroll
         for (int j = 0; j < 8; j++) sum.v[j] = 0.0f;
         for (int k = 0; k < topk; k++) {
+            long long at = row_of[first + k];
+            if (at < 0) continue;
             float prob = probs ? low(probs[first + k]) : 1.0f;
-            Eight row(rows[(size_t)row_of[first + k] * width + i]);
+            Eight row(rows[(size_t)at * width + i]);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum.v[j] += prob * row.v[j];
         }
@@ -180,14 +182,20 @@ extern "C" __global__ void combine(const uint4 *rows, const long long *row_of, c
     }
 }
 
-// One block a token: gradients of its assignments' rows and of its probabilities, whichever is not null.
+// One block a token: gradients of its assignments' rows and of its probabilities (1 without any), whichever is not null. A row
+// below 0 is none.
 extern "C" __global__ void combine_backward(const uint4 *grad, const uint4 *rows, const long long *row_of,
                                             const bf16 *probs, uint4 *d_rows, bf16 *d_probs, int topk, int width) {
     __shared__ float sums[32];
     size_t first = (size_t)blockIdx.x * topk;
     for (int k = 0; k < topk; k++) {
+        // The same for all threads of the block.
+        if (row_of[first + k] < 0) {
+            if (d_probs && threadIdx.x == 0) d_probs[first + k] = 0;
+            continue;
+        }
         size_t row = (size_t)row_of[first + k] * width;
-        float prob = low(probs[first + k]);
+        float prob = probs ? low(probs[first + k]) : 1.0f;
         float dot = 0.0f;
         for (int i = threadIdx.x; i < width; i += blockDim.x) {
             Eight g(grad[(size_t)blockIdx.x * width + i]);

@@ -10,11 +10,14 @@ use super::{
         ExpertActivation, FsepKernels,
         replicas::sum_on_device,
         tensor_exchange::PendingTensor,
-        types::{CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices},
+        types::{
+            CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
+            UnfinishedGradients,
+        },
     },
     combine,
     cuda::Fused,
-    device_exchange, experts,
+    device_exchange, experts, places,
 };
 use crate::{
     FsepError,
@@ -40,6 +43,14 @@ impl FsepKernels for LibTorch {
         experts::backward(args, weights, activation, slot_rows).map_err(device_error)
     }
 
+    fn fsep_finish_gradients(
+        unfinished: UnfinishedGradients<Self>,
+        weights: &ExpertWeights<Self>,
+        slot_rows: &[Range<usize>],
+    ) -> Result<TchTensor, FsepError> {
+        experts::finish(unfinished, weights, slot_rows).map_err(device_error)
+    }
+
     unsafe fn fsep_combine(rows: &TchTensor, row_of: &TchTensor, probs: &TchTensor) -> Result<TchTensor, FsepError> {
         // SAFETY: the caller's promise.
         let output = unsafe { combine::forward(&rows.tensor, &row_of.tensor, &probs.tensor) };
@@ -62,6 +73,28 @@ impl FsepKernels for LibTorch {
         // SAFETY: the caller's promise.
         let sums = unsafe { combine::sum_rows(&rows.tensor, &row_of.tensor, topk as i64) };
         sums.map(TchTensor::new).map_err(device_error)
+    }
+
+    unsafe fn fsep_sum_places(
+        rows: &TchTensor,
+        places: &TchTensor,
+        weights: Option<&TchTensor>,
+        topk: usize,
+    ) -> Result<TchTensor, FsepError> {
+        // SAFETY: the caller's promise.
+        unsafe { places::sum(rows, places, weights, topk) }.map_err(device_error)
+    }
+
+    unsafe fn fsep_spread_rows(
+        rows: &TchTensor,
+        outputs: Option<&TchTensor>,
+        places: &TchTensor,
+        weights: Option<&TchTensor>,
+        sizes: [usize; 2],
+        want_rows: bool,
+    ) -> Result<CombineGradients<Self>, FsepError> {
+        // SAFETY: the caller's promise.
+        unsafe { places::spread(rows, outputs, places, weights, sizes, want_rows) }.map_err(device_error)
     }
 
     fn fsep_sum_replicas(

@@ -12,6 +12,7 @@ mod device_exchange;
 mod device_ops;
 mod experts;
 mod kernels;
+mod places;
 mod reduce;
 mod routing;
 

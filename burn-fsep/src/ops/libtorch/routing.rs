@@ -52,6 +52,17 @@ pub(super) fn sort(experts: &Tensor, num_experts: i64, topk: i64) -> Result<[Ten
     Ok([row_of, assignment_of, token_of, ends])
 }
 
+/// As [`FsepDeviceOps::fsep_repeated`](super::super::FsepDeviceOps::fsep_repeated); the host waits for nothing.
+pub(super) fn repeated(numbers: &[i64], times: &[usize], like: &Tensor) -> Result<Tensor, TchError> {
+    const NON_BLOCKING: bool = true;
+    let len = times.iter().sum::<usize>() as i64;
+    let both: Vec<i64> = numbers.iter().copied().chain(times.iter().map(|&times| times as i64)).collect();
+    let both = Tensor::f_from_slice(&both)?.f_internal_to_copy((Kind::Int64, like.device()), NON_BLOCKING)?;
+    let part = |start: usize| both.f_narrow(0, start as i64, numbers.len() as i64);
+    let repeated = part(0)?.f_repeat_interleave_self_tensor(&part(numbers.len())?, 0, len)?;
+    repeated.f_to_kind(like.kind())
+}
+
 /// As [`FsepDeviceOps::fsep_top_k`](super::super::FsepDeviceOps::fsep_top_k).
 pub(super) fn top_k(numbers: &Tensor, topk: usize) -> Result<Tensor, TchError> {
     let numbers = numbers.f_contiguous()?;

@@ -12,7 +12,7 @@ use cudarc::driver::result::memset_d8_async;
 use super::{
     super::super::{
         ExpertActivation, FsepKernels,
-        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput},
+        types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
     },
     blas::{self, Matrix, Product, driver_error},
     empty,
@@ -294,13 +294,31 @@ pub(in super::super) fn backward(
     let d_weights = if want_weights {
         let d_flat = empty(&flat, flat.meta.shape().dims());
         slots.zero_rest(&d_flat)?;
-        slots.gradients(&d_first, &tokens, &d_flat, Projection::First)?;
         slots.gradients(&grad, &hidden, &d_flat, Projection::Down)?;
         Some(d_flat)
     } else {
         None
     };
-    drop(hidden);
+    drop((hidden, grad));
     let d_tokens = want_tokens.then(|| slots.backward(&d_first, &flat, Projection::First)).transpose()?;
-    Ok(ExpertsGradients { tokens: d_tokens, weights: d_weights })
+    let unfinished = d_weights.map(|flat| UnfinishedGradients {
+        finished: vec![flat],
+        first: vec![d_first],
+        tokens: tokens.clone(),
+    });
+    Ok(ExpertsGradients { tokens: d_tokens, weights: unfinished })
+}
+
+/// As [`FsepKernels::fsep_finish_gradients`]; writes beside what [`backward`] has written.
+pub(in super::super) fn finish(
+    unfinished: UnfinishedGradients<CubeBackend>,
+    weights: &ExpertWeights<CubeBackend>,
+    slot_rows: &[Range<usize>],
+) -> Result<CubeTensor, FsepError> {
+    let UnfinishedGradients { mut finished, mut first, tokens } = unfinished;
+    let (Some(d_flat), Some(d_first)) = (finished.pop(), first.pop()) else {
+        unreachable!("`backward` leaves one tensor of each");
+    };
+    Slots::new(&tokens, weights, slot_rows)?.gradients(&d_first, &tokens, &d_flat, Projection::First)?;
+    Ok(d_flat)
 }

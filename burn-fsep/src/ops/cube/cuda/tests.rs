@@ -128,7 +128,13 @@ fn run<B: FsepKernels>(case: &Case, device: &Device<B>, dtype: FloatDType, is_de
     } else {
         B::fsep_experts_backward(args, &weights, case.activation, &slot_rows).unwrap()
     };
-    let gradients = [gradients.tokens.unwrap(), gradients.weights.unwrap()].map(one);
+    let unfinished = gradients.weights.unwrap();
+    let d_weights = if is_default {
+        slot_experts::finish::<B>(unfinished, &weights, &slot_rows)
+    } else {
+        B::fsep_finish_gradients(unfinished, &weights, &slot_rows).unwrap()
+    };
+    let gradients = [gradients.tokens.unwrap(), d_weights].map(one);
     let [tokens, weights] = gradients.map(read::<B>);
     [read::<B>(output), tokens, weights]
 }
