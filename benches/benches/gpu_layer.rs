@@ -78,6 +78,10 @@ fn main() {
     };
     let step = || drop((forward(x.clone()) * grad.clone()).sum().backward());
     let synchronize = || device.sync().expect("the device computes");
+    // Of what made the parameters nothing is left.
+    step();
+    synchronize();
+    device.memory_cleanup();
     for _ in 0..args.warmup {
         step();
     }
@@ -100,7 +104,10 @@ fn main() {
             }
             GpuBackend::Cuda | GpuBackend::Vulkan => at_start - least_free_while(&gpu, &step),
         };
-        println!("{}", serde_json::json!({"peer": peer, "peak_gib": peak as f64 / (1u64 << 30) as f64}));
+        // What the process has of the GPU, caches and all: what `nvidia-smi` shows.
+        let taken = at_start - least_free_while(&gpu, &step);
+        let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+        println!("{}", serde_json::json!({"peer": peer, "peak_gib": gib(peak), "taken_gib": gib(taken)}));
         return;
     }
     let mut times = Times::default();

@@ -48,7 +48,7 @@ pub use layer_spec::{LayerSpec, WeightStorage, options_of};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
 pub use pass::{BesideTokens, Deferred, LayerPass, PassHost, RankContext, Tracked, Unshards};
-pub use product::{ProductOps, Transposed, product};
+pub use product::{Transposed, product};
 pub use rank_rows::{PlacedAssignments, RankRows};
 pub use routed_dispatch::{ChunkDispatch, RoutedDispatch, chunk_ranges, token_exchange};
 pub use unshard::Unshard;

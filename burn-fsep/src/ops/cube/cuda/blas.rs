@@ -4,7 +4,8 @@ use std::{
     collections::BTreeMap,
     ffi::c_void,
     ptr,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, mpsc},
+    thread,
 };
 
 use burn::tensor::DType;
@@ -15,8 +16,8 @@ use cudarc::{
     },
     driver::{
         DriverError,
-        result::{event, stream},
-        sys::{CUevent, CUevent_flags, CUevent_wait_flags, CUstream},
+        result::{ctx, event, stream},
+        sys::{CUcontext, CUevent, CUevent_flags, CUevent_wait_flags, CUstream},
     },
 };
 use parking_lot::Mutex;
@@ -61,10 +62,9 @@ pub(super) struct Product {
     pub accumulate: bool,
 }
 
-/// Streams that share the products of a group: those of one fine-grained expert fill a part of a GPU only. A whole layer on an H200
-/// in bf16: 9.19 ms, on one stream 9.65 (8192 tokens, D = 2048, F = 1408, 64 experts, top-6); 14.97 ms, on one stream 15.22 (16384,
-/// 2048, 1024, 64, 8). `cublasGemmGroupedBatchedEx` is slower than one stream: 10.61 ms where that took 7.76 (the first shape, with
-/// autotuned products of the router).
+/// Streams that share the products of a group, each with a thread that queues them: those of one fine-grained expert fill a part of a
+/// GPU only, and cuBLAS takes the host as long to queue one as the GPU to compute it. `cublasGemmGroupedBatchedEx`, one call for all, is
+/// slower than one stream on an H200: 10.61 ms for a layer that took 7.76 (bf16, 8192 tokens, D = 2048, F = 1408, 64 experts, top-6).
 const STREAMS: usize = 4;
 
 /// A product with fewer rows does not fill a GPU, so several run at once.
@@ -77,14 +77,27 @@ struct Blas {
     forked: CUevent,
 }
 
-/// A stream of our own.
+/// A stream of our own, and the thread that queues products on it.
 struct Beside {
-    handle: Handle,
+    work: mpsc::Sender<Work>,
+    queued: mpsc::Receiver<Result<(), CublasError>>,
     stream: CUstream,
     done: CUevent,
 }
 
+/// Products of matrices that keep what [`multiply`] promises until they are queued.
+type Work = (Vec<Product>, cudaDataType);
+
+/// A context of the driver's, for other threads.
+struct Context(CUcontext);
+
+// SAFETY: a context may be current on any number of threads.
+unsafe impl Send for Context {}
+
 struct Handle(cublasHandle_t);
+
+// SAFETY: a handle may be used from any thread, one at a time, and whoever has it uses it alone.
+unsafe impl Send for Handle {}
 
 // SAFETY: handles, streams and events of CUDA may be used from any thread, one at a time, which `STREAMS_OF` sees to.
 unsafe impl Send for Blas {}
@@ -113,8 +126,7 @@ impl Blas {
 
     fn fork(&mut self, compute: CUstream) -> Result<(), FsepError> {
         while self.beside.len() + 1 < STREAMS {
-            let stream = stream::create(stream::StreamKind::NonBlocking).map_err(driver_error)?;
-            self.beside.push(Beside { handle: Handle::new(stream)?, stream, done: new_event().map_err(driver_error)? });
+            self.beside.push(Beside::new()?);
         }
         let fork = || -> Result<(), DriverError> {
             // SAFETY: the events and streams are alive and of the current context.
@@ -138,6 +150,36 @@ impl Blas {
         };
         join().map_err(driver_error)
     }
+}
+
+impl Beside {
+    /// In the context that is current.
+    fn new() -> Result<Self, FsepError> {
+        let context = ctx::get_current().map_err(driver_error)?.ok_or_else(|| gone("no context is current"))?;
+        let stream = stream::create(stream::StreamKind::NonBlocking).map_err(driver_error)?;
+        let (handle, context) = (Handle::new(stream)?, Context(context));
+        let (work, todo) = mpsc::channel::<Work>();
+        let (report, queued) = mpsc::channel();
+        let run = move || {
+            let (handle, Context(context)) = (handle, { context });
+            // SAFETY: the primary context lives as long as the process. Where it cannot be made current, cuBLAS says so.
+            let _ = unsafe { ctx::set_current(context) };
+            while let Ok((products, dtype)) = todo.recv() {
+                // SAFETY: `multiply` waits for the report, until then what its caller promises holds.
+                let queued = products.iter().try_for_each(|product| unsafe { handle.multiply(product, dtype) });
+                if report.send(queued).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("fsep-cublas".into()).spawn(run);
+        thread.map_err(|error| FsepError::Device(format!("no thread for cuBLAS: {error}")))?;
+        Ok(Self { work, queued, stream, done: new_event().map_err(driver_error)? })
+    }
+}
+
+fn gone(reason: &str) -> FsepError {
+    FsepError::Device(format!("cuBLAS: {reason}"))
 }
 
 /// # Safety
@@ -225,25 +267,29 @@ pub(super) unsafe fn multiply(
     let blas = Blas::of(gpu, compute)?;
     let mut blas = blas.lock();
     let rows = products.iter().map(|product| product.rows_of_tokens()).sum::<usize>();
-    let is_shared = products.len() > 1 && rows <= FILLED_FROM * products.len();
-    if is_shared {
-        blas.fork(compute)?;
-    }
-    let queue = || {
-        products.iter().enumerate().try_for_each(|(i, product)| {
-            let handle = match i % STREAMS {
-                place if is_shared && place > 0 => &blas.beside[place - 1].handle,
-                _ => &blas.handle,
-            };
-            // SAFETY: the caller's.
-            unsafe { handle.multiply(product, dtype) }
-        })
+    let own = |blas: &Blas, products: &mut dyn Iterator<Item = &Product>| {
+        // SAFETY: the caller's.
+        products.try_for_each(|product| unsafe { blas.handle.multiply(product, dtype) }).map_err(blas_error)
     };
-    let queued = queue().map_err(blas_error);
-    if is_shared {
-        // Also of a group that failed something may be queued.
-        blas.join(compute)?;
+    if products.len() == 1 || rows > FILLED_FROM * products.len() {
+        return own(&blas, &mut products.iter());
     }
+    blas.fork(compute)?;
+    let share = |place: usize| products.iter().skip(place).step_by(STREAMS);
+    let ended = || gone("a thread that queues products has ended");
+    let mut queued = Ok(());
+    for (i, beside) in blas.beside.iter().enumerate() {
+        let sent = beside.work.send((share(i + 1).copied().collect(), dtype));
+        queued = queued.and(sent.map_err(|_| ended()));
+    }
+    queued = queued.and(own(&blas, &mut share(0)));
+    for beside in &blas.beside {
+        // Waited for in any case: until then a thread may queue more.
+        let reported = beside.queued.recv();
+        queued = queued.and(reported.map_err(|_| ended()).and_then(|queued| queued.map_err(blas_error)));
+    }
+    // Also of a group that failed something may be queued.
+    blas.join(compute)?;
     queued
 }
 
