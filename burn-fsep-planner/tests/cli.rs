@@ -132,6 +132,35 @@ fn a_report_is_one_page_with_every_figure() {
 }
 
 #[test]
+fn replay_tells_what_tokens_need_to_other_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tokens = "layer,step,src_rank,choice0,choice1,choice2,choice3\n".to_string();
+    for step in 0..4 {
+        for rank in 0..4 {
+            for token in 0..200usize {
+                // Expert 0 is every token's, so it has replicas; the others differ.
+                let other = |k: usize| 1 + (token * 7 + rank * 3 + step + k * 5) % 15;
+                tokens.push_str(&format!("0,{step},{rank},0,{},{},{}\n", other(0), other(1), other(2)));
+            }
+        }
+    }
+    std::fs::write(folder.path().join("tokens.csv"), &tokens).unwrap();
+    let options = "--tokens tokens.csv --experts 16 --slots-per-rank 5 --ranks-per-node 4 --strategy min-max";
+    let table = run(folder.path(), &format!("replay {options}")).unwrap();
+    let row = table.lines().rfind(|line| line.starts_with("min-max")).unwrap();
+    let cells: Vec<f64> = row.split_whitespace().skip(1).map(|cell| cell.parse().unwrap()).collect();
+    let [by_assignment, by_rank, _, shared, share] = cells[..] else { panic!("{table}") };
+    assert!(shared < by_rank && by_rank < by_assignment && share < 0.9, "{table}");
+    for (line, expected) in [
+        (format!("replay {options} --trace trace.csv"), "--trace"),
+        (options.replace("--experts 16", "--experts 8").replace("--tokens", "replay --tokens"), "expected one of 0..8"),
+    ] {
+        let error = run(folder.path(), &line).unwrap_err();
+        assert!(error.contains(expected) && !error.contains("panicked"), "{line}: {error}");
+    }
+}
+
+#[test]
 fn replay_makes_workloads() {
     let folder = tempfile::tempdir().unwrap();
     let options = "--ranks 8 --ranks-per-node 8 --slots-per-rank 3 --experts 16 --steps 6";

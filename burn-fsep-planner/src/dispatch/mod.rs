@@ -7,6 +7,7 @@ mod flow;
 mod min_cost;
 mod min_max;
 mod plan;
+mod replica_choice;
 mod token_rows;
 
 pub use dispatcher::Dispatcher;
@@ -15,4 +16,5 @@ pub(crate) use even_over_all::EvenOverAll;
 pub(crate) use flow::Flow;
 pub use min_max::MinMax;
 pub use plan::{DispatchPlan, Share};
+pub use replica_choice::ReplicaChoice;
 pub use token_rows::TokenRowBounds;

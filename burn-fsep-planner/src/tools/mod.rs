@@ -6,6 +6,7 @@ mod bound;
 pub mod cli;
 pub mod replay;
 pub mod simulator;
+pub mod token_trace;
 pub mod trace;
 pub mod workload;
 

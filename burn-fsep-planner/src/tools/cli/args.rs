@@ -71,8 +71,12 @@ pub struct ReportArgs {
 #[derive(Args, Debug)]
 pub struct TraceArgs {
     /// CSV: layer,step,src_rank,expert0,expert1,.. (for example what `moe-lm --record-trace` writes)
-    #[arg(long, required_unless_present = "workload")]
+    #[arg(long, required_unless_present_any = ["workload", "tokens"])]
     pub trace: Option<PathBuf>,
+    /// CSV of each token's experts instead: layer,step,src_rank,choice0,choice1,.. `replay` then also tells how many rows the tokens
+    /// need to other ranks. Needs --experts.
+    #[arg(long, requires = "experts", conflicts_with_all = ["trace", "workload"])]
+    pub tokens: Option<PathBuf>,
     /// Generated counts instead of a trace: w0-balanced, w1-hot-expert-set, w2-hot-rank, w3-spread-hot-experts,
     /// w4-source-ragged, w5-zero-expert-rank, w6-rotating-hotspot, w7-burst, PERCENT:EXPERTS (percent of the load on so
     /// many experts, as 80:4), zipf:MAX_OVER_MEAN, zipf-power:POWER, log-normal:SIGMA, sudden-shift, slow-drift, periodic
@@ -82,7 +86,7 @@ pub struct TraceArgs {
     /// Ranks of the workload.
     #[arg(long, requires = "workload")]
     pub ranks: Option<usize>,
-    /// Experts of the workload.
+    /// Experts of the workload, or of `--tokens`.
     #[arg(long, default_value_t = 64)]
     pub experts: usize,
     /// Experts per token of the workload.
