@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
-    tensor::{Gradients, Tensor, TensorData, activation::softmax},
+    tensor::{Device, Gradients, Tensor, TensorData, activation::softmax},
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntimeConfig, TokenRows,
@@ -189,7 +189,7 @@ impl ParityCase {
     /// If they differ.
     pub fn compare(&self, results: Vec<Vec<ParityStep>>, tolerance: f64) -> f64 {
         let (case, ranks) = (self, self.tokens.len());
-        let dense = case.config.init_dense(case.seed, 0, &device()).unwrap();
+        let dense = case.config.init_dense(case.seed, 0, &reference()).unwrap();
         let all_expected: Vec<ParityStep> =
             self.inputs().iter().map(|(x, target)| dense_step(&dense, x, target, case)).collect();
         let routers = all_expected.iter().flat_map(|step| &step.d_router);
@@ -232,6 +232,11 @@ impl ParityCase {
     }
 }
 
+/// What the dense layer computes on, whatever the ranks do: CubeCL's products in single precision are of TF32 on NVIDIA GPUs.
+fn reference() -> Device {
+    Device::flex().autodiff()
+}
+
 fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
@@ -257,7 +262,7 @@ fn other_gradients(router: &TopKRouter, shared_expert: &Option<SharedExpert>, gr
 fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) -> ParityStep {
     let hidden = case.config.hidden_size;
     let matrix = |values: &[f32]| {
-        Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len() / hidden, hidden]), &device())
+        Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len() / hidden, hidden]), &reference())
     };
     let x = matrix(x).require_grad();
     let output = dense.try_forward(x.clone()).unwrap();
@@ -278,12 +283,12 @@ fn dense_step(dense: &DenseMoE, x: &[f32], target: &[f32], case: &ParityCase) ->
 fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, config: &FSEPMoEConfig) -> Tensor<1> {
     let experts = config.num_moe_experts;
     if x.dims()[0] == 0 {
-        return Tensor::zeros([1], &device());
+        return Tensor::zeros([1], &reference());
     }
     let chosen: Vec<i64> = dense.router.forward(x.clone()).unwrap().experts.into_data().iter().collect();
     let mut shares = vec![0.0f32; experts];
     chosen.iter().for_each(|&e| shares[e as usize] += 1.0 / chosen.len() as f32);
-    let shares = Tensor::<2>::from_data(TensorData::new(shares, [1, experts]), &device());
+    let shares = Tensor::<2>::from_data(TensorData::new(shares, [1, experts]), &reference());
 
     let logits = x.matmul(dense.router.weight.val());
     let mean_probs = softmax(logits.clone(), 1).mean_dim(0);

@@ -106,17 +106,6 @@ pub(super) fn gpu_of(device: &Device) -> Option<usize> {
     None
 }
 
-/// Index of the GPU on whose memory NCCL exchanges this device's tensors, if it is one.
-pub(super) fn nccl_gpu_of(device: &Device) -> Option<usize> {
-    #[cfg(feature = "cuda")]
-    if let burn::backend::DispatchDevice::Cube(burn::backend::CubeDevice::Cuda(cuda)) =
-        device.clone().inner().as_dispatch()
-    {
-        return Some(cuda.index);
-    }
-    gpu_of(device)
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;

@@ -2,11 +2,7 @@ use std::{fmt, sync::Arc};
 
 use burn::tensor::Device;
 
-use super::{
-    LaunchError, Rank, RankConfig, RankEnvironment, RunError,
-    device::{gpu_of, nccl_gpu_of},
-    engine::Transport,
-};
+use super::{LaunchError, Rank, RankConfig, RankEnvironment, RunError, device::gpu_of, engine::Transport};
 use crate::{
     Timeline,
     burn_compat::panic_message,
@@ -141,10 +137,9 @@ impl Ranks {
             self.check_engine(&*control)?;
             topology = environment.topology(&*control)?;
         }
-        // A timeline times LibTorch's stream.
         let gpu = gpu_of(&device);
         let timeline = self.config.timeline.then(|| timeline(gpu)).transpose()?;
-        self.transport.run(self.config.timeout, control, nccl_gpu_of(&device), timeline.clone().as_ref(), |comm| {
+        self.transport.run(self.config.timeout, control, gpu, timeline.clone().as_ref(), |comm| {
             program(Rank { comm, device, gpu, topology, timeline }).map_err(RunError::Program)
         })
     }

@@ -166,7 +166,7 @@ impl Beside {
             let _ = unsafe { ctx::set_current(context) };
             while let Ok((products, dtype)) = todo.recv() {
                 // SAFETY: `multiply` waits for the report, until then what its caller promises holds.
-                let queued = products.iter().try_for_each(|product| unsafe { handle.multiply(product, dtype) });
+                let queued = unsafe { handle.multiply_all(&products, dtype) };
                 if report.send(queued).is_err() {
                     return;
                 }
@@ -200,6 +200,18 @@ impl Handle {
         // SAFETY: both are alive.
         unsafe { result::set_stream(handle.0, stream.cast()) }.map_err(blas_error)?;
         Ok(handle)
+    }
+
+    /// # Safety
+    ///
+    /// As [`Handle::multiply`].
+    unsafe fn multiply_all<'a>(
+        &self,
+        products: impl IntoIterator<Item = &'a Product>,
+        dtype: cudaDataType,
+    ) -> Result<(), CublasError> {
+        // SAFETY: the caller's.
+        products.into_iter().try_for_each(|product| unsafe { self.multiply(product, dtype) })
     }
 
     /// # Safety
@@ -267,12 +279,9 @@ pub(super) unsafe fn multiply(
     let blas = Blas::of(gpu, compute)?;
     let mut blas = blas.lock();
     let rows = products.iter().map(|product| product.rows_of_tokens()).sum::<usize>();
-    let own = |blas: &Blas, products: &mut dyn Iterator<Item = &Product>| {
-        // SAFETY: the caller's.
-        products.try_for_each(|product| unsafe { blas.handle.multiply(product, dtype) }).map_err(blas_error)
-    };
     if products.len() == 1 || rows > FILLED_FROM * products.len() {
-        return own(&blas, &mut products.iter());
+        // SAFETY: the caller's.
+        return unsafe { blas.handle.multiply_all(products, dtype) }.map_err(blas_error);
     }
     blas.fork(compute)?;
     let share = |place: usize| products.iter().skip(place).step_by(STREAMS);
@@ -282,7 +291,8 @@ pub(super) unsafe fn multiply(
         let sent = beside.work.send((share(i + 1).copied().collect(), dtype));
         queued = queued.and(sent.map_err(|_| ended()));
     }
-    queued = queued.and(own(&blas, &mut share(0)));
+    // SAFETY: the caller's.
+    queued = queued.and(unsafe { blas.handle.multiply_all(share(0), dtype) }.map_err(blas_error));
     for beside in &blas.beside {
         // Waited for in any case: until then a thread may queue more.
         let reported = beside.queued.recv();
