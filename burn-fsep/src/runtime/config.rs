@@ -110,8 +110,8 @@ impl FsepRuntimeConfig {
 
     /// Sets in how many chunks the tokens of a pass go through a layer (1 by default): while the experts compute one, the next
     /// travels to them and the one before back. Of `n` chunks about `1 - 1 / n` of the tokens' travel is hidden, and what it takes
-    /// is `n` times the launches and products of an `n`-th of the rows. It pays where tokens travel for longer than that costs:
-    /// between GPUs from some thousand rows a slot on.
+    /// is `n` times the launches and products of an `n`-th of the rows. It pays where tokens travel for longer than that costs, which
+    /// between two H200 with NVLink they did not.
     pub fn with_token_chunks(mut self, chunks: usize) -> Self {
         self.token_chunks = chunks;
         self
