@@ -260,7 +260,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
             .with_prefetch_forward(!args.no_prefetch_forward)
             .with_prefetch_backward(!args.no_prefetch_backward)
             .with_delay_reshard(!args.no_delay_reshard)
-            .with_kept_layers(args.kept_layers),
+            .with_kept_layers(if args.no_prefetch_backward { 0 } else { args.kept_layers }),
     );
     config.timeline = timeline.clone();
     config.token_rows = args.token_rows.into();

@@ -1,8 +1,6 @@
 //! Spans of a timeline that begin and end in backward.
 
-#[cfg(feature = "libtorch")]
-use std::sync::PoisonError;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn_fsep::{Timeline, TimelineSpan};
 
@@ -29,22 +27,21 @@ impl BackwardSpan {
         Self { name, timeline: timeline.cloned(), open: Arc::default() }
     }
 
-    #[cfg(feature = "libtorch")]
     fn set(&self, span: Option<TimelineSpan>) {
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = span;
     }
 }
 
 impl BackwardMark {
-    #[cfg(feature = "libtorch")]
-    pub(crate) fn before(&self) {
+    /// What an operation calls before it computes in backward.
+    pub fn before(&self) {
         if let Self::Begins(span) = self {
             span.set(span.timeline.as_ref().and_then(|timeline| timeline.compute(span.name)));
         }
     }
 
-    #[cfg(feature = "libtorch")]
-    pub(crate) fn after(&self) {
+    /// What it calls when it has.
+    pub fn after(&self) {
         if let Self::Ends(span) = self {
             span.set(None);
         }

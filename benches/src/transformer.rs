@@ -1,7 +1,7 @@
 //! Attention and normalisation of a transformer on any backend: on LibTorch by its own operations, since Burn's would fill the step,
 //! elsewhere by Burn's.
 
-use burn::tensor::{DType, FloatDType, Tensor, module, ops::AttentionModuleOptions};
+use burn::tensor::{FloatDType, Tensor, module, ops::AttentionModuleOptions};
 
 use crate::BackwardMark;
 #[cfg(feature = "libtorch")]
@@ -27,7 +27,7 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, mark: BackwardMark) -> Tensor<2
     let dtype = x.dtype();
     let wide = x.cast(FloatDType::F32);
     let scale = (wide.clone().square().mean_dim(1) + 1e-6).sqrt();
-    (wide / scale).cast(dtype) * weight.cast(DType::from(dtype)).unsqueeze()
+    (wide / scale).cast(dtype) * weight.cast(dtype).unsqueeze()
 }
 
 #[cfg(feature = "libtorch")]

@@ -226,9 +226,12 @@ fn by_default_little_is_sent_as_before() {
 }
 
 #[test]
-fn no_chunk_is_refused() {
-    let error = FsepRuntimeConfig::new().with_token_chunks(0).init(Arc::new(LocalCommunicator::single())).unwrap_err();
-    assert!(error.to_string().contains("token_chunks"), "{error}");
+fn no_chunk_and_absurdly_many_are_refused() {
+    for chunks in [0, usize::MAX] {
+        let config = FsepRuntimeConfig::new().with_token_chunks(chunks);
+        let error = config.init(Arc::new(LocalCommunicator::single())).unwrap_err();
+        assert!(error.to_string().contains("token_chunks"), "{error}");
+    }
 }
 
 #[test]

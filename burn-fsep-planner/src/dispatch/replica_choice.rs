@@ -54,7 +54,7 @@ impl ReplicaChoice {
     }
 
     /// Where a token stands among those of an expert: by the first replica on one of `ranks`; a token that goes to none of them
-    /// behind those of its own rank's replica, where it costs nothing, or of the last one.
+    /// with those of its own rank's replica, where it costs nothing, or between those of others.
     fn key(self, plan: &DispatchPlan, source: usize, expert: usize, ranks: &[usize]) -> usize {
         let shares = plan.shares(source, expert);
         if self == Self::InOrder || shares.len() < 2 {
@@ -63,8 +63,8 @@ impl ReplicaChoice {
         let is_met = |rank: usize| rank != source && ranks.contains(&rank);
         let met = shares.iter().position(|share| is_met(share.rank as usize));
         let own = shares.iter().position(|share| share.rank as usize == source);
-        // Between two replicas' keys is room for those that may go anywhere.
-        met.map_or(own.map_or(2 * shares.len() - 1, |own| 2 * own + 1), |met| 2 * met)
+        // Between two replicas' keys is room for those that may go anywhere. As burn-fsep's `replica_order`.
+        met.map_or(own.map_or((shares.len() - 1) | 1, |own| 2 * own), |met| 2 * met)
     }
 }
 

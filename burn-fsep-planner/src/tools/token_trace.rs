@@ -15,6 +15,9 @@ pub struct TokenTrace {
     num_experts: usize,
 }
 
+/// No trace has more ranks.
+const MAX_RANKS: usize = 1 << 13;
+
 impl TokenTrace {
     /// Reads a trace of `num_experts` experts from CSV.
     ///
@@ -42,8 +45,8 @@ impl TokenTrace {
             }
             let rank = numbers[2] as usize;
             // A wrong number of a rank would ask for that much memory.
-            if rank > 1 << 20 {
-                return fail(at, format!("src_rank {rank}: expected a rank"));
+            if rank >= MAX_RANKS {
+                return fail(at, format!("src_rank {rank}: expected one of 0..{MAX_RANKS}"));
             }
             let ranks = tokens.entry((numbers[0] as usize, numbers[1] as usize)).or_default();
             ranks.resize(ranks.len().max(rank + 1), Vec::new());

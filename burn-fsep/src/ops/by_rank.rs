@@ -64,7 +64,12 @@ pub(super) fn start_tokens<B: FsepKernels>(
     let dtype = if probs.dtype() == DType::F64 { FloatDType::F64 } else { FloatDType::F32 };
     let weights = cast::<B>(B::float_select(probs.clone(), 0, rows.token_of.clone()), Some(dtype));
     let places = B::float_reshape(B::int_into_float(rows.places.clone(), dtype), weights.shape());
-    let routes = start_rows::<B>(B::float_cat(vec![weights, places], 1), pass, exchange(chunk), ROUTES_OUT)?;
+    let routes = if weights.shape()[0] == 0 {
+        B::float_zeros(Shape::new([0, 2 * pass.spec.topk]), &weights.device(), dtype)
+    } else {
+        B::float_cat(vec![weights, places], 1)
+    };
+    let routes = start_rows::<B>(routes, pass, exchange(chunk), ROUTES_OUT)?;
     Ok(Travelling { tokens, routes })
 }
 
@@ -83,7 +88,8 @@ impl<B: FsepKernels> Travelling<B> {
         };
         let places = B::float_reshape(half(topk), Shape::new([num_rows * topk]));
         let places = B::float_into_int(places, rows.places.dtype().into());
-        // They came from other ranks, and kernels do not ask.
+        // They came from other ranks: what is no place of this rank is none. That each slot row is named once follows from the
+        // dispatch, which all ranks have computed alike.
         let bools = bool_dtype::<B>(&places.device());
         let is_outside = B::int_greater_equal_elem(places.clone(), (num_slot_rows as i64).into(), bools);
         let routes = Routes { places: B::int_mask_fill(places, is_outside, (-1i64).into()), weights: half(0) };

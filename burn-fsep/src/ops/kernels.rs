@@ -10,7 +10,9 @@ use burn::{
 use burn_fsep_planner::Layout;
 
 use super::{
-    ExpertActivation, Transposed, activation, combine, places, product, replicas, slot_experts,
+    ExpertActivation, Transposed, activation, combine,
+    multiply::multiply,
+    places, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
     types::{
         CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
@@ -55,7 +57,7 @@ pub trait FsepKernels: Backend {
     /// A product of two matrices of one type, one of them transposed or neither. For router and shared expert, which have to come
     /// after what was queued before as Burn's own products do.
     fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
-        product::multiply::<Self>(left, right, transposed)
+        multiply::<Self>(left, right, transposed)
     }
 
     /// The rest of [`FsepKernels::fsep_experts_backward`]: gradients shaped as [`ExpertWeights::flat`], zero for slots without tokens
@@ -190,7 +192,7 @@ pub trait FsepKernels: Backend {
     ///
     /// # Safety
     ///
-    /// Every place is below `num_rows`, the number of rows of `outputs`.
+    /// Every place is below `num_rows`, the number of rows of `outputs`; each of these rows is named by one place.
     unsafe fn fsep_spread_rows(
         rows: &FloatTensor<Self>,
         outputs: Option<&FloatTensor<Self>>,

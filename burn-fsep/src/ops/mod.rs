@@ -20,6 +20,7 @@ mod layer_spec;
 #[cfg(feature = "libtorch")]
 mod libtorch;
 mod moe_pass;
+mod multiply;
 mod pass;
 mod pass_rows;
 mod places;
@@ -47,8 +48,9 @@ pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage, options_of};
 #[cfg(feature = "libtorch")]
 pub(crate) use libtorch::{AdamWStep, AdamWTensors, fused_adamw, fuses_adamw};
+pub use multiply::Transposed;
 pub use pass::{BesideTokens, Deferred, LayerPass, PassHost, RankContext, Tracked, Unshards};
-pub use product::{Transposed, product};
+pub use product::product;
 pub use rank_rows::{PlacedAssignments, RankRows};
 pub use routed_dispatch::{ChunkDispatch, RoutedDispatch, chunk_ranges, token_exchange};
 pub use unshard::Unshard;

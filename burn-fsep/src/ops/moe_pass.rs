@@ -1,6 +1,6 @@
 use burn::{
     backend::{Backend, TensorMetadata, tensor::FloatTensor},
-    tensor::Slice,
+    tensor::{Shape, Slice},
 };
 
 use super::{
@@ -195,11 +195,20 @@ fn tokens_of<B: Backend>(all: &FloatTensor<B>, chunk: &ChunkDispatch) -> FloatTe
         return all.clone();
     }
     let width = all.shape()[1];
+    if chunk.range.is_empty() {
+        return B::float_zeros(Shape::new([0, width]), &all.device(), all.dtype().into());
+    }
     B::float_slice(all.clone(), &[Slice::from(chunk.range.clone()), Slice::from(0..width)])
 }
 
-/// The rows of all chunks, of which there is one at least.
+/// The rows of all chunks, of which there is one at least. Backends concatenate no empty parts.
 fn cat_chunks<B: Backend>(mut chunks: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    let has_rows = |chunk: &FloatTensor<B>| chunk.shape()[0] > 0;
+    if chunks.iter().any(has_rows) {
+        chunks.retain(has_rows);
+    } else {
+        chunks.truncate(1);
+    }
     match chunks.len() {
         1 => chunks.swap_remove(0),
         _ => B::float_cat(chunks, 0),

@@ -2,10 +2,10 @@
 
 use burn::{
     backend::{
-        Backend,
+        Backend, TensorMetadata,
         tensor::{FloatTensor, IntTensor},
     },
-    tensor::Slice,
+    tensor::{Shape, Slice},
 };
 
 use super::{
@@ -73,6 +73,9 @@ impl<B: Backend> Parts<B> {
         }
         let start = self.taken;
         self.taken += len;
+        if len == 0 {
+            return B::int_zeros(Shape::new([0]), &self.all.device(), self.all.dtype().into());
+        }
         B::int_slice(self.all.clone(), &[Slice::from(start..start + len)])
     }
 }

@@ -14,7 +14,7 @@ use burn::{
     tensor::Tensor,
 };
 
-use super::FsepKernels;
+use super::{FsepKernels, Transposed};
 
 /// A product of two matrices as an operation of a backend. `Autodiff` adds the backward pass.
 #[backend_extension(Cube: cfg(feature = "cube"), Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "libtorch"), Autodiff)]
@@ -26,30 +26,6 @@ pub trait ProductOps: Backend {
 impl<B: FsepKernels> ProductOps for B {
     fn fsep_product(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
         B::fsep_multiply(left, right, Transposed::Neither)
-    }
-}
-
-/// Which factor of a product is taken transposed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transposed {
-    /// `left * right`
-    Neither,
-    /// `left^T * right`
-    Left,
-    /// `left * right^T`
-    Right,
-}
-
-/// What a backend without products of its own computes: Burn's.
-pub(super) fn multiply<B: Backend>(
-    left: FloatTensor<B>,
-    right: FloatTensor<B>,
-    transposed: Transposed,
-) -> FloatTensor<B> {
-    match transposed {
-        Transposed::Neither => B::float_matmul(left, right),
-        Transposed::Left => B::float_matmul(B::float_transpose(left), right),
-        Transposed::Right => B::float_matmul(left, B::float_transpose(right)),
     }
 }
 

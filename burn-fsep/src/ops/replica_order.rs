@@ -45,10 +45,11 @@ pub(super) fn order_by_replica(row_of: Tensor<1, Int>, plan: &DispatchPlan, spec
         let ranks = ranks.chain(std::iter::repeat_n(-2, replicas)).take(replicas);
         if shares(expert).len() > 1 { ranks.collect() } else { vec![-2; replicas] }
     };
-    // Behind which of several replicas an assignment stands that goes to none of them anyway.
+    // Where among those of several replicas an assignment stands that goes to none of them anyway: with those of this rank's, or
+    // between two replicas', whose keys are even.
     let free = |expert: usize| {
         let here = shares(expert).iter().position(|share| share.rank as usize == rank);
-        here.map_or(shares(expert).len() as i64 - 1, |here| 2 * here as i64)
+        here.map_or((shares(expert).len() as i64 - 1) | 1, |here| 2 * here as i64)
     };
     let only = upload((0..experts).map(only).collect()).select(0, expert_of.clone());
     let several = upload((0..experts).flat_map(several).collect()).reshape([experts, replicas]);

@@ -46,6 +46,9 @@ pub struct FsepRuntimeConfig {
     pub timeline: Option<Timeline>,
 }
 
+/// Each costs a sort, a dispatch and its counts, also where it is empty.
+const MAX_TOKEN_CHUNKS: usize = 1024;
+
 impl Default for FsepRuntimeConfig {
     fn default() -> Self {
         Self::new()
@@ -128,11 +131,12 @@ impl FsepRuntimeConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] if the topology is not one of `comm`'s ranks or the
+    /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] for no chunk of tokens or more than 1024, if the topology is not one of `comm`'s ranks or the
     /// configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
-        if self.token_chunks == 0 {
-            return Err(FsepError::Config("`token_chunks` is 0: tokens go through a layer in 1 chunk at least".into()));
+        if !(1..=MAX_TOKEN_CHUNKS).contains(&self.token_chunks) {
+            let chunks = self.token_chunks;
+            return Err(FsepError::Config(format!("`token_chunks` is {chunks}: give 1 to {MAX_TOKEN_CHUNKS}")));
         }
         let topology = self.topology_of(comm.size())?;
         let repair = self.repair.map(LayoutRepair::new).transpose()?;

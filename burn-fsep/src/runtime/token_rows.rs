@@ -12,7 +12,8 @@ pub enum TokenRows {
     Auto,
     /// Once for each of a token's experts.
     ByAssignment,
-    /// Once to each rank that computes any of a token's experts; a rank weighs and sums what its experts make of a token.
+    /// Once to each rank that computes any of a token's experts; a rank weighs and sums what its experts make of a token. Passes in
+    /// which a rank has 2^24 slot rows or more are by assignment.
     ByRank {
         /// Ranks tell each other how many rows there are, which the host waits for. Otherwise there is room for as many as the
         /// dispatch allows, which with few ranks and many experts a token is hardly more.

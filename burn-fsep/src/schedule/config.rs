@@ -15,7 +15,7 @@ pub struct ScheduleConfig {
     pub delay_reshard: bool,
     /// How many of a step's last layers keep their experts from forward to backward, instead of freeing and restoring them once
     /// more: a third of the traffic of their parameters, for the memory of their `C` experts each. `usize::MAX` keeps all, as
-    /// FSDP2's `reshard_after_forward=False`. Of the last layer alone backward would begin by waiting.
+    /// FSDP2's `reshard_after_forward=False`. With 0 backward begins by waiting for the last layer's.
     #[config(default = 1)]
     pub kept_layers: usize,
 }

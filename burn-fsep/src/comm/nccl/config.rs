@@ -25,7 +25,7 @@ pub struct NcclConfig {
     #[new(value = "cfg!(debug_assertions)")]
     pub check_signatures: bool,
     /// Thread blocks of an exchange that compute hides, of parameters and their gradients (NCCL's `maxCTAs`); each takes a
-    /// multiprocessor from the experts. As many as tokens have by default.
+    /// multiprocessor from the experts. As many as tokens have by default, and at most.
     #[new(default)]
     pub background_ctas: Option<usize>,
     /// Records the exchanges between buffers on the GPU, a track for each communicator.
@@ -83,6 +83,9 @@ impl NcclConfig {
             return Err(fail(
                 "libnccl.so was not found: put its folder on LD_LIBRARY_PATH (scripts/libtorch.py --cuda does)".into(),
             ));
+        }
+        if self.background_ctas == Some(0) {
+            return Err(fail("`background_ctas` is 0: an exchange needs a thread block at least".into()));
         }
         let context =
             CudaContext::new(self.gpu).map_err(|error| fail(format!("GPU {} cannot be used: {error}", self.gpu)))?;

@@ -14,7 +14,9 @@ use burn_fusion::{ExecutionError, Fusion, FusionBackend};
 
 use super::{
     super::{
-        ExpertActivation, FsepKernels, Transposed, combine, product, slot_experts,
+        ExpertActivation, FsepKernels, Transposed, combine,
+        multiply::multiply,
+        slot_experts,
         types::{
             CombineGradients, ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, RowIndices,
             UnfinishedGradients,
@@ -142,7 +144,7 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
 
     fn fsep_multiply(left: FloatTensor<Self>, right: FloatTensor<Self>, transposed: Transposed) -> FloatTensor<Self> {
         if !has_own_products::<B>([&left, &right]) {
-            return product::multiply::<Self>(left, right, transposed);
+            return multiply::<Self>(left, right, transposed);
         }
         let [rows, columns] = match transposed {
             Transposed::Neither => [left.shape[0], right.shape[1]],

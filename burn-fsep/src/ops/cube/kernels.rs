@@ -17,7 +17,9 @@ use super::{
 #[cfg(feature = "cuda")]
 use super::{
     super::{
-        Transposed, product, slot_experts,
+        Transposed,
+        multiply::multiply,
+        slot_experts,
         types::{ExpertWeights, ExpertsBackward, ExpertsGradients, ExpertsOutput, UnfinishedGradients},
     },
     cuda,
@@ -63,7 +65,7 @@ impl FsepKernels for CubeBackend {
         if cuda::product::multiplies(&left.device, [left.dtype, right.dtype]) {
             cuda::product::multiply(left, right, transposed).unwrap_or_else(|error| panic!("{error}"))
         } else {
-            product::multiply::<Self>(left, right, transposed)
+            multiply::<Self>(left, right, transposed)
         }
     }
 

@@ -99,7 +99,7 @@ struct Handle(cublasHandle_t);
 // SAFETY: a handle may be used from any thread, one at a time, and whoever has it uses it alone.
 unsafe impl Send for Handle {}
 
-// SAFETY: handles, streams and events of CUDA may be used from any thread, one at a time, which `STREAMS_OF` sees to.
+// SAFETY: handles, streams and events of CUDA may be used from any thread, one at a time, which the lock around it sees to.
 unsafe impl Send for Blas {}
 
 /// By GPU and stream of CubeCL's.

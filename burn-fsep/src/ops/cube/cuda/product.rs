@@ -1,7 +1,10 @@
 //! Products of whole matrices by cuBLAS.
 
-use burn::{backend::CubeDevice, tensor::DType};
-use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
+use burn::{
+    backend::{CubeDevice, ops::FloatTensorOps},
+    tensor::{DType, Shape},
+};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
     super::super::Transposed,
@@ -33,12 +36,16 @@ pub(in super::super) fn multiply(
     let in_order = |[rows, columns]: [usize; 2], transpose| if transpose { [columns, rows] } else { [rows, columns] };
     let ([rows, inner], [right_rows, columns]) =
         (in_order(left_dims, transpose_left), in_order(right_dims, transpose_right));
-    if inner != right_rows || inner == 0 {
+    if inner != right_rows {
         return Err(FsepError::Shape {
             what: "rows of the right factor of a product".into(),
-            expected: inner.max(1).to_string(),
+            expected: inner.to_string(),
             actual: right_rows.to_string(),
         });
+    }
+    if inner == 0 {
+        // The gradient of a matrix on a rank without tokens.
+        return Ok(CubeBackend::float_zeros(Shape::new([rows, columns]), &left.device, left.dtype.into()));
     }
     let output = empty(&left, [rows, columns]);
     if rows * columns == 0 {

@@ -47,6 +47,10 @@ fn check_products<B: FsepKernels>(device: &Device<B>) {
         let product = B::fsep_multiply(factor(left, 0.1), factor(right, 0.9), transposed);
         read::<B>(B::float_add_scalar(product, 1.0.into()))
     }
+    // The gradient of a matrix on a rank without tokens.
+    let none = |width| B::float_zeros([0, width].into(), device, FloatDType::F32);
+    let gradient = read::<B>(B::fsep_multiply(none(3), none(5), Left));
+    assert_eq!(gradient, [0.0; 15]);
     for (dtype, tolerance) in [(FloatDType::F32, 1e-6), (FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)] {
         for transposed in [Neither, Left, Right] {
             let expected = run::<Flex>(&FlexDevice, transposed, FloatDType::F32);
