@@ -94,18 +94,19 @@ fn main() {
             step();
             synchronize();
         };
+        let (free, least) = (free_bytes(&gpu), least_free_while(&gpu, &step));
+        // What the process has of the GPU, caches and all: what `nvidia-smi` shows.
+        let taken = at_start - least;
         let peak = match args.backend {
             // Between steps only these are alive: parameters, input and gradient of the output. What is free then also lacks
             // what CUDA took for itself, which the peers' figures do not count either.
             GpuBackend::Libtorch => {
                 let parameters = args.experts * (3 * args.hidden * args.ffn + args.hidden);
                 let alive = 2 * (parameters + 2 * args.tokens * args.hidden);
-                alive + free_bytes(&gpu) - least_free_while(&gpu, &step)
+                alive + free - least
             }
-            GpuBackend::Cuda | GpuBackend::Vulkan => at_start - least_free_while(&gpu, &step),
+            GpuBackend::Cuda | GpuBackend::Vulkan => taken,
         };
-        // What the process has of the GPU, caches and all: what `nvidia-smi` shows.
-        let taken = at_start - least_free_while(&gpu, &step);
         let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
         println!("{}", serde_json::json!({"peer": peer, "peak_gib": gib(peak), "taken_gib": gib(taken)}));
         return;

@@ -15,6 +15,6 @@ pub use even::EvenSplit;
 pub(crate) use even_over_all::EvenOverAll;
 pub(crate) use flow::Flow;
 pub use min_max::MinMax;
-pub use plan::{DispatchPlan, Share};
+pub use plan::{DispatchPlan, Share, max_over_mean};
 pub use replica_choice::ReplicaChoice;
 pub use token_rows::TokenRowBounds;

@@ -22,6 +22,13 @@ pub struct DispatchPlan {
     starts: Vec<u32>,
 }
 
+/// The largest load over the mean load; 1.0 is perfect, and also what no load at all has.
+pub fn max_over_mean(loads: &[u64]) -> f64 {
+    let total: u64 = loads.iter().sum();
+    let max = loads.iter().copied().max().unwrap_or(0);
+    if total == 0 { 1.0 } else { max as f64 * loads.len() as f64 / total as f64 }
+}
+
 impl DispatchPlan {
     /// An empty plan; dispatchers fill it and reuse its memory.
     pub fn new() -> Self {
@@ -92,10 +99,7 @@ impl DispatchPlan {
 
     /// Imbalance: the largest load over the mean load; 1.0 is perfect, and also what a step without tokens has.
     pub fn max_over_mean(&self) -> f64 {
-        let loads = self.loads();
-        let total: u64 = loads.iter().sum();
-        let max = loads.iter().copied().max().unwrap_or(0);
-        if total == 0 { 1.0 } else { max as f64 * loads.len() as f64 / total as f64 }
+        max_over_mean(&self.loads())
     }
 
     /// Assignments computed on another node than that of their source rank.

@@ -2,7 +2,11 @@ use super::{
     LayoutRequest, LayoutSolver,
     group::{EXCHANGES, GroupSolver},
 };
-use crate::{Layout, PlannerError, RoutingCounts, Topology, dispatch::Flow, state};
+use crate::{
+    Layout, PlannerError, RoutingCounts, Topology,
+    dispatch::{Flow, max_over_mean},
+    state,
+};
 
 /// Layouts that exact dispatch can balance even though the prediction is somewhat wrong.
 ///
@@ -92,9 +96,7 @@ impl RobustSolver {
     /// Imbalance of the layout's best dispatch.
     fn imbalance(&mut self, topology: &Topology, layout: &Layout, counts: &RoutingCounts) -> f64 {
         self.flow.solve_loads(topology, layout, counts, BALANCED - 1.0);
-        let total: u64 = self.flow.loads.iter().sum();
-        let max = self.flow.loads.iter().copied().max().unwrap_or(0);
-        if total == 0 { 1.0 } else { max as f64 * self.flow.loads.len() as f64 / total as f64 }
+        max_over_mean(&self.flow.loads)
     }
 }
 

@@ -4,7 +4,7 @@ use burn::backend::tensor::FloatTensor;
 
 use super::{
     ChunkDispatch, FsepKernels, LayerPass,
-    row_exchange::{GRADIENTS_BACK, GRADIENTS_OUT, TOKENS_BACK, TOKENS_OUT, TravellingRows, start_rows},
+    row_exchange::{GRADIENTS_OUT, TOKENS_OUT, TravellingRows, start_rows},
     types::{CombineGradients, RowIndices},
 };
 use crate::FsepError;
@@ -24,13 +24,14 @@ pub(super) fn start_tokens<B: FsepKernels>(
     start_rows::<B>(permuted, pass, &chunk.tokens, TOKENS_OUT)
 }
 
-/// The experts' outputs, `[M, D]`, on their way back.
-pub(super) fn return_outputs<B: FsepKernels>(
-    outputs: FloatTensor<B>,
+/// Rows of the slots, `[M, D]`, on their way back: outputs or gradients.
+pub(super) fn start_back<B: FsepKernels>(
+    rows: FloatTensor<B>,
     pass: &LayerPass,
     chunk: &ChunkDispatch,
+    name: &'static str,
 ) -> Result<TravellingRows<B>, FsepError> {
-    start_rows::<B>(outputs, pass, &chunk.tokens.reversed(), TOKENS_BACK)
+    start_rows::<B>(rows, pass, &chunk.tokens.reversed(), name)
 }
 
 /// The experts' outputs by row, `[T * K, D]`, and combined, `[T, D]`, when they have come.
@@ -64,15 +65,6 @@ pub(super) fn start_gradients<B: FsepKernels>(
     let CombineGradients { rows: d_rows, probs: d_probs } = gradients;
     let start = |rows| start_rows::<B>(rows, pass, &chunk.tokens, GRADIENTS_OUT);
     Ok((d_rows.map(start).transpose()?, d_probs))
-}
-
-/// Gradients of the experts' inputs, `[M, D]`, on their way back.
-pub(super) fn return_gradients<B: FsepKernels>(
-    gradients: FloatTensor<B>,
-    pass: &LayerPass,
-    chunk: &ChunkDispatch,
-) -> Result<TravellingRows<B>, FsepError> {
-    start_rows::<B>(gradients, pass, &chunk.tokens.reversed(), GRADIENTS_BACK)
 }
 
 /// Gradients of the experts' inputs, summed by token when they have come. `[T, D]`

@@ -33,7 +33,6 @@ mod row_exchange;
 mod row_order;
 mod slot_experts;
 mod tensor_exchange;
-
 mod types;
 mod unshard;
 

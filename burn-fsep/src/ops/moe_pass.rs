@@ -5,9 +5,10 @@ use burn::{
 
 use super::{
     ChunkDispatch, FsepKernels, LayerPass, Tracked,
+    by_rank::wanted,
     expert_weights::{end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
-    pass_rows::{PassRows, SavedRows, wanted_rows},
+    pass_rows::{PassRows, SavedRows},
     types::{ExpertsBackward, ExpertsGradients},
 };
 use crate::FsepError;
@@ -147,7 +148,7 @@ fn try_backward<B: FsepKernels>(
             returning.push((rows, None, d_probs));
             continue;
         }
-        let d_slots = wanted_rows(d_slots, pass)?;
+        let d_slots = wanted(d_slots, pass, "combine in backward")?;
         if let Some(before) = before.take() {
             before.start()?;
         }

@@ -10,8 +10,8 @@ use burn::{
 
 use super::{
     ChunkDispatch, FsepKernels, LayerPass, by_assignment,
-    by_rank::{self, RankRowIndices, Routes, wanted},
-    row_exchange::TravellingRows,
+    by_rank::{self, RankRowIndices, Routes},
+    row_exchange::{GRADIENTS_BACK, TOKENS_BACK, TravellingRows},
     types::RowIndices,
 };
 use crate::FsepError;
@@ -165,7 +165,7 @@ impl<B: FsepKernels> SavedRows<B> {
         keep: bool,
     ) -> Result<TravellingRows<B>, FsepError> {
         match &self.rows {
-            PassRows::ByAssignment(_) => by_assignment::return_outputs::<B>(outputs, pass, chunk),
+            PassRows::ByAssignment(_) => by_assignment::start_back::<B>(outputs, pass, chunk, TOKENS_BACK),
             PassRows::ByRank(_) => {
                 let returning = by_rank::return_outputs::<B>(&outputs, self.routes(), pass, chunk)?;
                 self.outputs = keep.then_some(outputs);
@@ -253,7 +253,7 @@ impl<B: FsepKernels> SavedRows<B> {
         chunk: &ChunkDispatch,
     ) -> Result<TravellingRows<B>, FsepError> {
         match &self.rows {
-            PassRows::ByAssignment(_) => by_assignment::return_gradients::<B>(gradients, pass, chunk),
+            PassRows::ByAssignment(_) => by_assignment::start_back::<B>(gradients, pass, chunk, GRADIENTS_BACK),
             PassRows::ByRank(_) => by_rank::return_gradients::<B>(gradients, self.routes(), pass, chunk),
         }
     }
@@ -265,9 +265,4 @@ impl<B: FsepKernels> SavedRows<B> {
             PassRows::ByRank(rows) => by_rank::sum_by_token::<B>(returning, rows, pass),
         }
     }
-}
-
-/// Rows that backward asked for.
-pub(super) fn wanted_rows<T>(rows: Option<T>, pass: &LayerPass) -> Result<T, FsepError> {
-    wanted(rows, pass, "combine in backward")
 }

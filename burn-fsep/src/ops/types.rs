@@ -110,6 +110,23 @@ pub struct UnfinishedGradients<B: Backend> {
     pub tokens: FloatTensor<B>,
 }
 
+#[cfg(any(feature = "cube", feature = "libtorch"))]
+impl<B: Backend> UnfinishedGradients<B> {
+    /// Of a backend that has one tensor of each for all slots.
+    pub fn of_all_slots(finished: FloatTensor<B>, first: FloatTensor<B>, tokens: FloatTensor<B>) -> Self {
+        Self { finished: vec![finished], first: vec![first], tokens }
+    }
+
+    /// What there is already, gradients of the first projection's output, and inputs, as [`UnfinishedGradients::of_all_slots`] took them.
+    pub fn into_all_slots(self) -> [FloatTensor<B>; 3] {
+        let Self { mut finished, mut first, tokens } = self;
+        match (finished.pop(), first.pop()) {
+            (Some(finished), Some(first)) => [finished, first, tokens],
+            _ => unreachable!("what these experts have begun has one tensor of each"),
+        }
+    }
+}
+
 /// Gradients of the inputs of the weighted combination of the experts' outputs; `None` where none is wanted.
 #[derive(Debug)]
 pub struct CombineGradients<B: Backend> {

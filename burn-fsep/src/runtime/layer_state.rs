@@ -10,7 +10,7 @@ use std::{
 use burn::tensor::{Int, Tensor};
 use burn_fsep_planner::{
     Layout, PlannerError, RoutingCounts, Topology,
-    dispatch::{DispatchPlan, Dispatcher, EvenSplit},
+    dispatch::{DispatchPlan, Dispatcher, EvenSplit, max_over_mean},
     repair::LayoutRepair,
 };
 use parking_lot::{Mutex, RwLock};
@@ -265,7 +265,7 @@ impl LayerState {
                 layer: self.spec.layer,
                 counts: counts.clone(),
                 imbalance_static: static_plan.max_over_mean(),
-                imbalance: max_over_mean(plans),
+                imbalance: max_over_mean(&loads(plans)),
                 cross_node_tokens: plans.iter().map(|plan| plan.cross_node_tokens(topology)).sum(),
                 off_rank_tokens,
                 token_bytes,
@@ -288,14 +288,13 @@ fn total(chunks: &[RoutingCounts]) -> Result<RoutingCounts, PlannerError> {
     RoutingCounts::new(first.num_ranks(), first.num_experts(), table)
 }
 
-/// Imbalance of all chunks together.
-fn max_over_mean(plans: &[DispatchPlan]) -> f64 {
-    let mut loads = vec![0u64; plans.first().map_or(0, DispatchPlan::num_ranks)];
+/// Assignments that each rank computes, of all chunks together. Shape `[N]`
+fn loads(plans: &[DispatchPlan]) -> Vec<u64> {
+    let mut loads = vec![0; plans.first().map_or(0, DispatchPlan::num_ranks)];
     for plan in plans {
         loads.iter_mut().zip(plan.loads()).for_each(|(sum, load)| *sum += load);
     }
-    let (total, max) = (loads.iter().sum::<u64>(), loads.iter().copied().max().unwrap_or(0));
-    if total == 0 { 1.0 } else { max as f64 * loads.len() as f64 / total as f64 }
+    loads
 }
 
 /// What goes to other ranks of what goes from each rank to each, `[N, N]`.

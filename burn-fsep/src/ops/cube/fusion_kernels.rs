@@ -95,8 +95,8 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
                 let kept = has_kept.then(|| vec![kept]);
                 let args = ExpertsBackward { tokens, kept, grad, want_tokens, want_weights };
                 let done = B::fsep_experts_backward(args, &weights, activation, &slot_rows).map_err(failed)?;
-                let [d_weights, d_first] = match done.weights {
-                    Some(mut unfinished) => [unfinished.finished.pop(), unfinished.first.pop()],
+                let [d_weights, d_first] = match done.weights.map(UnfinishedGradients::into_all_slots) {
+                    Some([d_weights, d_first, _]) => [Some(d_weights), Some(d_first)],
                     None => [None, None],
                 };
                 for (output, tensor) in outputs.iter().zip([done.tokens, d_weights, d_first]) {
@@ -105,7 +105,7 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
                 Ok(())
             },
         );
-        let unfinished = UnfinishedGradients { finished: vec![d_weights], first: vec![d_first], tokens };
+        let unfinished = UnfinishedGradients::of_all_slots(d_weights, d_first, tokens);
         Ok(ExpertsGradients { tokens: want_tokens.then_some(d_tokens), weights: want_weights.then_some(unfinished) })
     }
 
@@ -117,10 +117,7 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
         if !has_own_experts::<B>(&unfinished.tokens) {
             return Ok(slot_experts::finish::<Self>(unfinished, weights, slot_rows));
         }
-        let UnfinishedGradients { mut finished, mut first, tokens } = unfinished;
-        let (Some(d_weights), Some(d_first)) = (finished.pop(), first.pop()) else {
-            unreachable!("experts of the backend's own leave one tensor of each");
-        };
+        let [d_weights, d_first, tokens] = unfinished.into_all_slots();
         let (rows, shape, slot_rows) = (weights.rows.clone(), weights.shape, slot_rows.to_vec());
         let output = (weights.flat.shape.clone(), tokens.dtype);
         let inputs = [tokens, weights.flat.clone(), d_weights, d_first];
@@ -133,7 +130,7 @@ impl<B: FusionBackend + FsepKernels> FsepKernels for Fusion<B> {
                 let weights = ExpertWeights { flat, rows: rows.clone(), shape, _guard: None };
                 let [tokens, d_weights, d_first] =
                     [tokens, d_weights, d_first].map(|tensor| handles.get_float_tensor::<B>(tensor));
-                let unfinished = UnfinishedGradients { finished: vec![d_weights], first: vec![d_first], tokens };
+                let unfinished = UnfinishedGradients::of_all_slots(d_weights, d_first, tokens);
                 let gradients = B::fsep_finish_gradients(unfinished, &weights, &slot_rows).map_err(failed)?;
                 handles.register_float_tensor::<B>(&outputs[0].id, gradients);
                 Ok(())

@@ -279,10 +279,9 @@ pub(super) fn backward(
     let d_tokens = want_tokens
         .then(|| products.product(&d_first, weights.hidden, |slot| weights.gate_up(slot), || weights.all_gate_up()))
         .transpose()?;
-    let unfinished = d_weights.map(|flat| UnfinishedGradients {
-        finished: vec![TchTensor::new(flat)],
-        first: vec![TchTensor::new(d_first)],
-        tokens: TchTensor::new(tokens),
+    let unfinished = d_weights.map(|flat| {
+        let [flat, d_first, tokens] = [flat, d_first, tokens].map(TchTensor::new);
+        UnfinishedGradients::of_all_slots(flat, d_first, tokens)
     });
     Ok(ExpertsGradients { tokens: d_tokens.map(TchTensor::new), weights: unfinished })
 }
@@ -293,10 +292,7 @@ pub(super) fn finish(
     weights: &ExpertWeights<LibTorch>,
     slot_rows: &[Range<usize>],
 ) -> Result<TchTensor, TchError> {
-    let [Some(flat), Some(d_first)] = [unfinished.finished, unfinished.first].map(|mut tensors| tensors.pop()) else {
-        unreachable!("`backward` leaves one tensor of each");
-    };
-    let (flat, d_first, tokens) = (flat.tensor, d_first.tensor, unfinished.tokens.tensor);
+    let [flat, d_first, tokens] = unfinished.into_all_slots().map(|tensor| tensor.tensor);
     let out = Matrices::new(weights).of(flat);
     let products = Products::new(&tokens, &out, slot_rows)?;
     products.gradients(&d_first, &tokens, |slot| out.gate_up(slot), || out.all_gate_up())?;

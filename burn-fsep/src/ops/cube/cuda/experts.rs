@@ -301,11 +301,7 @@ pub(in super::super) fn backward(
     };
     drop((hidden, grad));
     let d_tokens = want_tokens.then(|| slots.backward(&d_first, &flat, Projection::First)).transpose()?;
-    let unfinished = d_weights.map(|flat| UnfinishedGradients {
-        finished: vec![flat],
-        first: vec![d_first],
-        tokens: tokens.clone(),
-    });
+    let unfinished = d_weights.map(|flat| UnfinishedGradients::of_all_slots(flat, d_first, tokens.clone()));
     Ok(ExpertsGradients { tokens: d_tokens, weights: unfinished })
 }
 
@@ -315,10 +311,7 @@ pub(in super::super) fn finish(
     weights: &ExpertWeights<CubeBackend>,
     slot_rows: &[Range<usize>],
 ) -> Result<CubeTensor, FsepError> {
-    let UnfinishedGradients { mut finished, mut first, tokens } = unfinished;
-    let (Some(d_flat), Some(d_first)) = (finished.pop(), first.pop()) else {
-        unreachable!("`backward` leaves one tensor of each");
-    };
+    let [d_flat, d_first, tokens] = unfinished.into_all_slots();
     Slots::new(&tokens, weights, slot_rows)?.gradients(&d_first, &tokens, &d_flat, Projection::First)?;
     Ok(d_flat)
 }
