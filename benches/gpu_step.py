@@ -28,6 +28,7 @@ VARIANTS = {  # options of ours
     "static-by-assignment": ["--static-ep", "--token-rows", "by-assignment"],
     "static-chunks": ["--static-ep", "--token-chunks", "2"],
     "by-assignment": ["--token-rows", "by-assignment"],
+    "data-parallel": ["--expert-parallel-size", "1"],
     "fsep": [],
     "counted": ["--token-rows", "counted"],
     "kept": ["--kept-layers", "1000"],

@@ -76,6 +76,9 @@ struct Args {
     /// What `--write-shares` has written.
     #[arg(long)]
     shares: Option<PathBuf>,
+    /// Ranks that share the experts; the groups of so many are data-parallel replicas. All ranks by default.
+    #[arg(long)]
+    expert_parallel_size: Option<usize>,
     /// Static expert parallelism instead of FSEP.
     #[arg(long)]
     static_ep: bool,
@@ -263,6 +266,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
             .with_kept_layers(if args.no_prefetch_backward { 0 } else { args.kept_layers }),
     );
     config.timeline = timeline.clone();
+    config.expert_parallel_size = args.expert_parallel_size;
     config.token_rows = args.token_rows.into();
     config.token_chunks = args.token_chunks;
     let comm: Arc<dyn Communicator> = if args.ranks == 1 {
@@ -277,7 +281,7 @@ fn run_rank(args: &Args, control: Arc<dyn Communicator>) -> Result<Measured, Fse
     // Every rank uses every layer.
     let mut training = TrainerConfig::new().with_connect(false).with_check_gradients(false);
     training.buckets = buckets.clone();
-    if args.ranks > 1 && !args.static_ep {
+    if runtime.groups().experts().size() > 1 && !args.static_ep {
         training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
     }
     let model = Transformer::new(args, &runtime, &device)?;

@@ -63,6 +63,19 @@ impl Topology {
         Self::uniform(world_size, world_size)
     }
 
+    /// The nodes of some of the ranks alone, which are numbered anew.
+    ///
+    /// # Errors
+    ///
+    /// [`PlannerError::Zero`] if there is no rank among them.
+    pub fn part(&self, ranks: std::ops::Range<usize>) -> Result<Self, PlannerError> {
+        let on_node = |node| {
+            let all = self.ranks_of(node);
+            all.end.min(ranks.end).saturating_sub(all.start.max(ranks.start))
+        };
+        Self::new(&(0..self.num_nodes()).map(on_node).filter(|&count| count > 0).collect::<Vec<_>>())
+    }
+
     /// World size `N`.
     pub fn world_size(&self) -> usize {
         self.node_of.len()
@@ -112,6 +125,15 @@ mod tests {
         assert_eq!(topology.ranks_of(2), 8..10);
         assert_eq!(topology.node_of(7), 1);
         assert!(topology.same_node(8, 9) && !topology.same_node(7, 8));
+    }
+
+    #[test]
+    fn a_part_may_begin_in_the_middle_of_a_node() {
+        let topology = Topology::uniform(12, 4).unwrap();
+        assert_eq!(topology.part(4..8), Topology::new(&[4]));
+        assert_eq!(topology.part(3..9), Topology::new(&[1, 4, 1]));
+        assert_eq!(topology.part(0..12), Ok(topology.clone()));
+        assert!(topology.part(5..5).is_err() && topology.part(12..14).is_err());
     }
 
     #[test]

@@ -21,8 +21,10 @@ pub struct ParityCase {
     pub config: FSEPMoEConfig,
     /// Slots a rank `C`.
     pub slots: usize,
-    /// Tokens of each rank. Shape `[N]`.
+    /// Tokens of each rank. Shape `[W]`.
     pub tokens: Vec<usize>,
+    /// Groups of ranks that share the experts.
+    pub groups: usize,
     /// Who computes what.
     pub split: SplitAny,
     /// Steps, each with another random layout.
@@ -42,7 +44,7 @@ pub struct ParityStep {
     d_experts: Vec<f32>,
 }
 
-/// Runs the layer on `N` ranks and the dense layer on all tokens, and compares outputs, input gradients and the
+/// Runs the layer on `W` ranks and the dense layer on all tokens, and compares outputs, input gradients and the
 /// gradients of all parameters to `tolerance`, for all ways in which tokens travel.
 ///
 /// The experts' gradients are compared expert by expert: each has a scale of its own. Returns the largest relative
@@ -105,7 +107,7 @@ pub const TOKEN_TRAVEL: [TokenTravel; 5] = [
 
 fn check_ways(case: &ParityCase, ways: &[TokenTravel], tolerance: f64) -> f64 {
     // On one rank nothing travels.
-    let ways = if case.tokens.len() == 1 { &ways[..1] } else { ways };
+    let ways = if case.tokens.len() == case.groups { &ways[..1] } else { ways };
     ways.iter().map(|&way| check_parity_of(case, way, tolerance, |comm| comm)).fold(0.0, f64::max)
 }
 
@@ -149,14 +151,16 @@ impl ParityCase {
         let (case, rank, ranks, hidden) = (self, comm.rank(), comm.size(), self.config.hidden_size);
         let split = case.split;
         let runtime = FsepRuntimeConfig::new().with_seed(case.seed).with_dispatcher(move || split.dispatcher());
-        let runtime = travel.of(runtime).init(comm)?;
+        let shared_by = ranks / case.groups;
+        let runtime = travel.of(runtime).with_expert_parallel_size(shared_by).init(comm)?;
         let layer = case.config.clone().with_slots_per_rank(Some(case.slots)).try_init(&runtime, &device())?;
         let start: usize = case.tokens[..rank].iter().sum::<usize>() * hidden;
         let mine = start..start + case.tokens[rank] * hidden;
         let step = |(i, (x, target)): (usize, &(Vec<f32>, Vec<f32>))| {
             if case.config.expert_parallelism == ExpertParallelism::Fsep {
-                let seed = case.seed * 100 + i as u64;
-                let layout = random_layout(ranks, case.slots, case.config.num_moe_experts, seed);
+                // Groups change their layouts by themselves.
+                let seed = case.seed * 100 + (i + 1000 * (rank / shared_by)) as u64;
+                let layout = random_layout(shared_by, case.slots, case.config.num_moe_experts, seed);
                 runtime.set_layout(0, Arc::new(layout))?;
             }
             let matrix = |values: &[f32]| {
@@ -182,7 +186,7 @@ impl ParityCase {
         self.inputs().iter().enumerate().map(step).collect()
     }
 
-    /// Compares what the ranks have with the dense layer; see [`check_parity`]. `[N][steps]`
+    /// Compares what the ranks have with the dense layer; see [`check_parity`]. `[W][steps]`
     ///
     /// # Panics
     ///
@@ -208,7 +212,6 @@ impl ParityCase {
                 sum
             };
             let router = sum_of(|s| &s.d_router);
-            let experts = whole_experts(&parts, case, expected.d_experts.len());
             let per_expert = expected.d_experts.len() / case.config.num_moe_experts;
             let mut compare = |what: &str, actual: &[f32], expected: &[f32]| {
                 let data = |values: &[f32]| TensorData::new(values.to_vec(), [values.len()]);
@@ -223,9 +226,12 @@ impl ParityCase {
             let with_scale = |values: &[f32]| values.iter().copied().chain([scale]).collect::<Vec<_>>();
             compare("router gradient", &with_scale(&router), &with_scale(&expected.d_router));
             compare("other gradients", &share(sum_of(|s| &s.d_others)), &expected.d_others);
-            let by_expert = experts.chunks(per_expert).zip(expected.d_experts.chunks(per_expert));
-            for (expert, (actual, expected)) in by_expert.enumerate() {
-                compare(&format!("gradient of expert {expert}"), actual, expected);
+            for group in parts.chunks(ranks / case.groups) {
+                let experts = whole_experts(group, case, expected.d_experts.len());
+                let by_expert = experts.chunks(per_expert).zip(expected.d_experts.chunks(per_expert));
+                for (expert, (actual, expected)) in by_expert.enumerate() {
+                    compare(&format!("gradient of expert {expert}"), actual, expected);
+                }
             }
         }
         worst
@@ -296,7 +302,7 @@ fn auxiliary_losses(dense: &DenseMoE, x: Tensor<2>, config: &FSEPMoEConfig) -> T
     balancing + logits.exp().sum_dim(1).log().square().mean() * config.moe_z_loss_coeff
 }
 
-/// Puts the experts' gradients together from the ranks' parts. `len` is `E * P`.
+/// Puts the experts' gradients together from the parts of the ranks that share them. `len` is `E * P`.
 fn whole_experts(parts: &[&ParityStep], case: &ParityCase, len: usize) -> Vec<f32> {
     let experts = case.config.num_moe_experts;
     if case.config.expert_parallelism == ExpertParallelism::Static {

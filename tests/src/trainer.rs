@@ -9,7 +9,7 @@ use burn_fsep::{
     train::{clip_grad_norm, sync_gradients},
 };
 
-use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout};
+use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout, training::layout_seed};
 
 /// Training of the small model that can stop and go on: nothing but what is in here and the items decides a step.
 pub struct Trainer {
@@ -62,8 +62,9 @@ impl Trainer {
             self.step += 1;
             for layer in 0..runtime.num_layers() {
                 let layout = runtime.layout(layer);
-                let seed = (self.step * runtime.num_layers() + layer) as u64;
-                let next = random_layout(runtime.world_size(), layout.slots_per_rank(), layout.num_experts(), seed);
+                let seed = layout_seed(&runtime, self.step, layer);
+                let next =
+                    random_layout(runtime.topology().world_size(), layout.slots_per_rank(), layout.num_experts(), seed);
                 // Refused where experts have fixed owners.
                 let _ = runtime.set_layout(layer, next.into());
             }

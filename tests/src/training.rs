@@ -69,7 +69,7 @@ pub struct Trained {
 pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandTraining) -> Result<Trained, FsepError> {
     let HandTraining { steps, batch, clip, layouts, sync } = *training;
     let device = device();
-    let slots = small_slots(runtime.world_size());
+    let slots = small_slots(runtime.topology().world_size());
     let mut model = SmallMoe::fsep(runtime, slots, &device)?;
     let buckets = match sync {
         GradientSync::Buckets(bytes) => Some(GradientBucketsConfig::new().with_bucket_bytes(bytes).init(runtime)),
@@ -112,9 +112,12 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
             Some(planner) => planner.step(runtime)?,
             None => {
                 for layer in 0..runtime.num_layers() {
-                    let seed = (step * runtime.num_layers() + layer) as u64;
+                    let seed = layout_seed(runtime, step, layer);
                     let experts = runtime.layout(layer).num_experts();
-                    runtime.set_layout(layer, random_layout(runtime.world_size(), slots, experts, seed).into())?;
+                    runtime.set_layout(
+                        layer,
+                        random_layout(runtime.topology().world_size(), slots, experts, seed).into(),
+                    )?;
                 }
             }
         }
@@ -149,7 +152,7 @@ pub fn train_with_trainer(
 ) -> Result<Trained, FsepError> {
     let HandTraining { steps, batch, clip, layouts, sync } = *training;
     let device = device();
-    let slots = small_slots(runtime.world_size());
+    let slots = small_slots(runtime.topology().world_size());
     let mut model = SmallMoe::fsep(runtime, slots, &device)?;
     let mut config = TrainerConfig::new().with_max_grad_norm(clip);
     match sync {
@@ -174,9 +177,10 @@ pub fn train_with_trainer(
         let done = trainer.step(1e-2, |model| model.loss(&batch))?;
         if layouts == LayoutSource::Random {
             for layer in 0..runtime.num_layers() {
-                let seed = (step * runtime.num_layers() + layer) as u64;
+                let seed = layout_seed(runtime, step, layer);
                 let experts = runtime.layout(layer).num_experts();
-                runtime.set_layout(layer, random_layout(runtime.world_size(), slots, experts, seed).into())?;
+                runtime
+                    .set_layout(layer, random_layout(runtime.topology().world_size(), slots, experts, seed).into())?;
             }
         }
         trained.losses.push(trainer.mean_loss(&done)? as f32);
@@ -188,7 +192,12 @@ pub fn train_with_trainer(
     Ok(trained)
 }
 
+/// The seed of a layer's random layout after a step: another one in each group.
+pub(crate) fn layout_seed(runtime: &FsepRuntime, step: usize, layer: usize) -> u64 {
+    (1000 * runtime.groups().replicas().rank() + step * runtime.num_layers() + layer) as u64
+}
+
 /// Slots a rank of the small model: the fewest that hold all 8 experts, and one more.
-pub fn small_slots(world_size: usize) -> usize {
-    8 / world_size + 1
+pub fn small_slots(ranks: usize) -> usize {
+    8usize.div_ceil(ranks) + usize::from(ranks > 1)
 }

@@ -25,7 +25,7 @@ fn the_layer_is_the_dense_one() {
     {
         for split in [SplitAny::MinMax, SplitAny::Random] {
             let config = FSEPMoEConfig::new(6, 7, 8).with_moe_router_topk(topk);
-            let case = ParityCase { config, slots, tokens: tokens.clone(), split, steps: 2, seed: 5 };
+            let case = ParityCase { config, slots, tokens: tokens.clone(), groups: 1, split, steps: 2, seed: 5 };
             worst = worst.max(check_parity(&case, 1e-5));
         }
     }
@@ -41,7 +41,8 @@ fn every_activation_is_that_of_the_dense_layer() {
         ExpertActivation::ReluSquared,
     ] {
         let config = FSEPMoEConfig::new(6, 7, 8).with_activation(activation);
-        let case = ParityCase { config, slots: 5, tokens: vec![6, 3], split: SplitAny::MinMax, steps: 2, seed: 9 };
+        let case =
+            ParityCase { config, slots: 5, tokens: vec![6, 3], groups: 1, split: SplitAny::MinMax, steps: 2, seed: 9 };
         check_parity(&case, 1e-5);
     }
 }

@@ -43,7 +43,15 @@ fn sweep(ranks: usize) {
                     for split in SplitAny::ALL {
                         seed += 1;
                         let tokens = tokens.clone();
-                        let case = ParityCase { config: config(experts, topk), slots, tokens, split, steps: 3, seed };
+                        let case = ParityCase {
+                            config: config(experts, topk),
+                            slots,
+                            tokens,
+                            groups: 1,
+                            split,
+                            steps: 3,
+                            seed,
+                        };
                         worst = worst.max(check_parity_in_turn(&case, seed as usize, TOLERANCE));
                     }
                 }
@@ -74,7 +82,7 @@ fn eight_ranks() {
 }
 
 fn even(config: FSEPMoEConfig, slots: usize, tokens: usize) -> ParityCase {
-    ParityCase { config, slots, tokens: vec![tokens; 4], split: SplitAny::MinMax, steps: 3, seed: 77 }
+    ParityCase { config, slots, tokens: vec![tokens; 4], groups: 1, split: SplitAny::MinMax, steps: 3, seed: 77 }
 }
 
 /// A configuration on every world size, token pattern and dispatcher.
@@ -85,7 +93,7 @@ fn everywhere(config: &FSEPMoEConfig) {
             for split in SplitAny::ALL {
                 let (config, tokens) = (config.clone(), tokens.clone());
                 let slots = 8 / ranks + usize::from(ranks > 1);
-                let case = ParityCase { config, slots, tokens, split, steps: 2, seed: 7 };
+                let case = ParityCase { config, slots, tokens, groups: 1, split, steps: 2, seed: 7 };
                 check_parity_in_turn(&case, index, TOLERANCE);
                 index += 1;
             }
@@ -205,7 +213,8 @@ fn static_expert_parallelism() {
     for ranks in [1, 2, 4, 8] {
         for tokens in token_patterns(ranks) {
             let config = config(8, 2).with_expert_parallelism(ExpertParallelism::Static);
-            let case = ParityCase { config, slots: 8 / ranks, tokens, split: SplitAny::Even, steps: 2, seed: 5 };
+            let case =
+                ParityCase { config, slots: 8 / ranks, tokens, groups: 1, split: SplitAny::Even, steps: 2, seed: 5 };
             check_parity(&case, TOLERANCE);
         }
     }

@@ -40,6 +40,7 @@ fn parity_cases(ranks: usize) -> Vec<ParityCase> {
             config: FSEPMoEConfig::new(hidden, ffn, experts).with_moe_router_topk(topk),
             slots: (experts.div_ceil(ranks) + 1 + i % 2).min(experts),
             tokens: (0..ranks).map(|rank| (rank * 7 + i * 5) % 23).collect(),
+            groups: 1,
             split,
             steps: 4,
             seed: i as u64 + 1,

@@ -82,14 +82,15 @@ pub fn load<M: Module>(
         return Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint });
     }
 
-    let (rank, ranks) = (comm.rank(), comm.size());
+    let (rank, ranks, experts) = (comm.rank(), comm.size(), runtime.groups().experts());
+    let (shard, shards) = (experts.rank(), experts.size());
     let (params, manifest) = (Arc::new(params), Arc::new(manifest));
     let reading = {
         let (path, params, manifest) = (path.clone(), params.clone(), manifest.clone());
         Work::start(move || {
             // Every file is checked by one of the ranks.
             check_files(&path, &manifest, |file| file % ranks == rank)?;
-            Content::read(&path, &manifest, &params, rank, ranks)
+            Content::read(&path, &manifest, &params, shard, shards)
         })
     };
     let Content { values, states, records } = reading.finish(comm, READ)?;
@@ -249,7 +250,11 @@ fn layouts(
     for param in params {
         let (Some(info), Some(saved)) = (param.experts, manifest.parameter(&param.path)) else { continue };
         let Some(saved) = &saved.experts else { continue };
-        let layout = Layout::from_rows(info.num_experts, &saved.layout)
+        let (group, groups) = (runtime.groups().replicas().rank(), runtime.groups().replicas().size());
+        // Of another number of groups the first one's.
+        let group = if groups == manifest.groups { group } else { 0 };
+        let rows = saved.layout.chunks_exact(manifest.world_size).nth(group).unwrap_or_default();
+        let layout = Layout::from_rows(info.num_experts, rows)
             .map_err(|error| CheckpointError::damaged(path, format!("the layout of `{}`: {error}", param.path)))?;
         let current = runtime.layout(info.layer);
         let same_slots =

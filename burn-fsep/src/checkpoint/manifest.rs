@@ -51,7 +51,11 @@ pub(super) struct Manifest {
     pub version: u32,
     /// Program that wrote it.
     pub writer: String,
+    /// Ranks that share the experts, `N`: there is a file of each.
     pub world_size: usize,
+    /// Groups of such ranks, which have the same experts, each under layouts of its own.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub groups: usize,
     pub step: u64,
     pub epoch: u64,
     pub iteration: u64,
@@ -96,7 +100,7 @@ pub(super) struct StateEntry {
 pub(super) struct ExpertsEntry {
     #[serde(flatten)]
     pub info: ExpertsInfo,
-    /// The layer's layout: the expert of each slot of each rank. `[N, C]`
+    /// The layer's layout: the expert of each slot of each rank, one group's ranks after the other's. `[W, C]`
     pub layout: Vec<Vec<u32>>,
 }
 
@@ -117,13 +121,23 @@ struct Header {
     writer: String,
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(groups: &usize) -> bool {
+    *groups == 1
+}
+
 impl Manifest {
-    pub fn new(world_size: usize, progress: &TrainingProgress, parameters: Vec<ParameterEntry>) -> Self {
+    /// Of `groups` groups of `world_size` ranks.
+    pub fn new([groups, world_size]: [usize; 2], progress: &TrainingProgress, parameters: Vec<ParameterEntry>) -> Self {
         Self {
             format: FORMAT.into(),
             version: VERSION,
             writer: concat!("burn-fsep ", env!("CARGO_PKG_VERSION")).into(),
             world_size,
+            groups,
             step: progress.step,
             epoch: progress.epoch,
             iteration: progress.iteration,
@@ -178,6 +192,8 @@ impl Manifest {
         if ranks == 0 || self.files.len().checked_sub(1) != Some(ranks) {
             return Err(format!("it lists {} files of {ranks} ranks", self.files.len()));
         }
+        let all_ranks = ranks.checked_mul(self.groups).filter(|&all| all > 0);
+        let all_ranks = all_ranks.ok_or_else(|| format!("it is of {} groups of {ranks} ranks", self.groups))?;
         let expected = std::iter::once(REPLICATED.to_string()).chain((0..ranks).map(|r| experts_file(r, ranks)));
         for (file, expected) in self.files.iter().zip(expected) {
             if file.name != expected {
@@ -190,6 +206,9 @@ impl Manifest {
                 return Err(format!("`{}` has the type {dtype}, which Burn does not have", parameter.path));
             }
             let Some(experts) = &parameter.experts else { continue };
+            if experts.layout.len() != all_ranks {
+                return Err(format!("the layout of `{}` is not of {all_ranks} ranks", parameter.path));
+            }
             let ExpertsInfo { num_experts, shape, storage, .. } = experts.info;
             let whole = [3, shape.hidden, shape.ffn, num_experts, ranks];
             let countable = whole.into_iter().try_fold(1, usize::checked_mul).is_some();

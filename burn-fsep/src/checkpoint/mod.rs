@@ -34,7 +34,7 @@ mod tensors;
 mod tests;
 mod unsharded;
 
-pub(crate) use all_or_none::{SharedError, Work, all_or_none};
+pub(crate) use all_or_none::{SharedError, Work, all_or_none, gather};
 pub use config::CheckpointConfig;
 pub use error::CheckpointError;
 pub use load::{CheckpointInfo, Loaded, list, load, verify};

@@ -61,7 +61,7 @@ fn collect<M: Module>(runtime: &FsepRuntime, model: &M, mut found: Collect) -> R
         let Some(info) = param.experts else { continue };
         let reason = if runtime.layer_spec(info.layer).is_none_or(|spec| ExpertsInfo::new(&spec) != info) {
             "its layer was made with another runtime"
-        } else if param.shape != Sharding::new(&info, runtime.world_size()).shape() {
+        } else if param.shape != Sharding::new(&info, runtime.groups().experts().size()).shape() {
             "it stands with a layer's experts, but is not this rank's part of them"
         } else {
             continue;

@@ -145,24 +145,33 @@ impl Checkpoints {
         progress: &TrainingProgress,
     ) -> Result<(), CheckpointError> {
         let (comm, step) = (self.runtime.comm(), progress.step);
-        let (rank, ranks, folder) = (comm.rank(), comm.size(), self.config.folder.clone());
+        let (rank, folder) = (comm.rank(), self.config.folder.clone());
+        let (experts, replicas) = (self.runtime.groups().experts(), self.runtime.groups().replicas());
+        let ranks = experts.size();
+        let layouts = self.layouts()?;
         let begun = snapshot.and_then(|params| {
-            let entries = params.iter().map(|saved| entry(&self.runtime, saved)).collect();
-            let manifest = Manifest::new(ranks, progress, entries);
+            let entries = params.iter().map(|saved| entry(&layouts, saved)).collect();
+            let manifest = Manifest::new([replicas.size(), ranks], progress, entries);
             let digest = digest(&to_json(&manifest.parameters)?);
             let sequence = if rank == 0 { folder::begin(&folder, step)? } else { 0 };
             Ok((params, manifest, digest, sequence))
         });
         let (params, manifest, digest, sequence) = all_or_none(comm, START, begun)?;
         let sequence = all_gather_u64(comm, START, &[sequence])?[0];
-        if let Err(error) = check_equal(comm, digest, &params, progress) {
+        let checked = check_equal(comm, digest, &params, progress);
+        let checked = checked.and_then(|()| check_shards(&self.runtime, &params));
+        if let Err(error) = checked {
             self.discard(sequence, step);
             return Err(error);
         }
         let (replicated, experts) = files_of(params, progress);
         let (files, partial) = (self.files.clone(), folder::partial(&folder, sequence, step));
+        let is_saved_by_another = replicas.rank() > 0;
         let files = Work::start(move || {
             let mut written = Vec::new();
+            if is_saved_by_another {
+                return to_json(&written);
+            }
             if rank == 0 {
                 written.push(write_tensors(files.as_ref(), &partial, REPLICATED, replicated)?);
             }
@@ -172,6 +181,25 @@ impl Checkpoints {
         });
         self.pending = Some(Pending { sequence, manifest, files });
         Ok(())
+    }
+
+    /// The layout of each layer in each group: the expert of each slot of each rank. `[layers, W, C]`
+    fn layouts(&self) -> Result<Vec<Vec<Vec<u32>>>, CheckpointError> {
+        let replicas = self.runtime.groups().replicas();
+        let layouts: Vec<_> = (0..self.runtime.num_layers()).map(|layer| self.runtime.layout(layer)).collect();
+        let ours: Vec<u32> = layouts.iter().flat_map(|layout| layout.as_slice().iter().copied()).collect();
+        let mut all = vec![0; ours.len() * replicas.size()];
+        replicas.all_gather(START, bytemuck::cast_slice(&ours), bytemuck::cast_slice_mut(&mut all))?;
+        let mut rows = vec![Vec::new(); layouts.len()];
+        let mut rest = all.as_slice();
+        for _ in 0..replicas.size() {
+            for (layout, rows) in layouts.iter().zip(&mut rows) {
+                let (slots, after) = rest.split_at(layout.as_slice().len());
+                rows.extend(slots.chunks_exact(layout.slots_per_rank()).map(<[u32]>::to_vec));
+                rest = after;
+            }
+        }
+        Ok(rows)
     }
 
     /// Waits for the files of all ranks; then rank 0 writes the manifest and gives the checkpoint its name.
@@ -224,11 +252,8 @@ impl Checkpoints {
 }
 
 /// What the manifest says of a parameter.
-fn entry(runtime: &FsepRuntime, SavedParam { param, state, .. }: &SavedParam) -> ParameterEntry {
-    let experts = param.experts.map(|info| {
-        let layout = runtime.layout(info.layer);
-        ExpertsEntry { info, layout: (0..layout.num_ranks()).map(|rank| layout.experts_of(rank).to_vec()).collect() }
-    });
+fn entry(layouts: &[Vec<Vec<u32>>], SavedParam { param, state, .. }: &SavedParam) -> ParameterEntry {
+    let experts = param.experts.map(|info| ExpertsEntry { info, layout: layouts[info.layer].clone() });
     let fields = state
         .tensors
         .iter()
@@ -295,6 +320,30 @@ fn check_equal(
         }
     }
     agree(group, START, &values)?.map_or(Ok(()), |difference| Err(differ(difference, TRAINED_APART)))
+}
+
+/// Checks that ranks that have the same shards have the same values: those of the first group are saved.
+fn check_shards(runtime: &FsepRuntime, params: &[SavedParam]) -> Result<(), CheckpointError> {
+    let replicas = runtime.groups().replicas();
+    if replicas.size() == 1 {
+        return Ok(());
+    }
+    let mut values = Vec::new();
+    for SavedParam { param, value, state } in params.iter().filter(|saved| saved.param.experts.is_some()) {
+        values.push((param_name(&param.path), digest(&value.bytes)));
+        let tensors = state.tensors.iter();
+        values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
+    }
+    // Names of ranks are the world's in messages.
+    let checked = match agree(replicas.as_ref(), START, &values)? {
+        None => Ok(()),
+        Some(difference) => {
+            let experts = runtime.groups().experts();
+            let rank = difference.rank * experts.size() + experts.rank();
+            Err(differ(Difference { rank, ..difference }, TRAINED_APART))
+        }
+    };
+    all_or_none(runtime.comm(), START, checked)
 }
 
 fn differ(Difference { field, rank, .. }: Difference, hint: &'static str) -> CheckpointError {

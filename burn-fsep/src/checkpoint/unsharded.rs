@@ -117,7 +117,7 @@ pub fn import_unsharded<M: Module>(
 ) -> Result<M, CheckpointError> {
     let path: PathBuf = file.into();
     let comm = runtime.comm();
-    let (rank, ranks) = (comm.rank(), comm.size());
+    let (rank, ranks) = (runtime.groups().experts().rank(), runtime.groups().experts().size());
     let params = all_or_none(comm, IMPORT, model_params(runtime, model))?;
     let reading = {
         let params = params.clone();

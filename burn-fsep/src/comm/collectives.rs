@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    marker::PhantomData,
     ops::{AddAssign, DivAssign, Range},
     sync::Arc,
 };
@@ -19,7 +20,7 @@ use super::{
 const IN_PARTS: usize = 64 << 10;
 
 /// A number that ranks combine.
-pub(super) trait Number: bytemuck::Pod + Send + Sync + AddAssign + DivAssign + PartialOrd + From<f32> {
+pub(crate) trait Number: bytemuck::Pod + Send + Sync + AddAssign + DivAssign + PartialOrd + From<f32> {
     const NAME: &'static str;
 }
 
@@ -73,36 +74,87 @@ pub(super) fn all_reduce<C: Communicator + ?Sized, F: Number>(
     data: &mut [F],
     op: ReduceOp,
 ) -> Result<(), CommError> {
-    let (size, rank, len) = (comm.size(), comm.rank(), data.len());
-    let stage = |stage| operation.by(Collective::AllReduce { op, len, number: F::NAME, stage });
     if data.is_empty() {
-        return start_all_gather(comm, stage(Stage::Whole), vec![0u8])?.wait(&mut vec![0; size]);
+        let operation = operation.by(Collective::AllReduce { op, len: 0, number: F::NAME, stage: Stage::Whole });
+        return start_all_gather(comm, operation, vec![0u8])?.wait(&mut vec![0; comm.size()]);
     }
-    if size < 3 || size_of_val(data) < IN_PARTS {
-        let pending = start_all_gather(comm, stage(Stage::Whole), data.to_vec())?;
-        return combine(pending, data, size, op);
+    PendingAllReduce::start(comm, operation, data.to_vec(), op)?.wait_to(comm, data)
+}
+
+/// A combination of all ranks' numbers that was started and not waited for yet. Large ones, among three ranks or more, need a
+/// second exchange, which the wait starts.
+pub(crate) struct PendingAllReduce<F> {
+    operation: Operation,
+    op: ReduceOp,
+    len: usize,
+    /// Numbers that this rank combines.
+    mine: usize,
+    pending: Box<dyn PendingExchange>,
+    number: PhantomData<F>,
+}
+
+impl<F: Number> PendingAllReduce<F> {
+    /// Starts to combine `data`, of which there is some. Collective.
+    ///
+    /// # Errors
+    ///
+    /// Any [`CommError`].
+    pub fn start<C: Communicator + ?Sized>(
+        comm: &C,
+        operation: Operation,
+        data: Vec<F>,
+        op: ReduceOp,
+    ) -> Result<Self, CommError> {
+        let (size, rank, len) = (comm.size(), comm.rank(), data.len());
+        let stage = |stage| operation.by(Collective::AllReduce { op, len, number: F::NAME, stage });
+        let (pending, mine) = if size < 3 || size_of_val(data.as_slice()) < IN_PARTS {
+            (start_all_gather(comm, stage(Stage::Whole), data)?, len)
+        } else {
+            // Each rank combines its part, and all gather the parts: the traffic of a ring.
+            let parts = parts(len, size);
+            let mine = parts[rank].len();
+            let plan = ExchangePlan {
+                sends: blocks(size, |peer| parts[peer].clone()),
+                recvs: blocks(size, |peer| peer * mine..(peer + 1) * mine),
+                recv_len: size * mine,
+                send_len: len,
+            };
+            let send = Arc::new(Bytes::from_elems(data));
+            (comm.start_all_to_all_v(stage(Stage::Parts), send, plan.scaled(size_of::<F>()))?, mine)
+        };
+        Ok(Self { operation, op, len, mine, pending, number: PhantomData })
     }
-    // Each rank combines its part, and all gather the parts: the traffic of a ring.
-    let (parts, unit) = (parts(len, size), size_of::<F>());
-    let mine = parts[rank].len();
-    let plan = ExchangePlan {
-        sends: blocks(size, |peer| parts[peer].clone()),
-        recvs: blocks(size, |peer| peer * mine..(peer + 1) * mine),
-        recv_len: size * mine,
-        send_len: len,
-    };
-    let send = Arc::new(Bytes::from_elems(data.to_vec()));
-    let pending = comm.start_all_to_all_v(stage(Stage::Parts), send, plan.scaled(unit))?;
-    let mut combined = vec![F::zeroed(); mine];
-    combine(pending, &mut combined, size, op)?;
-    let plan = ExchangePlan {
-        sends: blocks(size, |_| 0..mine),
-        recvs: blocks(size, |peer| parts[peer].clone()),
-        recv_len: len,
-        send_len: mine,
-    };
-    let send = Arc::new(Bytes::from_elems(combined));
-    comm.start_all_to_all_v(stage(Stage::Result), send, plan.scaled(unit))?.wait(bytemuck::cast_slice_mut(data))
+
+    /// Waits for the combined numbers. Collective.
+    ///
+    /// # Errors
+    ///
+    /// Any [`CommError`].
+    pub fn wait<C: Communicator + ?Sized>(self, comm: &C) -> Result<Vec<F>, CommError> {
+        let mut data = vec![F::zeroed(); self.len];
+        self.wait_to(comm, &mut data)?;
+        Ok(data)
+    }
+
+    fn wait_to<C: Communicator + ?Sized>(self, comm: &C, data: &mut [F]) -> Result<(), CommError> {
+        let Self { operation, op, len, mine, pending, .. } = self;
+        let size = comm.size();
+        if mine == len {
+            return combine(pending, data, size, op);
+        }
+        let (parts, unit) = (parts(len, size), size_of::<F>());
+        let mut combined = vec![F::zeroed(); mine];
+        combine(pending, &mut combined, size, op)?;
+        let plan = ExchangePlan {
+            sends: blocks(size, |_| 0..mine),
+            recvs: blocks(size, |peer| parts[peer].clone()),
+            recv_len: len,
+            send_len: mine,
+        };
+        let send = Arc::new(Bytes::from_elems(combined));
+        let operation = operation.by(Collective::AllReduce { op, len, number: F::NAME, stage: Stage::Result });
+        comm.start_all_to_all_v(operation, send, plan.scaled(unit))?.wait(bytemuck::cast_slice_mut(data))
+    }
 }
 
 /// Waits for numbers of all `size` ranks and combines them, in rank order, to `out`.

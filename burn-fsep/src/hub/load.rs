@@ -96,6 +96,10 @@ impl HubFolder {
         let LoadConfig { runtime, ignored, prefix, progress } = config;
         let single = LocalCommunicator::single();
         let comm = runtime.as_ref().map_or(&single as &dyn Communicator, FsepRuntime::comm);
+        let shard = runtime.as_ref().map_or([0, 1], |runtime| {
+            let experts = runtime.groups().experts();
+            [experts.rank(), experts.size()]
+        });
         let plan = model_params(runtime.as_ref(), &model)
             .and_then(|params| Plan::new(&self.inner.lookup(), params, prefix, ignored));
         let plan = Arc::new(all_or_none(comm, LOAD, plan)?);
@@ -106,7 +110,7 @@ impl HubFolder {
         let mut load = Load {
             path: ModulePath::default(),
             places,
-            reading: Reading { folder: self.inner.clone(), plan, reader: None },
+            reading: Reading { folder: self.inner.clone(), plan, shard, reader: None },
             comm,
             listener: progress,
             done: 0,
@@ -146,6 +150,8 @@ impl ModelParam {
 struct Reading {
     folder: Arc<Inner>,
     plan: Arc<Plan>,
+    /// Which part of the experts, of how many.
+    shard: [usize; 2],
     reader: Option<Reader>,
 }
 
@@ -153,8 +159,8 @@ impl Reading {
     fn read(&mut self, place: usize, comm: &dyn Communicator) -> Result<Vec<u8>, HubError> {
         let reader = self.reader.take();
         let mut reader = reader.unwrap_or_else(|| Reader::new(self.folder.clone()));
-        let (rank, ranks) = (comm.rank(), comm.size());
-        if ranks == 1 {
+        let [rank, ranks] = self.shard;
+        if comm.size() == 1 {
             let bytes = read_param(&mut reader, &self.plan.params[place], rank, ranks)?;
             self.reader = Some(reader);
             return Ok(bytes);
@@ -171,7 +177,7 @@ impl Reading {
     }
 }
 
-/// What rank `rank` of `ranks` has of a parameter.
+/// What rank `rank` of the `ranks` that share the experts has of a parameter.
 fn read_param(
     reader: &mut Reader,
     PlannedParam { param, source }: &PlannedParam,

@@ -46,7 +46,7 @@ fn check_experts(param: &ModelParam, info: &ExpertsInfo, runtime: Option<&FsepRu
     let ranks = match runtime {
         None => 1,
         Some(runtime) if runtime.layer_spec(info.layer).is_some_and(|spec| ExpertsInfo::new(&spec) == *info) => {
-            runtime.world_size()
+            runtime.groups().experts().size()
         }
         Some(_) => return Err("its layer was made with another runtime"),
     };

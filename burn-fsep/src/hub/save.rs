@@ -73,7 +73,8 @@ impl HubFolder {
         let lookup = Lookup { as_written: true, ..self.inner.lookup() };
         let plan = Plan::new(&lookup, params, &config.prefix, &config.ignored)?;
         let layout = Layout::new(&self.inner, &plan, config)?;
-        Ok(Job { folder: self.inner.clone(), plan, layout, output: Output::new(folder)? })
+        let expert_ranks = runtime.groups().experts().size();
+        Ok(Job { folder: self.inner.clone(), plan, layout, output: Output::new(folder)?, expert_ranks })
     }
 }
 

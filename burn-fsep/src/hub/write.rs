@@ -44,6 +44,8 @@ pub(super) struct Job {
     pub plan: Plan,
     pub layout: Layout,
     pub output: Output,
+    /// Ranks that share the experts: the first of all have them whole together.
+    pub expert_ranks: usize,
 }
 
 impl Job {
@@ -71,7 +73,7 @@ impl Job {
                     Work::<_, HubError>::start(|| Ok(())).finish(comm, WRITE)?;
                     continue;
                 };
-                let content = job.content(values, mine, parts, [rank, ranks]);
+                let content = job.content(values, mine, parts, rank);
                 let job = job.clone();
                 let work = Work::<_, HubError>::start(move || {
                     for (unit, content) in content? {
@@ -132,12 +134,12 @@ impl Job {
         if units.iter().all(|units| units.iter().all(|unit| unit.expert.is_none())) {
             return Ok((Vec::new(), vec![0; ranks]));
         }
-        let (send, sends) = all_or_none(comm, WRITE, self.pieces(values, units, rank, ranks))?;
+        let (send, sends) = all_or_none(comm, WRITE, self.pieces(values, units, rank))?;
         let mut plan = ExchangePlan { sends, ..ExchangePlan::default() };
         let mine = units.get(rank).copied().unwrap_or(&[]);
         let mut lens = Vec::with_capacity(ranks);
         for peer in 0..ranks {
-            let pieces = mine.iter().filter_map(|unit| self.piece(unit, peer, ranks, rank));
+            let pieces = mine.iter().filter_map(|unit| self.piece(unit, peer, rank));
             let len =
                 pieces.map(|(place, piece)| piece.columns.len() * size_of(self.plan.params[place].param.dtype)).sum();
             if len > 0 {
@@ -153,15 +155,9 @@ impl Job {
     }
 
     /// What rank `rank` sends to the writers of these units.
-    fn pieces(
-        &self,
-        values: &[ParamValue],
-        units: &[&[Unit]],
-        rank: usize,
-        ranks: usize,
-    ) -> Result<(Vec<u8>, Vec<Block>), HubError> {
+    fn pieces(&self, values: &[ParamValue], units: &[&[Unit]], rank: usize) -> Result<(Vec<u8>, Vec<Block>), HubError> {
         let pieces = |peer: usize, units: &&[Unit]| -> usize {
-            let pieces = units.iter().filter_map(|unit| self.piece(unit, rank, ranks, peer));
+            let pieces = units.iter().filter_map(|unit| self.piece(unit, rank, peer));
             pieces.map(|(place, piece)| self.bytes_of(place, &piece)).sum()
         };
         let len = units.iter().enumerate().map(|(peer, units)| pieces(peer, units)).sum();
@@ -169,7 +165,7 @@ impl Job {
         for (peer, units) in units.iter().enumerate() {
             let offset = send.len();
             for unit in *units {
-                let Some((place, piece)) = self.piece(unit, rank, ranks, peer) else { continue };
+                let Some((place, piece)) = self.piece(unit, rank, peer) else { continue };
                 send.extend_from_slice(values[place].part_of_row(piece.row, piece.columns)?.as_bytes());
             }
             if send.len() > offset {
@@ -184,7 +180,7 @@ impl Job {
     }
 
     /// What rank `rank` has of an expert's part that rank `writer` writes; with the parameter's place.
-    fn piece(&self, unit: &Unit, rank: usize, ranks: usize, writer: usize) -> Option<(usize, Piece)> {
+    fn piece(&self, unit: &Unit, rank: usize, writer: usize) -> Option<(usize, Piece)> {
         let (Origin::Experts(place, slices), Some(expert)) = (&self.layout.tensors[unit.tensor].origin, unit.expert)
         else {
             return None;
@@ -193,8 +189,9 @@ impl Job {
         let PlannedParam { param, source } = &self.plan.params[*place];
         let Source::Experts(parts) = source else { return None };
         let (experts, positions) = match &param.experts {
+            Some(_) if rank >= self.expert_ranks => return None,
             Some(info) => {
-                let sharding = Sharding::new(info, ranks);
+                let sharding = Sharding::new(info, self.expert_ranks);
                 (sharding.experts_of(rank), sharding.params_of(rank))
             }
             // A dense layer's, which every rank has.
@@ -215,7 +212,7 @@ impl Job {
         values: &[ParamValue],
         units: &[Unit],
         (received, lens): (Vec<u8>, Vec<usize>),
-        [rank, ranks]: [usize; 2],
+        rank: usize,
     ) -> Result<Vec<(Unit, Content)>, HubError> {
         let mut after = received.as_slice();
         let parts = lens.into_iter().map(|len| after.split_off(..len).unwrap_or_default());
@@ -230,7 +227,7 @@ impl Job {
                     let (_, range) = &slices[unit.expert.unwrap_or(0)];
                     let mut bytes = vec![0; range.len() * width];
                     for (peer, rest) in rest.iter_mut().enumerate() {
-                        let Some((_, piece)) = self.piece(unit, peer, ranks, rank) else { continue };
+                        let Some((_, piece)) = self.piece(unit, peer, rank) else { continue };
                         let (part, after) = rest.split_at(piece.columns.len() * width);
                         *rest = after;
                         bytes[piece.at * width..][..part.len()].copy_from_slice(part);

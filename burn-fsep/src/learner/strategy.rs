@@ -16,7 +16,7 @@ use crate::{
     comm::{Operation, all_gather_u64},
     train::{
         Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
-        has_expert_biases, update_expert_biases,
+        gather_records, has_expert_biases, records_of_group, update_expert_biases,
     },
 };
 
@@ -183,9 +183,9 @@ impl FsepStrategy {
         if checkpoints.is_saved() {
             return Ok(());
         }
-        if self.runtime.rank() == 0 {
-            self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
-        }
+        gather_records(&self.runtime, &mut checkpoints.progress.records, |records| {
+            self.each_callback(|callback| callback.on_checkpoint(records))
+        })?;
         checkpoints.save(learner)
     }
 
@@ -350,7 +350,8 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
             let mut checkpoints =
                 LearnerCheckpoints::new(config.checkpoints.as_ref(), &self.runtime, progress, event_store)?;
             if start.step > 0 {
-                self.each_callback(|callback| callback.on_resume(&start.records))?;
+                let records = records_of_group(&self.runtime, &start.records);
+                self.each_callback(|callback| callback.on_resume(&records))?;
             }
             self.each_callback(|callback| callback.on_train_start(&self.runtime))?;
             for epoch in checkpoints.progress.epoch as usize..=components.num_epochs {

@@ -124,7 +124,8 @@ impl FSEPMoEConfig {
     /// As [`FSEPMoEConfig::try_init`].
     pub fn try_init_experts(&self, runtime: &FsepRuntime, device: &Device) -> Result<FsepExperts, FsepError> {
         ops::check_device(device)?;
-        let (ranks, experts) = (runtime.world_size(), self.num_moe_experts);
+        let (group, experts) = (runtime.groups().experts(), self.num_moe_experts);
+        let (rank, ranks) = (group.rank(), group.size());
         self.check()?;
         let is_static = self.expert_parallelism == ExpertParallelism::Static;
         if is_static && !experts.is_multiple_of(ranks) {
@@ -150,8 +151,9 @@ impl FSEPMoEConfig {
         let spec = runtime.register_layer(|layer| LayerSpec {
             options,
             layer,
-            rank: runtime.rank(),
-            world_size: ranks,
+            rank,
+            first_rank: runtime.rank() - rank,
+            num_ranks: ranks,
             num_experts: experts,
             slots_per_rank,
             topk: self.moe_router_topk,

@@ -53,8 +53,10 @@ pub struct FsepExperts {
 pub struct FsepExpertsOutput {
     /// The weighted sum of the chosen experts' outputs. `[T, D]`
     pub hidden: Tensor<2>,
-    /// All ranks' routing counts: auxiliary losses need them. `[N, E]`
+    /// Routing counts of the ranks that share the experts. `[N, E]`
     pub counts: Arc<RoutingCounts>,
+    /// Assignments of each expert, on all ranks: auxiliary losses need them. Shape `[E]`.
+    pub expert_loads: Vec<u64>,
 }
 
 /// What [`FsepExperts::compute`] has computed.
@@ -69,11 +71,11 @@ const NO_WORK: Option<fn() -> Tensor<2>> = None;
 
 impl FsepExperts {
     pub(super) fn new(spec: Arc<LayerSpec>, runtime: &FsepRuntime, device: &Device) -> Self {
-        let LayerSpec { layer, rank, world_size, num_experts, shape, .. } = *spec;
+        let LayerSpec { layer, rank, num_ranks, num_experts, shape, .. } = *spec;
         let (experts, positions) = match spec.storage {
             WeightStorage::Sharded => (0..num_experts, rank * spec.shard_len()..(rank + 1) * spec.shard_len()),
             WeightStorage::Resident => {
-                let owned = num_experts / world_size;
+                let owned = num_experts / num_ranks;
                 (rank * owned..(rank + 1) * owned, 0..shape.num_params())
             }
         };
@@ -81,7 +83,7 @@ impl FsepExperts {
         let mut values = Vec::with_capacity(dims[0] * dims[1]);
         experts.for_each(|e| values.extend(expert_parameters(shape, runtime.seed(), layer, e, positions.clone())));
         let mut weight = Param::<Tensor<2>>::from_data(TensorData::new(values, dims), device);
-        weight.id = shard_id(rank, world_size);
+        weight.id = shard_id(rank, num_ranks);
         Self { info: Metadata(ExpertsInfo::new(&spec)), weight, spec, runtime: runtime.clone() }
     }
 
@@ -183,7 +185,7 @@ impl FsepExperts {
             param: self.weight.id,
             beside,
         };
-        let pass = self.runtime.begin_pass(spec, start)?;
+        let (pass, loads) = self.runtime.begin_pass(spec, start)?;
         let indices = chunks.into_iter().zip(&pass.dispatch.chunks).map(|((_, assignments), chunk)| {
             let Assignments { row_of, assignment_of, token_of, .. } = assignments;
             match &chunk.rank_rows {
@@ -193,20 +195,22 @@ impl FsepExperts {
         });
         let [row_of, assignment_of, token_of] = cat_chunks(indices);
         let hidden = ops::moe(tokens, probs, weights, row_of, assignment_of, token_of, pass.clone());
-        self.runtime.end_forward(&pass, &hidden);
-        let output = FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone() };
+        let expert_loads = self.runtime.end_forward(&pass, &hidden, loads)?;
+        let output = FsepExpertsOutput { hidden, counts: pass.dispatch.counts.clone(), expert_loads };
         Ok(Computed { output, beside: result.lock().take() })
     }
 
     /// Whether the parameters are what this rank was given of them: a user can load, or attach, anything else.
     fn check_weight(&self) -> Result<(), FsepError> {
-        let LayerSpec { layer, rank, world_size, .. } = **self.spec();
+        let LayerSpec { layer, rank, first_rank, num_ranks, .. } = **self.spec();
         if self.spec().is_sharded()
-            && let Some(other) = foreign_owner(self.weight.id, rank, world_size)
+            && let Some(other) = foreign_owner(self.weight.id, rank, num_ranks)
         {
             return Err(FsepError::Config(format!(
-                "layer {layer} of rank {rank} has the shards of rank {other}: each rank has to save and load a record of its own \
-                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model"
+                "layer {layer} of rank {} has the shards of rank {}: each rank has to save and load a record of its own \
+                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model",
+                first_rank + rank,
+                first_rank + other
             )));
         }
         if is_reparameterized(&self.weight) {

@@ -126,10 +126,10 @@ impl FSEPMoE {
             let tokens = tokens.clone();
             move || shared.forward(tokens)
         });
-        let Computed { output: FsepExpertsOutput { hidden, counts }, beside } =
+        let Computed { output: FsepExpertsOutput { hidden, expert_loads, .. }, beside } =
             self.experts.compute(tokens, routed.clone(), beside)?;
         let hidden = beside.into_iter().fold(hidden, |hidden, shared| hidden + shared);
-        let (expert_loads, ranks) = (counts.expert_totals(), self.runtime().world_size());
+        let ranks = self.runtime().world_size();
         let routing = LayerRouting { scores, expert_loads, topk: self.router.topk(), ranks };
         let aux_loss = self.losses.of(routed, &routing, |like| Sequences::new(&dims, mask, like))?;
         Ok(MoeOutput { hidden: from_token_rows(hidden, dims, mask), aux_loss, routing })

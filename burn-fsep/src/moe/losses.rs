@@ -19,7 +19,7 @@ pub enum LoadBalancing {
 ///
 /// The losses are means over the tokens of all ranks. A rank has its own tokens' part of the sum, divided by the mean number of
 /// tokens of a rank: the mean over ranks, which averaged gradients optimise, is then the loss of the whole batch, however its
-/// tokens are split. That is, a rank's own mean weighs `N * T_r / T`.
+/// tokens are split. That is, a rank's own mean weighs `W * T_r / T`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct AuxiliaryLosses {
     /// Of the load-balancing loss.
@@ -39,7 +39,7 @@ pub struct LayerRouting {
     pub expert_loads: Vec<u64>,
     /// Experts per token `K`.
     pub topk: usize,
-    /// World size `N`.
+    /// World size `W`.
     pub ranks: usize,
 }
 

@@ -98,7 +98,7 @@ impl<B: FsepKernels> PendingWeights<B> {
         let mut weights = match unshard.take::<Unsharding<B>>()? {
             Unsharding::Kept(weights) => weights,
             Unsharding::Travelling(pending, guard) => {
-                let flat = pending.wait([experts.len(), spec.world_size * spec.shard_len()])?;
+                let flat = pending.wait([experts.len(), spec.num_ranks * spec.shard_len()])?;
                 let rows = (0..experts.len()).collect();
                 ExpertWeights { flat, rows, shape: spec.shape, _guard: Some(guard) }
             }

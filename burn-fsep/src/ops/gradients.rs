@@ -2,11 +2,15 @@
 
 use std::{fmt, sync::Arc};
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::{
+    backend::{Backend, TensorMetadata, tensor::FloatTensor},
+    tensor::DType,
+};
 use parking_lot::Mutex;
 
 use super::{
     FsepKernels, LayerPass,
+    replica_mean::PendingMean,
     tensor_exchange::{PendingTensor, Received},
     types::cast,
 };
@@ -18,9 +22,17 @@ pub(super) enum PendingGradient<B: Backend> {
     Resharding(PendingTensor<B>, burn::backend::tensor::Device<B>),
 }
 
+/// The type in which gradients are summed: that of the parameters, but for half precision whose mean over replicas is still to come.
+fn sum_dtype(pass: &LayerPass) -> DType {
+    match (&pass.context.replicas, pass.param_dtype) {
+        (Some(_), DType::F16 | DType::BF16) => DType::F32,
+        (_, dtype) => dtype,
+    }
+}
+
 /// Starts to return the slots' gradients, shaped as [`ExpertWeights::flat`](super::types::ExpertWeights::flat), to the shards.
 ///
-/// The result is the gradient of the mean over ranks of their losses, hence the division by `N`.
+/// The result is the gradient of the mean of the losses of the ranks that share the experts, hence the division by `N`.
 pub(super) fn start_reshard<B: FsepKernels>(
     gradients: FloatTensor<B>,
     pass: &LayerPass,
@@ -31,21 +43,21 @@ pub(super) fn start_reshard<B: FsepKernels>(
         let pending = B::fsep_start_exchange(gradients, pass.context.weights.as_ref(), operation, plan)?;
         return Ok(PendingGradient::Resharding(pending, device));
     }
-    let gradients = cast::<B>(gradients, Some(pass.param_dtype.into()));
-    Ok(PendingGradient::Resident(match pass.spec.world_size {
+    let gradients = cast::<B>(gradients, Some(sum_dtype(pass).into()));
+    Ok(PendingGradient::Resident(match pass.spec.num_ranks {
         1 => gradients,
         ranks => B::float_mul_scalar(gradients, (1.0 / ranks as f64).into()),
     }))
 }
 
 impl<B: FsepKernels> PendingGradient<B> {
-    /// Waits for the other ranks' parts and sums them over replicas. `[E, S]`, or `[E / N, P]` of resident experts.
+    /// Waits for the other ranks' parts and sums them over the slots of an expert. `[E, S]`, or `[E / N, P]` of resident experts.
     pub fn wait(self, pass: &LayerPass) -> Result<FloatTensor<B>, FsepError> {
         match self {
             PendingGradient::Resident(gradient) => Ok(gradient),
             PendingGradient::Resharding(pending, device) => {
-                let (shard_len, scale) = (pass.spec.shard_len(), 1.0 / pass.spec.world_size as f64);
-                let (layout, to) = (&pass.dispatch.layout, pass.param_dtype);
+                let (shard_len, scale) = (pass.spec.shard_len(), 1.0 / pass.spec.num_ranks as f64);
+                let (layout, to) = (&pass.dispatch.layout, sum_dtype(pass));
                 match pending.wait_raw()? {
                     Received::Host(bytes, dtype) => {
                         let sums = sum_replicas(&bytes, dtype, layout, shard_len, scale, to);
@@ -68,6 +80,8 @@ pub(super) struct GradientSlot<B: Backend> {
 enum GradientState<B: Backend> {
     Absent,
     Pending(PendingGradient<B>),
+    /// Under way to the ranks that have the same shards.
+    Averaging(PendingMean<B>),
     Ready(FloatTensor<B>),
 }
 
@@ -76,6 +90,7 @@ impl<B: Backend> fmt::Debug for GradientState<B> {
         f.write_str(match self {
             GradientState::Absent => "Absent",
             GradientState::Pending(_) => "Pending",
+            GradientState::Averaging(_) => "Averaging",
             GradientState::Ready(_) => "Ready",
         })
     }
@@ -100,7 +115,16 @@ impl<B: FsepKernels> GradientSlot<B> {
     fn finish(&self) -> Result<(), FsepError> {
         let mut state = self.state.lock();
         let finished = match std::mem::replace(&mut *state, GradientState::Absent) {
-            GradientState::Pending(pending) => GradientState::Ready(pending.wait(&self.pass)?),
+            GradientState::Pending(pending) => {
+                let gradient = pending.wait(&self.pass)?;
+                match &self.pass.context.replicas {
+                    None => GradientState::Ready(gradient),
+                    Some(replicas) => {
+                        let operation = self.pass.operation("expert gradients");
+                        GradientState::Averaging(PendingMean::start(gradient, replicas.clone(), operation)?)
+                    }
+                }
+            }
             other => other,
         };
         *state = finished;
@@ -113,6 +137,7 @@ impl<B: FsepKernels> GradientSlot<B> {
         self.finish()?;
         Ok(match std::mem::replace(&mut *self.state.lock(), GradientState::Absent) {
             GradientState::Ready(gradient) => Some(gradient),
+            GradientState::Averaging(mean) => Some(cast::<B>(mean.wait()?, Some(self.pass.param_dtype.into()))),
             _ => None,
         })
     }

@@ -1,16 +1,13 @@
 use std::ops::Range;
 
 use burn::{
-    backend::{
-        Backend,
-        tensor::{FloatTensor, IntTensor},
-    },
+    backend::tensor::{FloatTensor, IntTensor},
     tensor::FloatDType,
 };
 use burn_fsep_planner::Layout;
 
 use super::{
-    ExpertActivation, Transposed, activation, combine,
+    ExpertActivation, FsepDeviceOps, Transposed, activation, combine,
     multiply::multiply,
     places, replicas, slot_experts,
     tensor_exchange::{PendingTensor, start_host_exchange},
@@ -25,7 +22,7 @@ use crate::{
 };
 
 /// The computations of an MoE layer. The default bodies serve every backend; a backend replaces what it can do better.
-pub trait FsepKernels: Backend {
+pub trait FsepKernels: FsepDeviceOps {
     /// `down(activation(gate x, up x))` of each slot on its rows. `[M, D] -> [M, D]`
     ///
     /// # Errors

@@ -20,10 +20,12 @@ pub enum WeightStorage {
 pub struct LayerSpec {
     /// The layer's number in its runtime.
     pub layer: usize,
-    /// This rank.
+    /// This rank among those that share the experts.
     pub rank: usize,
-    /// World size `N`.
-    pub world_size: usize,
+    /// World rank of the first of them: they follow one another.
+    pub first_rank: usize,
+    /// Ranks that share the experts, `N`.
+    pub num_ranks: usize,
     /// Experts `E`.
     pub num_experts: usize,
     /// Slots a rank `C`.
@@ -66,12 +68,12 @@ impl LayerSpec {
 
     /// Shard length `S`.
     pub fn shard_len(&self) -> usize {
-        self.shape.shard_len(self.world_size)
+        self.shape.shard_len(self.num_ranks)
     }
 
     /// In which row of the resident parameters an expert lies.
     pub fn resident_row(&self, expert: usize) -> usize {
-        expert - self.rank * (self.num_experts / self.world_size)
+        expert - self.rank * (self.num_experts / self.num_ranks)
     }
 
     /// Element type of the layer's input and output, where that of its parameters is `parameters`.

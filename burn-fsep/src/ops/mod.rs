@@ -26,6 +26,7 @@ mod pass_rows;
 mod places;
 mod product;
 mod rank_rows;
+mod replica_mean;
 mod replica_order;
 mod replicas;
 mod routed_dispatch;

@@ -56,6 +56,8 @@ pub struct RankContext {
     pub tokens: Arc<dyn Communicator>,
     /// Carries shards and their gradients.
     pub weights: Arc<dyn Communicator>,
+    /// Carries gradients of shards to the ranks that have the same; `None` where there are no others.
+    pub replicas: Option<Arc<dyn Communicator>>,
     /// Counts unsharded experts.
     pub gauge: UnshardedGauge,
     /// What ran when, if that is recorded.

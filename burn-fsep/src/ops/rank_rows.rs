@@ -47,7 +47,7 @@ struct Placed {
 impl PlacedAssignments {
     /// `row_of`: the row of each assignment among those sorted by expert, `[T * K]`.
     pub fn new(row_of: Tensor<1, Int>, plan: &DispatchPlan, layout: &Layout, spec: &LayerSpec) -> Self {
-        let (rank, num_ranks, topk) = (spec.rank, spec.world_size, spec.topk);
+        let (rank, num_ranks, topk) = (spec.rank, spec.num_ranks, spec.topk);
         if row_of.dims()[0] == 0 {
             return Self { rank, num_ranks, topk, tensors: Err(row_of) };
         }

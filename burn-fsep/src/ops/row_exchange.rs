@@ -37,7 +37,7 @@ pub(super) fn start_rows<B: FsepKernels>(
     plan: &ExchangePlan,
     name: &'static str,
 ) -> Result<TravellingRows<B>, FsepError> {
-    if pass.spec.world_size == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
+    if pass.spec.num_ranks == 1 && rows.shape()[0] == plan.send_len && plan.is_identity(0) {
         return Ok(TravellingRows::Here(rows));
     }
     let width = rows.shape()[1];

@@ -10,7 +10,7 @@ use derive_new::new;
 use super::{FsepRuntime, TokenRows, dispatcher_factory::DispatcherFactory};
 use crate::{
     FsepError, ScheduleConfig, Timeline,
-    comm::{Communicator, Operation, agree, digest},
+    comm::{Communicator, Groups, Operation, agree, digest},
 };
 
 /// Configuration of a rank's [`FsepRuntime`]; equal on all ranks.
@@ -19,6 +19,9 @@ pub struct FsepRuntimeConfig {
     /// Ranks per node `G`; all ranks on one node if `None`.
     #[new(default)]
     pub ranks_per_node: Option<usize>,
+    /// How many ranks share the experts, `N`; all if `None`.
+    #[new(default)]
+    pub expert_parallel_size: Option<usize>,
     /// Which ranks share a node, in place of `ranks_per_node`.
     #[new(default)]
     pub topology: Option<Topology>,
@@ -59,6 +62,14 @@ impl FsepRuntimeConfig {
     /// Sets the number of ranks on a node: tokens prefer experts of their own node. The last node takes what remains.
     pub fn with_ranks_per_node(mut self, ranks_per_node: usize) -> Self {
         self.ranks_per_node = Some(ranks_per_node);
+        self
+    }
+
+    /// Sets how many ranks share the experts (all by default): each `N` ranks that follow one another are a group with shards of
+    /// every expert and layouts of its own, and the `W / N` groups are replicas of one another, whose gradients are averaged. So the
+    /// All-to-Alls stay among `N` ranks, as of one node with fast links, and a rank has `1 / N` of all experts.
+    pub fn with_expert_parallel_size(mut self, ranks: usize) -> Self {
+        self.expert_parallel_size = Some(ranks);
         self
     }
 
@@ -132,8 +143,8 @@ impl FsepRuntimeConfig {
     /// # Errors
     ///
     /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] for no chunk of tokens or more than 1024, if the topology is
-    /// not one of `comm`'s ranks or the configuration is not equal on all ranks, [`FsepError::Comm`] if the communicators cannot be
-    /// made.
+    /// not one of `comm`'s ranks, these are not whole groups of the ranks that share experts or the configuration is not equal on all
+    /// ranks, [`FsepError::Comm`] if the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         if !(1..=MAX_TOKEN_CHUNKS).contains(&self.token_chunks) {
             let chunks = self.token_chunks;
@@ -142,7 +153,11 @@ impl FsepRuntimeConfig {
         let topology = self.topology_of(comm.size())?;
         let repair = self.repair.map(LayoutRepair::new).transpose()?;
         self.check_equal(comm.as_ref(), &topology)?;
-        FsepRuntime::from_parts(comm, topology, repair, self)
+        let (rank, ranks) = (comm.rank(), self.expert_parallel_size.unwrap_or(comm.size()));
+        let groups = Groups::new(comm, ranks)?;
+        let first = rank - groups.experts().rank();
+        let topology = topology.part(first..first + ranks)?;
+        FsepRuntime::from_parts(groups, topology, repair, self)
     }
 
     fn topology_of(&self, world_size: usize) -> Result<Topology, FsepError> {
@@ -164,6 +179,7 @@ impl FsepRuntimeConfig {
         let hash = |text: &str| digest(text.as_bytes());
         let fields = [
             ("seed", self.seed),
+            ("expert_parallel_size", self.expert_parallel_size.unwrap_or(comm.size()) as u64),
             ("topology", hash(&format!("{topology:?}"))),
             ("dispatcher", hash(self.dispatcher.make().name())),
             ("repair", hash(&format!("{:?}", self.repair))),

@@ -46,13 +46,14 @@ impl FsepRuntime {
 impl Inner {
     pub fn fail(&self, error: FsepError) -> ! {
         self.tell_peers(&error.to_string());
-        error::throw(error, self.control.rank())
+        error::throw(error, self.groups.world().rank())
     }
 
     /// Ends the group, unless this rank is alone: then nobody waits for it, and it can go on.
     pub fn tell_peers(&self, reason: &str) {
-        if self.control.size() > 1 {
-            self.control.abort(reason);
+        let world = self.groups.world();
+        if world.size() > 1 {
+            world.abort(reason);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     FsepError, Timeline,
-    comm::{Communicator, local::LocalCommunicator},
+    comm::{Communicator, Groups, local::LocalCommunicator},
     ops::RankContext,
     schedule::Schedule,
     shard::UnshardedGauge,
@@ -25,11 +25,12 @@ pub struct FsepRuntime {
 
 pub(super) struct Inner {
     /// Counts, flags.
-    pub control: Arc<dyn Communicator>,
+    pub groups: Groups,
     /// Gradients of replicated parameters.
     dense: Arc<dyn Communicator>,
     /// What the passes of all layers work with.
     pub context: Arc<RankContext>,
+    /// Of the ranks that share the experts.
     pub topology: Topology,
     seed: u64,
     pub dispatcher: DispatcherFactory,
@@ -64,21 +65,26 @@ impl FsepRuntime {
     }
 
     pub(super) fn from_parts(
-        comm: Arc<dyn Communicator>,
+        groups: Groups,
         topology: Topology,
         repair: Option<LayoutRepair>,
         config: &FsepRuntimeConfig,
     ) -> Result<Self, FsepError> {
+        let [world, experts, replicas] = [groups.world(), groups.experts(), groups.replicas()];
         let context = RankContext {
-            tokens: comm.duplicate("tokens")?,
-            weights: comm.duplicate_in_background("weights")?,
+            tokens: experts.duplicate("tokens")?,
+            weights: experts.duplicate_in_background("weights")?,
+            replicas: match replicas.size() {
+                1 => None,
+                _ => Some(replicas.duplicate_in_background("expert gradients")?),
+            },
             gauge: UnshardedGauge::default(),
             timeline: config.timeline.clone(),
         };
         let inner = Inner {
             context: Arc::new(context),
-            dense: comm.duplicate_in_background("dense gradients")?,
-            control: comm,
+            dense: world.duplicate_in_background("dense gradients")?,
+            groups,
             topology,
             seed: config.seed,
             dispatcher: config.dispatcher.clone(),
@@ -94,15 +100,20 @@ impl FsepRuntime {
 
     /// This rank.
     pub fn rank(&self) -> usize {
-        self.inner.control.rank()
+        self.comm().rank()
     }
 
-    /// World size `N`.
+    /// World size `W`.
     pub fn world_size(&self) -> usize {
-        self.inner.control.size()
+        self.comm().size()
     }
 
-    /// The ranks and their nodes.
+    /// This rank's groups: all ranks, those that it shares experts with, and those that have the same shards.
+    pub fn groups(&self) -> &Groups {
+        &self.inner.groups
+    }
+
+    /// The ranks that share the experts, and their nodes.
     pub fn topology(&self) -> &Topology {
         &self.inner.topology
     }
@@ -112,10 +123,10 @@ impl FsepRuntime {
         self.inner.seed
     }
 
-    /// The communicator for counts and flags; also for collectives of the user's own, as long as
+    /// The communicator of all ranks, for counts and flags; also for collectives of the user's own, as long as
     /// all ranks call them in the same order.
     pub fn comm(&self) -> &dyn Communicator {
-        self.inner.control.as_ref()
+        self.inner.groups.world().as_ref()
     }
 
     /// For gradients of replicated parameters, which travel while backward runs.

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     FsepError,
-    comm::{Communicator, agree, digest},
+    comm::{Communicator, Groups, agree, digest},
     ops::{ChunkDispatch, LayerSpec, PlacedAssignments, RoutedDispatch, Tracked, token_exchange},
     shard::UnshardPlan,
 };
@@ -106,7 +106,7 @@ impl LayerState {
         topology: &Topology,
         (dispatcher, repair, token_rows): (&DispatcherFactory, Option<LayoutRepair>, TokenRows),
     ) -> Result<Self, FsepError> {
-        let (ranks, experts) = (spec.world_size, spec.num_experts);
+        let (ranks, experts) = (spec.num_ranks, spec.num_experts);
         let layout = Layout::static_ep(ranks, spec.slots_per_rank, experts)?;
         let unshard = UnshardPlan::new(&layout, spec.shard_len());
         debug_assert_eq!(topology.world_size(), ranks);
@@ -143,8 +143,8 @@ impl LayerState {
     }
 
     /// A training pass of a step has been routed so.
-    pub fn add_expert_loads(&self, counts: &RoutingCounts) {
-        self.expert_loads.lock().iter_mut().zip(counts.expert_totals()).for_each(|(sum, load)| *sum += load);
+    pub fn add_expert_loads(&self, loads: &[u64]) {
+        self.expert_loads.lock().iter_mut().zip(loads).for_each(|(sum, load)| *sum += load);
     }
 
     /// What was added since the last call. Shape `[E]`.
@@ -202,15 +202,11 @@ impl LayerState {
         }
     }
 
-    /// Gathers the counts of all ranks, checks that all mean the same layer, and plans the dispatch. Collective.
-    pub fn route(
-        &self,
-        comm: &Arc<dyn Communicator>,
-        topology: &Topology,
-        routing: Routing,
-    ) -> Result<RoutedDispatch, FsepError> {
+    /// Gathers the counts of the ranks that share the experts, checks that all mean the same layer, and plans the dispatch. Collective.
+    pub fn route(&self, groups: &Groups, topology: &Topology, routing: Routing) -> Result<RoutedDispatch, FsepError> {
         let Routing { chunks, element, tracked, ahead } = routing;
-        self.compare_options(comm.as_ref())?;
+        self.compare_options(groups.world().as_ref())?;
+        let comm = groups.experts();
         let layout = self.layout();
         let message = RoutingMessage { spec: &self.spec, layout: layout.fingerprint(), tracked, ahead };
         let counts_of_chunks = message.gather_counts(comm, chunks.iter().map(|chunk| chunk.ends.clone()).collect())?;
@@ -248,7 +244,7 @@ impl LayerState {
                     let placed = PlacedAssignments::new(row_of, plan, &layout, &self.spec);
                     let operation = self.spec.operation("token rows");
                     let rows = if counted { placed.gather_counts(comm, operation, &most)? } else { most };
-                    token_bytes += traffic.bytes_by_rank(off_rank(&rows, self.spec.world_size) as f64) as u64;
+                    token_bytes += traffic.bytes_by_rank(off_rank(&rows, self.spec.num_ranks) as f64) as u64;
                     Some(placed.lay_out(&rows))
                 }
             };

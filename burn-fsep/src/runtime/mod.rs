@@ -2,6 +2,7 @@
 
 mod config;
 mod dispatcher_factory;
+mod expert_loads;
 mod failure;
 mod fsep_runtime;
 mod layer_state;

@@ -12,7 +12,9 @@ use burn::{
 
 use parking_lot::Mutex;
 
-use super::{ChunkStart, FsepRuntime, fsep_runtime::Inner, layer_state::Routing, outputs::Outputs};
+use super::{
+    ChunkStart, FsepRuntime, expert_loads::ExpertLoads, fsep_runtime::Inner, layer_state::Routing, outputs::Outputs,
+};
 use crate::{
     FsepError,
     comm::Operation,
@@ -40,7 +42,11 @@ pub(crate) struct PassStart {
 impl FsepRuntime {
     /// Exchanges the routing counts of a layer, plans its dispatch, and makes everything ready for its forward pass.
     /// Collective.
-    pub(crate) fn begin_pass(&self, spec: &Arc<LayerSpec>, start: PassStart) -> Result<Arc<LayerPass>, FsepError> {
+    pub(crate) fn begin_pass(
+        &self,
+        spec: &Arc<LayerSpec>,
+        start: PassStart,
+    ) -> Result<(Arc<LayerPass>, ExpertLoads), FsepError> {
         let PassStart { chunks, tracked, weights, param, beside } = start;
         let (layer, is_sharded, schedule) = (spec.layer, spec.is_sharded(), &self.inner.schedule);
         if is_sharded {
@@ -57,6 +63,8 @@ impl FsepRuntime {
         let ahead = begun.ahead.as_ref().map(|ahead| ahead.layout.fingerprint());
         let element = spec.input_dtype(param_dtype).size();
         let dispatch = self.route(layer, Routing { chunks, element, tracked, ahead })?;
+        let operation = spec.operation("loads of the experts");
+        let loads = ExpertLoads::start(self.groups().replicas().as_ref(), operation, &dispatch.counts)?;
         let unshards = is_sharded.then(|| self.unshards(spec, &dispatch, shards, tracked, begun));
         let (inner, outputs) = (self.inner.clone(), Arc::downgrade(&self.outputs));
         let pass = Arc::new(LayerPass {
@@ -72,21 +80,20 @@ impl FsepRuntime {
         if is_sharded && tracked.any() {
             schedule.await_backward(&pass);
         }
-        Ok(pass)
+        Ok((pass, loads))
     }
 
     /// In how many chunks tokens go through a layer; equal on all ranks.
     pub(crate) fn token_chunks(&self) -> usize {
         // A single rank sends nothing that compute could hide.
-        if self.world_size() == 1 { 1 } else { self.inner.token_chunks }
+        if self.groups().experts().size() == 1 { 1 } else { self.inner.token_chunks }
     }
 
     fn route(&self, layer: usize, routing: Routing) -> Result<RoutedDispatch, FsepError> {
         let tracked = routing.tracked;
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
-        let dispatch = self.layer(layer).route(&self.inner.control, &self.inner.topology, routing)?;
+        let dispatch = self.layer(layer).route(&self.inner.groups, &self.inner.topology, routing)?;
         if tracked.any() && self.inner.observed.is_observing() {
-            self.layer(layer).add_expert_loads(&dispatch.counts);
             if let Some(planner) = self.inner.observed.planner() {
                 planner.submit(layer, dispatch.pass, dispatch.counts.clone());
             }
@@ -133,11 +140,22 @@ impl FsepRuntime {
         UnshardRequest { operation, plan, dtype, context: self.inner.context.clone() }
     }
 
-    /// The forward pass of a layer has run: remembers its output for [`FsepRuntime::connect`].
-    pub(crate) fn end_forward(&self, pass: &LayerPass, output: &Tensor<2>) {
+    /// The forward pass of a layer has run: remembers its output for [`FsepRuntime::connect`]. Returns the assignments of each expert
+    /// on all ranks, `[E]`.
+    pub(crate) fn end_forward(
+        &self,
+        pass: &LayerPass,
+        output: &Tensor<2>,
+        loads: ExpertLoads,
+    ) -> Result<Vec<u64>, FsepError> {
+        let loads = loads.wait()?;
         if pass.tracked.any() {
             self.outputs.remember(pass.spec.layer, pass.dispatch.pass, output);
+            if self.inner.observed.is_observing() {
+                self.layer(pass.spec.layer).add_expert_loads(&loads);
+            }
         }
+        Ok(loads)
     }
 
     /// Connects every FSEP layer of this step to the loss, without changing the loss.

@@ -47,7 +47,7 @@ impl RoutingMessage<'_> {
         [layout, layout_high, self.tracked.bits(), ahead, ahead_high]
     }
 
-    /// All ranks' counts of each chunk, from where its rows end, `[E + 2]`. `[N, E]` each
+    /// The counts of each chunk of all ranks that share the experts, from where its rows end, `[E + 2]`. `[N, E]` each
     ///
     /// # Errors
     ///
@@ -74,18 +74,18 @@ impl RoutingMessage<'_> {
                 return Err(FsepError::Divergence {
                     what,
                     layer,
-                    rank: comm.rank(),
+                    rank: self.spec.first_rank + self.spec.rank,
                     ours: describe(&ours[range.clone()]),
-                    peer,
+                    peer: self.spec.first_rank + peer,
                     theirs: describe(&theirs[range]),
                 });
             }
             for (ends, table) in theirs[HEADER..].chunks_exact(len).zip(&mut tables) {
                 if !ends.is_sorted() {
-                    let reason = format!("what came from rank {peer} are no counts");
+                    let reason = format!("what came from rank {} are no counts", self.spec.first_rank + peer);
                     return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
                 }
-                table.extend(counts_of(ends, layer, peer)?);
+                table.extend(counts_of(ends, layer, self.spec.first_rank + peer)?);
             }
         }
         let counts = |table| Ok(RoutingCounts::new(comm.size(), num_experts, table)?);

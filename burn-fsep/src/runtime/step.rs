@@ -26,7 +26,7 @@ impl FsepRuntime {
     pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
         self.inner.observed.begin();
         let schedule = &self.inner.schedule;
-        if !schedule.config().prefetch_forward || self.world_size() == 1 {
+        if !schedule.config().prefetch_forward || self.groups().experts().size() == 1 {
             return Ok(());
         }
         let mut shards = Shards { layer_of: schedule.registered(), by_layer: HashMap::new() };

@@ -73,8 +73,8 @@ pub(super) struct RowsByRank {
 impl TokenRows {
     /// Whether tokens travel once to a rank in a pass: equal on all ranks, since the plan is.
     pub(super) fn choose(self, plan: &DispatchPlan, traffic: &TokenTraffic<'_>, on_gpus: bool) -> Option<RowsByRank> {
-        let LayerSpec { world_size, topk, .. } = *traffic.spec;
-        if world_size == 1 || self == Self::ByAssignment || plan.loads().into_iter().any(|load| load >= MOST_PLACES) {
+        let LayerSpec { num_ranks, topk, .. } = *traffic.spec;
+        if num_ranks == 1 || self == Self::ByAssignment || plan.loads().into_iter().any(|load| load >= MOST_PLACES) {
             return None;
         }
         let bounds = TokenRowBounds::new(plan, topk);
@@ -82,7 +82,7 @@ impl TokenRows {
             Self::ByRank { counted } => counted,
             _ => {
                 let cost = if on_gpus { BETWEEN_GPUS } else { THROUGH_HOST };
-                let a_rank = |bytes: f64| bytes / world_size as f64;
+                let a_rank = |bytes: f64| bytes / num_ranks as f64;
                 let by_assignment = a_rank(traffic.bytes_by_assignment(bounds.off_rank_assignments() as f64));
                 let bounded = a_rank(traffic.bytes_by_rank(bounds.off_rank_most() as f64));
                 let counted = a_rank(traffic.bytes_by_rank(bounds.off_rank_expected())) + cost.counting;
@@ -116,7 +116,7 @@ mod tests {
         EvenSplit::new().dispatch(&Topology::single_node(ranks).unwrap(), &layout, &counts, &mut plan).unwrap();
         let runtime = FsepRuntime::single();
         let layer = FSEPMoEConfig::new(8, 8, 64).init_experts(&runtime, &Device::flex()).layer_index();
-        let mut spec = LayerSpec { world_size: ranks, topk, ..runtime.layer_spec(layer).unwrap() };
+        let mut spec = LayerSpec { num_ranks: ranks, topk, ..runtime.layer_spec(layer).unwrap() };
         spec.shape.hidden = 2048;
         let tracked = Tracked { hidden: true, probs: true, weights: true };
         let traffic = TokenTraffic { spec: &spec, tracked, element: 2 };

@@ -8,14 +8,14 @@ use burn::{
 use super::params::{ModulePath, ParamVisitor, Placement, visit_params};
 use crate::{
     FsepError, FsepRuntime,
-    comm::{Difference, Operation, agree},
+    comm::{Communicator, Difference, Operation, agree},
 };
 
 const COUNT: Operation = Operation::new("number of replicated parameters");
 const FORM: Operation = Operation::new("shapes of the replicated parameters");
 const VALUES: Operation = Operation::new("initial values of the replicated parameters");
 
-/// Gives all ranks rank 0's values of the replicated parameters, bit for bit. Collective.
+/// Gives all ranks rank 0's values of the replicated parameters, bit for bit, and all groups the first one's shards. Collective.
 ///
 /// Needed once, after initialisation, unless all ranks draw the same values anyway;
 /// [`TrainerConfig::init`](super::TrainerConfig::init) does it. Parameters travel one by one, so the
@@ -107,15 +107,23 @@ struct Broadcast<'a> {
 }
 
 impl Broadcast<'_> {
-    fn send<const D: usize>(&self, value: Tensor<D>) -> Result<(), FsepError> {
-        let data = value.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
-        Ok(self.runtime.comm().broadcast(VALUES, &mut data.into_bytes(), 0)?)
+    /// The ranks that have a parameter's values.
+    fn comm(&self, placement: Placement) -> &dyn Communicator {
+        match placement {
+            Placement::Replicated => self.runtime.comm(),
+            Placement::Sharded => self.runtime.groups().replicas().as_ref(),
+        }
     }
 
-    fn receive<const D: usize>(&self, value: &Tensor<D>) -> Result<TensorData, FsepError> {
+    fn send<const D: usize>(comm: &dyn Communicator, value: Tensor<D>) -> Result<(), FsepError> {
+        let data = value.try_into_data().map_err(|error| FsepError::Device(error.to_string()))?;
+        Ok(comm.broadcast(VALUES, &mut data.into_bytes(), 0)?)
+    }
+
+    fn receive<const D: usize>(comm: &dyn Communicator, value: &Tensor<D>) -> Result<TensorData, FsepError> {
         let (shape, dtype) = (value.shape(), value.dtype());
         let mut bytes = vec![0; shape.num_elements() * dtype.size()];
-        self.runtime.comm().broadcast(VALUES, &mut bytes, 0)?;
+        comm.broadcast(VALUES, &mut bytes, 0)?;
         Ok(TensorData::from_bytes_vec(bytes, shape, dtype))
     }
 }
@@ -131,14 +139,15 @@ impl ModuleMapper for Broadcast<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let is_empty = param.shape().num_elements() == 0;
-        if Placement::at(&self.path) == Placement::Sharded || is_empty || self.error.is_some() {
+        let comm = self.comm(Placement::at(&self.path));
+        if comm.size() == 1 || is_empty || self.error.is_some() {
             return param;
         }
-        if self.runtime.rank() == 0 {
-            self.error = self.send(param.val()).err();
+        if comm.rank() == 0 {
+            self.error = Self::send(comm, param.val()).err();
             return param;
         }
-        match self.receive(&param.val()) {
+        match Self::receive(comm, &param.val()) {
             Ok(data) => param.map(|tensor| {
                 let is_trained = tensor.is_require_grad();
                 let value = Tensor::<D>::from_data(data, (&tensor.device(), tensor.dtype()));

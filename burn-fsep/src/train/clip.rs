@@ -15,7 +15,7 @@ use crate::{
 
 /// Scales all gradients so that their global norm is at most `max_norm`; returns the norm before. Collective.
 ///
-/// The norm is that of the unsharded model: replicated parameters count once, shards are summed over ranks. So
+/// The norm is that of the unsharded model: replicated parameters count once, shards are summed over the ranks of a group. So
 /// clipping does not depend on the world size, which Burn's own clipping (of each tensor by itself) would. Call it
 /// after [`sync_gradients`](super::sync_gradients). A norm that is not finite scales nothing: check for it,
 /// as [`Trainer`](super::Trainer) does.
@@ -49,7 +49,9 @@ pub(super) fn grad_norm<M: Module>(
     visit_params(model, &mut squares);
     let (replicated, sharded) =
         read_sums(squares.sums).inspect_err(|error| runtime.comm().abort(&error.to_string()))?;
-    // Of the replicated parameters rank 0's: devices that add in another order must not clip by another norm.
+    // Of the replicated parameters rank 0's, of shards those of one group: devices that add in another order must not clip by another
+    // norm.
+    let sharded = if runtime.groups().replicas().rank() == 0 { sharded } else { 0.0 };
     let mut square = [if runtime.rank() == 0 { replicated + sharded } else { sharded }];
     runtime.comm().all_reduce(Operation::new("gradient norm"), ReduceBuffer::F64(&mut square), ReduceOp::Sum)?;
     Ok(square[0].sqrt())

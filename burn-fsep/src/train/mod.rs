@@ -11,6 +11,7 @@ mod collector;
 mod data;
 mod expert_bias;
 mod gradients;
+mod group_records;
 mod params;
 mod planner_callback;
 mod planner_config;
@@ -35,6 +36,8 @@ pub(crate) use expert_bias::has_expert_biases;
 pub use expert_bias::update_expert_biases;
 #[cfg(feature = "learner")]
 pub(crate) use gradients::GradientStep;
+#[cfg(feature = "learner")]
+pub(crate) use group_records::{gather_records, records_of_group};
 pub use planner_callback::PlannerCallback;
 pub use planner_config::PlannerConfig;
 pub use planner_report::PlannerReport;

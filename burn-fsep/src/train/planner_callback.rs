@@ -94,12 +94,13 @@ impl PlannerCallback {
     }
 }
 
-/// The element-wise minimum of all ranks' `values`, which are equally many.
+/// The element-wise minimum of the `values` of the ranks that share the experts, which are equally many.
 fn smallest(runtime: &FsepRuntime, mut values: Vec<u64>) -> Result<Vec<u64>, FsepError> {
     if values.is_empty() {
         return Ok(values);
     }
-    let all = all_gather_u64(runtime.comm(), Operation::new("agreement on layouts"), &values)?;
+    let group = runtime.groups().experts().as_ref();
+    let all = all_gather_u64(group, Operation::new("agreement on layouts"), &values)?;
     for theirs in all.chunks_exact(values.len()) {
         values.iter_mut().zip(theirs).for_each(|(value, &theirs)| *value = theirs.min(*value));
     }

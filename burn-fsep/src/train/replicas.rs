@@ -11,14 +11,14 @@ use super::{
 };
 use crate::{
     FsepError, FsepRuntime,
-    comm::{Operation, agree, all_gather_u64},
+    comm::{Operation, all_gather_u64},
 };
 
 const FINGERPRINT: Operation = Operation::new("fingerprint of the replicated parameters");
 const PARAMETERS: Operation = Operation::new("fingerprints of each replicated parameter");
 
-/// Checks that all ranks have the same replicated parameters, by a fingerprint: each device is read once, and ranks
-/// exchange one number. Collective.
+/// Checks that all ranks have the same replicated parameters, and all groups the same shards, by fingerprints: each device is read once
+/// for either, and ranks exchange two numbers. Collective.
 ///
 /// [`Trainer`](super::Trainer) and `FsepStrategy` do so by themselves. Running statistics (`BatchNorm`) are each rank's own and are
 /// not looked at; those of a module of your own are taken for parameters.
@@ -44,35 +44,68 @@ pub(super) fn check<M: Module>(runtime: &FsepRuntime, model: &M, hint: &'static 
     visit_params(model, &mut rows);
     let rows = rows.0;
     let tell = |error: &FsepError| runtime.comm().abort(&error.to_string());
-    let ours = fingerprint(rows.iter().map(|(_, row)| row)).inspect_err(tell)?;
-    if agree(runtime.comm(), FINGERPRINT, &[("fingerprint", ours)])?.is_none() {
+    let of = |placement| {
+        let rows = rows.iter().filter(move |row| row.placement == placement);
+        fingerprint(rows.map(|row| &row.values)).inspect_err(tell)
+    };
+    let placements = [Placement::Replicated, Placement::Sharded];
+    let shards = runtime.groups().experts().size();
+    // Where there is one group, nobody else has a rank's shards.
+    let has_groups = runtime.groups().replicas().size() > 1;
+    let ours = [of(Placement::Replicated)?, if has_groups { of(Placement::Sharded)? } else { 0 }];
+    if differing(runtime, FINGERPRINT, &ours, &placements, shards)?.is_none() {
         return Ok(());
     }
     check_forms(runtime, model)?;
-    let ours: Result<Vec<u64>, FsepError> = rows.iter().map(|(_, row)| fingerprint([row])).collect();
-    let ours = ours.inspect_err(tell)?;
-    let all = all_gather_u64(runtime.comm(), PARAMETERS, &ours)?;
-    let of_ranks = |place: usize| all.iter().skip(place).step_by(ours.len());
-    let differs = |&place: &usize| of_ranks(place).any(|&theirs| theirs != all[place]);
+    let ours: Result<Vec<u64>, FsepError> = rows.iter().map(|row| fingerprint([&row.values])).collect();
+    let placements: Vec<_> = rows.iter().map(|row| row.placement).collect();
     // Only what is read twice and not the same twice is equal now.
-    let place = (0..ours.len()).find(differs).unwrap_or(0);
-    let ranks = of_ranks(place).enumerate().filter(|&(_, &theirs)| theirs != all[place]).map(|(rank, _)| rank);
-    let parameter = rows.get(place).map(|(name, _)| name.clone()).unwrap_or_default();
-    Err(FsepError::ReplicasDiffer { parameter, ranks: ranks.collect(), hint })
+    let found = differing(runtime, PARAMETERS, &ours.inspect_err(tell)?, &placements, shards)?;
+    let (place, ranks) = found.unwrap_or_default();
+    let parameter = rows.get(place).map(|row| row.name.clone()).unwrap_or_default();
+    Err(FsepError::ReplicasDiffer { parameter, ranks, hint })
 }
 
-/// The replicated parameters, by name, as rows.
-struct Rows(Vec<(String, Tensor<1>)>);
+/// The first of several numbers that some ranks have otherwise than the first rank that should have the same, and these ranks: for what
+/// is sharded over `shards` ranks, those that have the same shards. Collective.
+fn differing(
+    runtime: &FsepRuntime,
+    operation: Operation,
+    ours: &[u64],
+    placements: &[Placement],
+    shards: usize,
+) -> Result<Option<(usize, Vec<usize>)>, FsepError> {
+    let all = all_gather_u64(runtime.comm(), operation, ours)?;
+    let of = |rank: usize, place: usize| all[rank * ours.len() + place];
+    let first = |rank: usize, place: usize| match placements[place] {
+        Placement::Replicated => 0,
+        Placement::Sharded => rank % shards,
+    };
+    let ranks = |place| -> Vec<usize> {
+        (0..runtime.world_size()).filter(|&rank| of(rank, place) != of(first(rank, place), place)).collect()
+    };
+    Ok((0..ours.len()).map(|place| (place, ranks(place))).find(|(_, ranks)| !ranks.is_empty()))
+}
+
+/// A parameter as a row.
+struct Row {
+    name: String,
+    placement: Placement,
+    values: Tensor<1>,
+}
+
+/// The parameters that ranks have alike.
+struct Rows(Vec<Row>);
 
 impl ParamVisitor for Rows {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
-        if Placement::at(path) == Placement::Sharded || path.is_running_statistic() {
+        if path.is_running_statistic() {
             return;
         }
         let value = param.val().inner();
         if !matches!(value.dtype(), DType::QFloat(_)) {
             let len = value.shape().num_elements();
-            self.0.push((path.path(), value.reshape([len])));
+            self.0.push(Row { name: path.path(), placement: Placement::at(path), values: value.reshape([len]) });
         }
     }
 }

@@ -6,7 +6,9 @@ use burn::{
 };
 
 use super::{
-    PlannerCallback, PlannerReport, TrainerConfig, TrainingCallback, broadcast_parameters, gradients::GradientStep,
+    PlannerCallback, PlannerReport, TrainerConfig, TrainingCallback, broadcast_parameters,
+    gradients::GradientStep,
+    group_records::{gather_records, records_of_group},
     update_expert_biases,
 };
 use crate::{
@@ -99,7 +101,7 @@ impl<M: Module> Trainer<M> {
         let mut planner = config.planner.as_ref().map(|planner| planner.init());
         if let Some(planner) = &mut planner {
             if config.start.step > 0 {
-                told(runtime, planner.on_resume(&config.start.records))?;
+                told(runtime, planner.on_resume(&records_of_group(runtime, &config.start.records)))?;
             }
             told(runtime, planner.on_train_start(runtime))?;
         }
@@ -258,8 +260,9 @@ impl<M: Module> Trainer<M> {
             ));
         };
         let model = self.model.as_ref().ok_or_else(ended)?;
-        if let (0, Some(planner)) = (self.runtime.rank(), &mut self.planner) {
-            told(&self.runtime, planner.on_checkpoint(&mut self.progress.records))?;
+        if let Some(planner) = &mut self.planner {
+            let records = &mut self.progress.records;
+            told(&self.runtime, gather_records(&self.runtime, records, |records| planner.on_checkpoint(records)))?;
         }
         Ok(checkpoints.save(model, &self.optimizer, &self.progress)?)
     }

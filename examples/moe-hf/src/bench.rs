@@ -45,7 +45,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), MoeHfError> {
 fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_json::Value, MoeHfError> {
     ranks::check_equal(rank.comm.as_ref(), "options or models", &format!("{config:?} {args:?}"))?;
     let memory = PeakMemory::start(rank.gpu);
-    let (runtime, device) = ranks::start(rank, args.parallel.dtype, args.seed)?;
+    let (runtime, device) = ranks::start(rank, &args.parallel, args.seed)?;
     let device = device.autodiff();
     let config = config.clone().with_parallel(&args.parallel);
     let model = CausalLm::new(&config, args.parallel.dtype.compute(), &runtime, &device)?;

@@ -20,7 +20,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), MoeHfError> {
     let text = ranks.run(|rank| -> Result<String, MoeHfError> {
         let options = (&args.prompt, args.tokens, args.temperature.to_bits(), args.seed, folder.digest());
         ranks::check_equal(rank.comm.as_ref(), "options or models", &options)?;
-        let (runtime, device) = ranks::start(&rank, args.parallel.dtype, args.seed)?;
+        let (runtime, device) = ranks::start(&rank, &args.parallel, args.seed)?;
         let model = folder.load(&args.parallel, &runtime, &device)?;
         let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, seed: args.seed };
         codec.decode_after(&prompt, &sampling.continue_text(&model, &prompt, &runtime, &device)?)

@@ -40,7 +40,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), MoeHfError> {
     }
     let rows = ranks.run(|rank| -> Result<Vec<Vec<Vec<f32>>>, MoeHfError> {
         ranks::check_equal(rank.comm.as_ref(), "token ids or models", &(&ids, folder.digest()))?;
-        let (runtime, device) = ranks::start(&rank, args.parallel.dtype, 0)?;
+        let (runtime, device) = ranks::start(&rank, &args.parallel, 0)?;
         let model = folder.load(&args.parallel, &runtime, &device)?;
         let batch = TokenBatch::of_rank(&ids, &runtime, &device);
         let logits = runtime.run(|| model.forward(batch.ids.clone(), batch.mask.as_ref()).logits.cast(DType::F32))?;

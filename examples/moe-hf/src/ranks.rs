@@ -2,17 +2,17 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::tensor::{DType, Device, FloatDType, IntDType, Tensor};
 use burn_fsep::{
-    FsepError, FsepRuntime, FsepRuntimeConfig,
+    FsepError, FsepRuntime,
     comm::{Communicator, Operation, all_gather_u64},
     launch::Rank,
 };
 
-use crate::{Dtype, MoeHfError};
+use crate::{MoeHfError, args::ParallelArgs};
 
-/// A rank's runtime, and its device with `dtype` as the type of new parameters. Collective.
-pub(crate) fn start(rank: &Rank, dtype: Dtype, seed: u64) -> Result<(FsepRuntime, Device), MoeHfError> {
+/// A rank's runtime, and its device with the type of new parameters. Collective.
+pub(crate) fn start(rank: &Rank, parallel: &ParallelArgs, seed: u64) -> Result<(FsepRuntime, Device), MoeHfError> {
     let mut device = rank.device.clone();
-    let parameters = dtype.parameters();
+    let parameters = parallel.dtype.parameters();
     if parameters != FloatDType::F32
         && let Err(error) = device.configure((parameters, IntDType::I64))
         // Ranks that share a device also share its settings: one of them was first.
@@ -20,7 +20,7 @@ pub(crate) fn start(rank: &Rank, dtype: Dtype, seed: u64) -> Result<(FsepRuntime
     {
         return Err(FsepError::Device(error.to_string()).into());
     }
-    Ok((rank.runtime(FsepRuntimeConfig::new().with_seed(seed))?, device))
+    Ok((rank.runtime(parallel.ranks.runtime_config().with_seed(seed))?, device))
 }
 
 /// Ranks that are processes each have a command line and files of their own; other ones would compute, but not as one.

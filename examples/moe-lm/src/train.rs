@@ -163,7 +163,7 @@ fn runtime_config(args: &Args) -> FsepRuntimeConfig {
         Planner::MinMax | Planner::Random => PlannerStrategy::MinMax,
         Planner::Paper | Planner::Static => PlannerStrategy::Paper,
     };
-    let mut config = FsepRuntimeConfig::new().with_seed(args.training.seed).with_strategy(strategy);
+    let mut config = parallel.ranks.runtime_config().with_seed(args.training.seed).with_strategy(strategy);
     config.ranks_per_node = parallel.ranks_per_node;
     if parallel.no_prefetch {
         config.schedule = ScheduleConfig::off();

@@ -1,6 +1,9 @@
 use std::time::Duration;
 
-use burn_fsep::launch::{RankConfig, Ranks};
+use burn_fsep::{
+    FsepRuntimeConfig,
+    launch::{RankConfig, Ranks},
+};
 use clap::Args;
 
 use crate::{Backend, Comm, DeviceArg};
@@ -13,6 +16,9 @@ pub struct RankArgs {
     /// it says how many there are.
     #[arg(long)]
     pub ranks: Option<usize>,
+    /// Ranks that share the experts: groups of so many ranks are replicas of one another [default: all ranks].
+    #[arg(long, value_name = "RANKS")]
+    pub expert_parallel_size: Option<usize>,
     /// How ranks exchange, and whether they are threads of this process or processes of a launcher.
     #[arg(long, value_enum, default_value_t = Comm::Auto)]
     pub comm: Comm,
@@ -50,6 +56,11 @@ impl RankArgs {
             .with_rendezvous_timeout(Duration::from_secs(self.rendezvous_timeout.into()))
     }
 
+    /// The ranks' runtime, of the options that concern it.
+    pub fn runtime_config(&self) -> FsepRuntimeConfig {
+        FsepRuntimeConfig { expert_parallel_size: self.expert_parallel_size, ..FsepRuntimeConfig::new() }
+    }
+
     /// Whether there are as many ranks as `--ranks` says, which a launcher decides where there is one.
     ///
     /// # Errors
@@ -71,7 +82,9 @@ impl RankArgs {
     ///
     /// What is wrong with the first option that cannot.
     pub fn check(&self, program: &str) -> Result<(), String> {
-        for (name, number) in [("--ranks", self.ranks), ("--slots", self.slots)] {
+        let numbers =
+            [("--ranks", self.ranks), ("--slots", self.slots), ("--expert-parallel-size", self.expert_parallel_size)];
+        for (name, number) in numbers {
             if number == Some(0) {
                 return Err(format!("{name} must be at least 1"));
             }

@@ -40,7 +40,7 @@ impl Job<'_> {
         if rank.is_first() {
             check_output_folder(&args.output())?;
         }
-        let (runtime, device) = ranks::start(rank, args.parallel.dtype, options.seed)?;
+        let (runtime, device) = ranks::start(rank, &args.parallel, options.seed)?;
         let device = device.autodiff();
         let model = self.folder.load(&args.parallel, &runtime, &device)?;
         let Some((codec, corpus)) = self.text else {

@@ -1,0 +1,239 @@
+//! FSEP inside groups, data parallel across them: values, gradients, losses, norms and checkpoints are those of the dense model, whatever
+//! the groups.
+
+use std::{path::Path, time::Duration};
+
+use burn::data::dataloader::batcher::Batcher;
+use burn::{
+    optim::AdamWConfig,
+    tensor::{Tensor, TensorData},
+};
+use burn_fsep::{
+    ExpertParallelism, FSEPMoE, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
+    checkpoint::{CheckpointConfig, list, load},
+    comm::local::LaunchConfig,
+    moe::{ExpertBiasConfig, SharedExpertConfig, TopKRouterConfig},
+    train::{PlannerConfig, TrainerConfig, broadcast_parameters, check_replicas},
+};
+use burn_fsep_planner::PlannerStrategy;
+use burn_fsep_tests::{
+    GradientSync, HandTraining, LayoutSource, ParityCase, SmallMoe, SplitAny, TOKEN_TRAVEL, TaskBatcher, TaskItem,
+    Trained, check_parity_of, dense_loss_curve, device, launch, small_slots, task_items, train_by_hand,
+};
+
+const SEED: u64 = 3;
+const BATCH: usize = 16;
+const CLIP: f64 = 0.5;
+
+/// World sizes, and ranks that share the experts.
+const GROUPS: [(usize, usize); 6] = [(2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4)];
+
+fn on_ranks<T: Send>(
+    (world, shared_by): (usize, usize),
+    program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync,
+) -> Vec<T> {
+    let launched = LaunchConfig::new(world).with_timeout(Duration::from_secs(60));
+    let config = FsepRuntimeConfig::new().with_seed(SEED).with_expert_parallel_size(shared_by);
+    let results = launch(&launched, |comm| program(&config.init(comm)?));
+    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+}
+
+#[test]
+fn every_value_and_gradient_is_that_of_the_dense_layer() {
+    let config = || FSEPMoEConfig::new(6, 7, 8).with_moe_router_topk(2);
+    let router = TopKRouterConfig::new().with_expert_bias(Some(ExpertBiasConfig::new()));
+    let configs = [
+        config().with_moe_aux_loss_coeff(0.1).with_moe_z_loss_coeff(0.05),
+        config().with_expert_parallelism(ExpertParallelism::Static).with_moe_aux_loss_coeff(0.1),
+        config().with_shared_expert(Some(SharedExpertConfig::new(5))).with_router(router),
+    ];
+    let (mut worst, mut cases) = (0.0f64, 0);
+    for (world, shared_by) in GROUPS {
+        for tokens in [vec![9; world], (0..world).map(|rank| 3 * rank).collect::<Vec<_>>()] {
+            for config in &configs {
+                let is_static = config.expert_parallelism == ExpertParallelism::Static;
+                let slots = if is_static { 8 / shared_by } else { small_slots(shared_by) };
+                let (config, tokens, groups) = (config.clone(), tokens.clone(), world / shared_by);
+                let case =
+                    ParityCase { config, slots, tokens, groups, split: SplitAny::MinMax, steps: 2, seed: 40 + cases };
+                let travel = TOKEN_TRAVEL[cases as usize % TOKEN_TRAVEL.len()];
+                worst = worst.max(check_parity_of(&case, travel, 1e-5, |comm| comm));
+                cases += 1;
+            }
+        }
+    }
+    println!("{cases} cases: largest relative error {worst:.2e}");
+}
+
+fn train(groups: (usize, usize), steps: usize, layouts: LayoutSource, sync: GradientSync) -> Vec<Trained> {
+    let items = task_items(steps * BATCH, 1);
+    let training = HandTraining { steps, batch: BATCH, clip: CLIP, layouts, sync };
+    on_ranks(groups, |runtime| train_by_hand(runtime, &items, &training))
+}
+
+fn largest_error(losses: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(losses.len(), expected.len());
+    losses.iter().zip(expected).map(|(ours, expected)| ((ours - expected) / expected).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn the_loss_curve_and_the_norm_are_those_of_the_dense_model() {
+    const STEPS: usize = 200;
+    let dense = dense_loss_curve(SEED, STEPS, BATCH, &task_items(STEPS * BATCH, 1), CLIP);
+    let planner = LayoutSource::Planner(PlannerStrategy::MinMax);
+    let whole = train((4, 4), STEPS, planner, GradientSync::AfterBackward).swap_remove(0);
+    for (groups, layouts, sync) in [
+        ((4, 1), planner, GradientSync::AfterBackward),
+        ((4, 2), planner, GradientSync::Buckets(300)),
+        ((8, 2), LayoutSource::Random, GradientSync::AfterBackward),
+        ((8, 4), planner, GradientSync::Buckets(1)),
+    ] {
+        let results = train(groups, STEPS, layouts, sync);
+        for result in &results {
+            let error = largest_error(&result.losses, &dense);
+            assert!(error <= 1e-4, "{groups:?}, {layouts:?}: {error:.2e}");
+            assert_eq!(result.replicated, results[0].replicated, "{groups:?}: replicated parameters differ");
+            let norm = (result.largest_norm / whole.largest_norm - 1.0).abs();
+            assert!(norm <= 1e-6 && result.largest_norm > CLIP, "{groups:?}: norm {norm:.2e}");
+        }
+        println!("{groups:?}: largest error {:.2e}", largest_error(&results[0].losses, &dense));
+    }
+}
+
+#[test]
+fn training_again_gives_the_same_bits() {
+    let run = || train((8, 2), 12, LayoutSource::Planner(PlannerStrategy::MinMax), GradientSync::Buckets(300));
+    for (first, second) in run().iter().zip(run()) {
+        assert_eq!((&first.losses, &first.replicated), (&second.losses, &second.replicated));
+    }
+}
+
+/// Trains from the newest checkpoint of a folder, if there is one, saving one every 6 steps. The losses of its steps, and the layouts
+/// of the first layer at the end of each group.
+fn go_on(
+    runtime: &FsepRuntime,
+    folder: &Path,
+    items: &[TaskItem],
+    until: u64,
+) -> Result<(Vec<f64>, Vec<u32>), FsepError> {
+    let mut model = SmallMoe::fsep(runtime, small_slots(runtime.topology().world_size()), &device())?;
+    let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+    let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
+    let checkpoints = CheckpointConfig::new(folder).with_every(6);
+    let mut config = TrainerConfig::new().with_max_grad_norm(CLIP).with_planner(planner).with_checkpoints(checkpoints);
+    if let Some(newest) = list(folder).unwrap_or_default().first() {
+        let loaded = load(newest, runtime, &model, &optimizer)?;
+        (model, optimizer) = (loaded.model, loaded.optimizer);
+        config = config.with_start(loaded.progress);
+    }
+    let mut trainer = config.init(runtime, model, optimizer)?;
+    let share = BATCH / runtime.world_size();
+    let mut losses = Vec::new();
+    for step in trainer.progress().step..until {
+        let start = step as usize * BATCH + runtime.rank() * share;
+        let batch = TaskBatcher.batch(items[start..start + share].to_vec(), &device());
+        let done = trainer.step(1e-2, |model| model.loss(&batch))?;
+        losses.push(trainer.mean_loss(&done)?);
+    }
+    trainer.finish()?;
+    Ok((losses, runtime.layout(0).as_slice().to_vec()))
+}
+
+#[test]
+fn checkpoints_are_of_any_groups() {
+    const SAVED: u64 = 6;
+    const UNTIL: u64 = SAVED + 20;
+    let items = task_items(UNTIL as usize * BATCH, 5);
+    for from in [(8, 2), (4, 4), (4, 2), (1, 1)] {
+        let folder = tempfile::tempdir().unwrap();
+        on_ranks(from, |runtime| go_on(runtime, folder.path(), &items, SAVED));
+        let saved = list(folder.path()).unwrap().swap_remove(0);
+        let expected = {
+            // The whole way at once, in a folder of its own.
+            let other = tempfile::tempdir().unwrap();
+            on_ranks(from, |runtime| go_on(runtime, other.path(), &items, UNTIL))
+        };
+        if from == (8, 2) {
+            let layouts: std::collections::BTreeSet<_> = expected.iter().map(|(_, layout)| layout).collect();
+            assert!(layouts.len() > 1, "all groups have one layout: nothing is told apart");
+        }
+        for to in [(8, 2), (8, 8), (4, 1), (2, 2), (1, 1)] {
+            let copy = tempfile::tempdir().unwrap();
+            let target = copy.path().join(saved.file_name().unwrap());
+            std::fs::create_dir(&target).unwrap();
+            for file in std::fs::read_dir(&saved).unwrap() {
+                let file = file.unwrap();
+                std::fs::copy(file.path(), target.join(file.file_name())).unwrap();
+            }
+            let resumed = on_ranks(to, |runtime| go_on(runtime, copy.path(), &items, UNTIL));
+            for (rank, (losses, layout)) in resumed.iter().enumerate() {
+                let whole = &expected[rank % expected.len()];
+                let rest = &whole.0[SAVED as usize..];
+                if from == to {
+                    assert_eq!((losses.as_slice(), layout), (rest, &whole.1), "{from:?}, rank {rank}");
+                }
+                let error = losses.iter().zip(rest).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
+                assert!(losses.len() == 20 && error <= 1e-5, "{from:?} to {to:?}: {error:.2e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_have_the_first_ones_shards_and_are_found_out_where_they_differ() {
+    let layer = |runtime: &FsepRuntime, wrong: Option<usize>| -> Result<FSEPMoE, FsepError> {
+        let mut layer = FSEPMoEConfig::new(4, 6, 8).try_init(runtime, &device())?;
+        if wrong.is_none_or(|wrong| wrong == runtime.rank()) {
+            let scale = 1.0 + 0.125 * runtime.rank() as f64;
+            layer.experts.weight = layer.experts.weight.map(|weight| (weight * scale).detach().require_grad());
+        }
+        Ok(layer)
+    };
+    on_ranks((4, 2), |runtime| {
+        // All are different, and rank 0's and rank 1's are right.
+        let model = broadcast_parameters(runtime, layer(runtime, None)?)?;
+        check_replicas(runtime, &model)?;
+        let own = model.experts.weight.val().inner().into_data();
+        let mut first = own.clone().into_bytes();
+        runtime.groups().replicas().broadcast(burn_fsep::comm::Operation::new("test"), &mut first, 0).unwrap();
+        assert_eq!(TensorData::from_bytes(first, own.shape(), own.dtype()), own);
+        // Rank 3 has what rank 1 has not.
+        let error = check_replicas(runtime, &layer(runtime, Some(3))?).unwrap_err();
+        match error {
+            FsepError::ReplicasDiffer { parameter, ranks, .. } => {
+                assert_eq!((parameter.as_str(), ranks.as_slice()), ("experts.weight", &[3][..]));
+            }
+            other => panic!("{other}"),
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn loads_of_experts_are_those_of_all_groups() {
+    let loads = on_ranks((4, 2), |runtime| {
+        let experts = FSEPMoEConfig::new(4, 6, 8).with_slots_per_rank(Some(5));
+        let layer = experts.try_init(runtime, &device())?;
+        let tokens = Tensor::<2>::ones([2 + runtime.rank(), 4], &device()) * (runtime.rank() as f64 - 1.5);
+        let output = layer.try_forward_with_losses(tokens)?;
+        Ok((output.routing.expert_loads, output.routing.ranks))
+    });
+    for (loads_of_rank, ranks) in &loads {
+        assert_eq!(loads_of_rank, &loads[0].0);
+        assert_eq!((loads_of_rank.iter().sum::<u64>(), *ranks), (2 * (2 + 3 + 4 + 5), 4));
+    }
+}
+
+#[test]
+fn groups_that_cannot_be_are_refused() {
+    for (shared_by, other) in [(3, 3), (0, 0), (8, 8), (2, 4)] {
+        let results = launch(&LaunchConfig::new(4), |comm| {
+            let shared_by = if comm.rank() == 3 { other } else { shared_by };
+            FsepRuntimeConfig::new().with_expert_parallel_size(shared_by).init(comm).map(drop)
+        });
+        for result in results {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("expert"), "{error}");
+        }
+    }
+}
