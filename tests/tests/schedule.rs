@@ -11,7 +11,7 @@ use burn_fsep::{
     comm::local::LaunchConfig, moe::RouterForcing,
 };
 use burn_fsep_planner::repair::RepairConfig;
-use burn_fsep_tests::{device, launch, random_layout};
+use burn_fsep_tests::{Fault, FaultyCommunicator, device, launch, random_layout};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 const HIDDEN: usize = 6;
@@ -236,4 +236,62 @@ fn a_rank_that_begins_a_step_alone_is_noticed() {
     });
     let errors: Vec<String> = results.into_iter().map(|result| result.unwrap_err().to_string()).collect();
     assert!(errors.iter().any(|error| error.contains("is begin_step called on all ranks?")), "{errors:?}");
+}
+
+/// What two optimizer steps of three batches each leave, and what a rank has sent to restore experts.
+fn accumulate(kept_layers: usize, change_layouts: bool, tell: bool) -> Vec<(Vec<Vec<f32>>, usize)> {
+    let results = launch(&LaunchConfig::new(3), |comm| -> Result<_, FsepError> {
+        let (comm, record) = FaultyCommunicator::new(comm, Fault::None);
+        let schedule = ScheduleConfig::new().with_kept_layers(kept_layers);
+        let runtime = FsepRuntimeConfig::new().with_schedule(schedule).with_repair(None).init(comm)?;
+        let mut stack = Stack::new(&runtime)?;
+        let mut left = Vec::new();
+        for number in 0..9 {
+            for layer in 0..LAYERS {
+                let seed = if change_layouts { number * LAYERS + layer } else { layer };
+                runtime.set_layout(layer, Arc::new(random_layout(3, SLOTS, EXPERTS, seed as u64)))?;
+            }
+            if number == 3 {
+                // Until then ranks learn the order of layers.
+                record.sent.lock().unwrap().clear();
+            }
+            match tell && number % 3 < 2 {
+                true => runtime.begin_micro_batch(&stack)?,
+                false => runtime.begin_step(&stack)?,
+            }
+            left.push(stack.step(&runtime, &[0, 1, 2, 3], number as u64)?);
+            if number % 3 == 2 {
+                for layer in &mut stack.layers {
+                    let id = layer.experts.weight.id;
+                    let weight = layer.experts.weight.val() * 0.75;
+                    layer.experts.weight = Param::initialized(id, weight.detach().require_grad());
+                }
+                assert_eq!(runtime.unsharded_gauge().bytes(), 0, "all experts are freed for the optimizer");
+            }
+        }
+        assert_eq!(runtime.missed_prefetches(), 0);
+        let sent = record.sent.lock().unwrap();
+        let restored = sent.iter().filter(|(name, _)| name.contains("unshard") || name.contains("repair"));
+        Ok((left, restored.map(|(_, bytes)| bytes).sum()))
+    });
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn experts_stay_for_the_batches_of_one_optimizer_step() {
+    for change_layouts in [false, true] {
+        let expected = accumulate(0, change_layouts, false);
+        for kept_layers in [1, 2, usize::MAX] {
+            let (told, untold) =
+                (accumulate(kept_layers, change_layouts, true), accumulate(kept_layers, change_layouts, false));
+            for ((told, untold), expected) in told.iter().zip(&untold).zip(&expected) {
+                assert_eq!(told.0, expected.0, "{kept_layers} layers kept");
+                assert!(told.1 < untold.1 && untold.1 < expected.1, "{} {} {}", told.1, untold.1, expected.1);
+                if kept_layers == usize::MAX && !change_layouts {
+                    // Of each three batches only the first restores, and only for forward.
+                    assert_eq!((told.1 * 3, untold.1 * 2), (untold.1, expected.1));
+                }
+            }
+        }
+    }
 }

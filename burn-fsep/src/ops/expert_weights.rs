@@ -130,3 +130,11 @@ pub(super) fn end_forward<B: FsepKernels>(weights: ExpertWeights<B>, pass: &Laye
         None => Ok(()),
     }
 }
+
+/// Frees the experts of a backward pass, or leaves them for the next batch.
+pub(super) fn end_backward<B: FsepKernels>(weights: ExpertWeights<B>, pass: &LayerPass) -> Result<(), FsepError> {
+    match pass.unshards.as_ref().and_then(|unshards| unshards.left.as_ref()) {
+        Some(left) if left.is_planned() => left.keep(Unsharding::<B>::Kept(weights)),
+        _ => Ok(()),
+    }
+}

@@ -6,7 +6,7 @@ use burn::{
 use super::{
     ChunkDispatch, FsepKernels, LayerPass, Tracked,
     by_rank::wanted,
-    expert_weights::{end_forward, start_unshard},
+    expert_weights::{end_backward, end_forward, start_unshard},
     gradients::{PendingGradient, start_reshard},
     pass_rows::{PassRows, SavedRows},
     types::{ExpertsBackward, ExpertsGradients},
@@ -174,7 +174,9 @@ fn try_backward<B: FsepKernels>(
         drop(span);
         returning.push((rows, d_tokens, d_probs));
     }
-    drop(unsharded);
+    if let Some(unsharded) = unsharded {
+        end_backward(unsharded, pass)?;
+    }
 
     let (mut d_hidden, mut d_probs) = (Vec::with_capacity(returning.len()), Vec::with_capacity(returning.len()));
     for (rows, d_tokens, probs) in returning {

@@ -130,6 +130,8 @@ pub struct Unshards {
     pub next: Option<Arc<Unshard>>,
     /// The experts of the forward pass are kept for backward.
     pub keep: bool,
+    /// For the layer's forward pass in the next batch: after backward, the experts are left in it.
+    pub left: Option<Arc<Unshard>>,
 }
 
 impl LayerPass {

@@ -21,7 +21,7 @@ pub type StartUnshard = Box<dyn FnOnce(Tensor<2>) -> Result<Started, FsepError> 
 /// | --- | --- | --- | --- | --- |
 /// | planned | started | kept | error | discarded |
 /// | started: the experts travel | - | error | taken | discarded |
-/// | kept: they are there since the forward pass | - | error | taken | discarded |
+/// | kept: they are there since another pass | - | error | taken | discarded |
 /// | taken: the layer computes with them | error | error | error | - |
 /// | discarded: nobody will come for them | error | error | error | - |
 ///
@@ -85,7 +85,12 @@ impl Unshard {
         }
     }
 
-    /// Keeps experts of the forward pass for it, in place of a start.
+    /// Whether nothing has happened to it.
+    pub fn is_planned(&self) -> bool {
+        matches!(*self.state.lock(), State::Planned(_))
+    }
+
+    /// Keeps experts of another pass for it, in place of a start.
     ///
     /// # Errors
     ///

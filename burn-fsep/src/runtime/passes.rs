@@ -120,11 +120,17 @@ impl FsepRuntime {
             self.inner.schedule.set_ahead(layer, unshard.clone());
             unshard
         });
+        let left = (begun.leave && tracked.needs_experts_in_backward()).then(|| {
+            let left = unshard("unshard for the next batch");
+            self.inner.schedule.leave(spec.layer, left.clone());
+            left
+        });
         Unshards {
             forward: begun.ahead.unwrap_or_else(|| unshard("unshard for forward")),
             backward: unshard("unshard for backward"),
             next,
             keep: begun.keep && tracked.needs_experts_in_backward(),
+            left,
         }
     }
 

@@ -24,8 +24,29 @@ impl FsepRuntime {
     ///
     /// [`FsepError::Comm`] if the unshard cannot be started.
     pub fn begin_step<M: Module>(&self, model: &M) -> Result<(), FsepError> {
+        self.begin_batch(model, false)
+    }
+
+    /// [`begin_step`](Self::begin_step) before a batch whose gradients are accumulated with those of batches to come: until these have
+    /// come the parameters stay, and so do the experts of the layers that keep theirs from forward to backward
+    /// ([`ScheduleConfig::kept_layers`](crate::ScheduleConfig)), which are restored once for all of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin_step`](Self::begin_step).
+    pub fn begin_micro_batch<M: Module>(&self, model: &M) -> Result<(), FsepError> {
+        self.begin_batch(model, true)
+    }
+
+    /// Frees the experts that [`begin_micro_batch`](Self::begin_micro_batch) has kept, for a step that ends before it was to.
+    pub fn end_micro_batches(&self) {
+        self.inner.schedule.forget_left();
+    }
+
+    fn begin_batch<M: Module>(&self, model: &M, is_followed: bool) -> Result<(), FsepError> {
         self.inner.observed.begin();
         let schedule = &self.inner.schedule;
+        schedule.set_followed(is_followed);
         if !schedule.config().prefetch_forward || self.groups().experts().size() == 1 {
             return Ok(());
         }

@@ -30,6 +30,12 @@ struct State {
     /// This step's shards by layer, between `begin_step` and backward.
     shards: HashMap<usize, Tensor<2>>,
     ahead: Option<(usize, Arc<Unshard>)>,
+    /// The parameters stay as they are after this batch: others of the same optimizer step follow.
+    is_followed: bool,
+    /// Experts that this batch's passes have left from the batch before, by layer.
+    staying: HashMap<usize, Arc<Unshard>>,
+    /// Those that this batch leaves for the next.
+    left: HashMap<usize, Arc<Unshard>>,
     /// Passes whose forward ran, for the order of backward.
     awaiting_backward: Vec<AwaitingBackward>,
     missed: u64,
@@ -51,6 +57,8 @@ pub(crate) struct ForwardStart {
     pub next: Option<(usize, Tensor<2>)>,
     /// The layer's experts are kept for backward.
     pub keep: bool,
+    /// And after it for the layer's pass in the next batch.
+    pub leave: bool,
 }
 
 impl fmt::Debug for Schedule {
@@ -78,12 +86,30 @@ impl Schedule {
         self.state.lock().layer_of.clone()
     }
 
+    /// Whether the batch that begins next is followed by others of the same optimizer step.
+    pub fn set_followed(&self, is_followed: bool) {
+        self.state.lock().is_followed = is_followed;
+    }
+
+    /// Frees what was left for a batch that does not come.
+    pub fn forget_left(&self) {
+        let mut state = self.state.lock();
+        let left: Vec<_> = std::mem::take(&mut state.left).into_values().collect();
+        let staying: Vec<_> = std::mem::take(&mut state.staying).into_values().collect();
+        left.iter().chain(&staying).for_each(|unshard| unshard.discard());
+    }
+
+    /// A pass leaves its layer's experts for the layer's pass in the next batch.
+    pub fn leave(&self, layer: usize, unshard: Arc<Unshard>) {
+        self.state.lock().left.insert(layer, unshard);
+    }
+
     /// A step begins with these shards, by layer. Returns the layer to unshard first, and its shards.
     pub fn begin_step(&self, shards: HashMap<usize, Tensor<2>>) -> Option<(usize, Tensor<2>)> {
         let mut state = self.state.lock();
         state.begin();
         state.shards = shards;
-        let first = state.order.first().filter(|_| self.config.prefetch_forward)?;
+        let first = state.order.first().filter(|layer| self.config.prefetch_forward && !state.stays(*layer))?;
         Some((first, state.shards.get(&first)?.clone()))
     }
 
@@ -93,24 +119,26 @@ impl Schedule {
     }
 
     /// A layer begins a training forward pass. `is_current` tells whether an unshard is of the shards that the layer has now.
-    pub fn begin_forward(&self, layer: usize, is_current: impl FnOnce(&Unshard) -> bool) -> ForwardStart {
+    pub fn begin_forward(&self, layer: usize, is_current: impl Fn(&Unshard) -> bool) -> ForwardStart {
         let mut state = self.state.lock();
         if state.in_backward {
             state.begin();
         }
         let position = state.order.begin_layer(layer);
-        let ahead = match state.ahead.take() {
-            Some((of, unshard)) if of == layer && is_current(&unshard) => Some(unshard),
-            Some((_, unshard)) => {
+        let staying = state.staying.remove(&layer).map(|unshard| (layer, unshard));
+        let mut ahead = None;
+        for (of, unshard) in [staying, state.ahead.take()].into_iter().flatten() {
+            if of == layer && ahead.is_none() && is_current(&unshard) {
+                ahead = Some(unshard);
+            } else {
                 state.cancel(&unshard);
-                None
             }
-            None => None,
-        };
-        let next = position.next.filter(|_| self.config.prefetch_forward);
+        }
+        let next = position.next.filter(|next| self.config.prefetch_forward && !state.stays(*next));
         let next = next.and_then(|layer| Some((layer, state.shards.get(&layer)?.clone())));
         let keep = position.left.is_some_and(|left| left < self.config.kept_layers);
-        ForwardStart { ahead, next, keep }
+        let leave = keep && state.is_followed && !state.left.contains_key(&layer);
+        ForwardStart { ahead, next, keep, leave }
     }
 
     /// Unshards that were started ahead for nothing.
@@ -159,7 +187,7 @@ impl Schedule {
         state.shards.clear();
         state.awaiting_backward.clear();
         state.order.begin();
-        let ahead = state.ahead.take();
+        let ahead = (state.ahead.take(), std::mem::take(&mut state.left), std::mem::take(&mut state.staying));
         drop(state);
         drop((ahead, self.deferred.lock().take()));
     }
@@ -174,6 +202,15 @@ impl State {
         if let Some((_, unshard)) = self.ahead.take() {
             self.cancel(&unshard);
         }
+        let left = std::mem::take(&mut self.left);
+        for unshard in std::mem::replace(&mut self.staying, left).into_values() {
+            self.cancel(&unshard);
+        }
+    }
+
+    /// Whether a layer's experts are there since the batch before.
+    fn stays(&self, layer: usize) -> bool {
+        self.staying.contains_key(&layer)
     }
 
     /// An unshard that was started ahead cannot be used. The layer before may hold it: what it received is freed now.

@@ -84,7 +84,10 @@ impl<M: Module> GradientStep<M> {
         if let (true, Some(buckets)) = (self.accumulates(), &self.config.buckets) {
             buckets.pause();
         }
-        self.runtime.begin_step(model)
+        match self.accumulated + 1 < self.config.accumulation_steps {
+            true => self.runtime.begin_micro_batch(model),
+            false => self.runtime.begin_step(model),
+        }
     }
 
     /// Takes a batch's gradients, and returns those of its window if they are its last.
@@ -101,6 +104,7 @@ impl<M: Module> GradientStep<M> {
     /// The gradients of the batches since the last window; `None` if there was none.
     pub fn end_window(&mut self, model: &M) -> Option<GradientsParams> {
         let count = std::mem::take(&mut self.accumulated);
+        self.runtime.end_micro_batches();
         let mut grads = (count > 0).then(|| self.accumulator.grads())?;
         if count > 1 && self.config.accumulation == Accumulation::Mean {
             scale(model, &mut grads, 1.0 / count as f64);
@@ -115,6 +119,7 @@ impl<M: Module> GradientStep<M> {
             return Ok(());
         }
         self.accumulator.grads();
+        self.runtime.end_micro_batches();
         self.runtime.forget_expert_loads();
         for (layer, layout) in std::mem::take(&mut self.layouts).into_iter().enumerate() {
             if !self.runtime.has_fixed_layout(layer) {
