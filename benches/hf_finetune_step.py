@@ -4,9 +4,11 @@
     python hf_finetune_step.py --layers 8 --batch 4 --seq 2048 --steps 12
 
 Random weights and tokens, bf16 weights and AdamW states, scaled dot product attention (flash kernels where torch has
-them), experts by `grouped_mm`, the pooled auxiliary loss, fused AdamW. Measured is the whole step: forward, losses,
-backward, optimizer. Steps are timed by CUDA events and read once at the end, so that nothing waits but transformers
-itself (it reads one number a forward, in masking_utils.find_packed_sequence_indices). Prints one line of JSON.
+them), experts by `grouped_mm`, the pooled auxiliary loss, fused AdamW. With torchrun several ranks train one model by
+FSDP2, a layer at a time; with --master-weights parameters, gradients and states are of single precision, products of
+bf16. Measured is the whole step: forward, losses, backward, optimizer. Steps are timed by CUDA events and read once at
+the end, so that nothing waits but transformers itself (it reads one number a forward, in
+masking_utils.find_packed_sequence_indices). Prints one line of JSON.
 
 Model FLOP of a step, from the sizes alone, so that it is comparable between programs:
     6 * T * N + 6 * layers * B * S^2 * D
@@ -35,6 +37,8 @@ def arguments():
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile(model), if that is the faster peer")
+    parser.add_argument("--master-weights", action="store_true", help="parameters in f32, products in bf16")
+    parser.add_argument("--text", help="a text whose bytes are the tokens, in place of random ones")
     parser.add_argument("--no-aux", action="store_true", help="without the auxiliary loss")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,15 +72,37 @@ def make_model(options):
     torch.manual_seed(options.seed)
     with torch.device(options.device):
         model = OlmoeForCausalLM._from_config(
-            config, dtype=torch.bfloat16, attn_implementation=options.attention,
+            config, dtype=torch.float32 if options.master_weights else torch.bfloat16, attn_implementation=options.attention,
             experts_implementation=options.experts_implementation,
         )
     found = (model.config._attn_implementation, model.config._experts_implementation)
     assert found == (options.attention, options.experts_implementation), found
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.train()
+    model = model.train()
+    if ranks() > 1 or options.master_weights:
+        shard(model, options)
+    return model
+
+
+def ranks():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shard(model, options):
+    """FSDP2: each layer's parameters are gathered while the layer before computes."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29411")
+        dist.init_process_group("nccl", rank=int(os.environ.get("RANK", "0")), world_size=ranks())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 class Clock:
@@ -106,14 +132,23 @@ def run(options):
     import torch
 
     cuda = options.device.startswith("cuda")
+    rank = int(os.environ.get("RANK", "0"))
+    if cuda and ranks() > 1:
+        torch.cuda.set_device(rank)
     model = make_model(options)
     forward = torch.compile(model) if options.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
-    random = torch.Generator(options.device).manual_seed(options.seed)
+    random = torch.Generator(options.device).manual_seed(options.seed + rank)
     total = options.warmup + options.steps
     batches = torch.randint(
         0, options.vocab, (total, options.batch, options.seq), generator=random, device=options.device
     )
+
+    if options.text:
+        with open(options.text, "rb") as file:
+            text = torch.tensor(list(file.read()), device=options.device)
+        starts = torch.randint(0, len(text) - options.seq + 1, (total, options.batch, 1), generator=random, device=options.device)
+        batches = text[starts + torch.arange(options.seq, device=options.device)]
 
     def step(ids):
         loss = forward(input_ids=ids, labels=ids, output_router_logits=not options.no_aux, use_cache=False).loss
@@ -142,10 +177,13 @@ def main():
 
     cuda = options.device.startswith("cuda")
     model, seconds, losses = run(options)
-    tokens, flop = options.batch * options.seq, model_flop(options)
+    tokens, flop = ranks() * options.batch * options.seq, ranks() * model_flop(options)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     median, best = statistics.median(seconds), min(seconds)
     print(json.dumps({
         "program": "transformers OlmoeForCausalLM",
+        "ranks": ranks(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "options": vars(options),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use burn::tensor::Device;
 use burn_fsep::{
@@ -44,6 +44,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), MoeHfError> {
 
 fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_json::Value, MoeHfError> {
     ranks::check_equal(rank.comm.as_ref(), "options or models", &format!("{config:?} {args:?}"))?;
+    let text = args.text.as_ref().map(|path| read_text(path, args.seq_len, config.vocab_size)).transpose()?;
     let memory = PeakMemory::start(rank.gpu);
     let (runtime, device) = ranks::start(rank, &args.parallel, args.seed)?;
     let device = device.autodiff();
@@ -60,7 +61,7 @@ fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_js
     let mut trainer = training.init(&runtime, model, FusedAdamWConfig::new().init())?;
     let (mut times, mut losses, mut imbalance) = (Vec::new(), Vec::new(), [0.0; 2]);
     for step in 0..args.warmup + args.steps {
-        let batch = random_batch(args, &config, step, &runtime, &device);
+        let batch = batch(args, text.as_deref(), &config, step, &runtime, &device);
         runtime.comm().barrier(Operation::new("step"))?;
         let start = Instant::now();
         let done = trainer.step(1e-5, |model| model.loss(&batch, config.router_aux_loss_coef, &runtime))?;
@@ -86,13 +87,27 @@ fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_js
         "layers": config.feed_forwards.len(), "batch": args.batch, "seq_len": args.seq_len, "steps": args.steps,
         "parameters": counts.total(), "parameters_per_token": counts.active(),
         "imbalance_static": imbalance[0], "imbalance_planned": imbalance[1],
-        "first_loss": losses[0], "last_loss": losses[losses.len() - 1],
+        "first_loss": losses[0], "last_loss": losses[losses.len() - 1], "losses": losses,
     }))
 }
 
-/// Tokens that differ from step to step and from rank to rank.
-fn random_batch(
+/// The bytes of a text.
+fn read_text(path: &Path, seq_len: usize, vocab_size: usize) -> Result<Vec<u8>, MoeHfError> {
+    let fail = |what: String| MoeHfError::Option(format!("--text {}: {what}", path.display()));
+    let text = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
+    if text.len() < seq_len {
+        return Err(fail(format!("its {} bytes are fewer than the {seq_len} tokens of a sequence", text.len())));
+    }
+    match text.iter().find(|&&byte| usize::from(byte) >= vocab_size) {
+        Some(byte) => Err(fail(format!("it has the byte {byte}, but the model has only {vocab_size} tokens"))),
+        None => Ok(text),
+    }
+}
+
+/// Tokens that differ from step to step and from rank to rank: random ones, or those of a text.
+fn batch(
     args: &BenchArgs,
+    text: Option<&[u8]>,
     config: &DecoderConfig,
     step: usize,
     runtime: &FsepRuntime,
@@ -100,7 +115,13 @@ fn random_batch(
 ) -> TokenBatch {
     let stream = (step * runtime.world_size() + runtime.rank()) as u64;
     let mut rng = SplitMix64::new(SplitMix64::at(args.seed, stream));
-    let mut row = || (0..args.seq_len).map(|_| rng.below(config.vocab_size) as u32).collect();
+    let mut row = || match text {
+        None => (0..args.seq_len).map(|_| rng.below(config.vocab_size) as u32).collect(),
+        Some(text) => {
+            let start = rng.below(text.len() - args.seq_len + 1);
+            text[start..][..args.seq_len].iter().map(|&byte| u32::from(byte)).collect()
+        }
+    };
     let rows: Vec<Vec<u32>> = (0..args.batch).map(|_| row()).collect();
     TokenBatch::new(&rows, args.seq_len, device)
 }

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use burn_fsep::{
-    FsepRuntimeConfig,
+    FsepRuntimeConfig, ScheduleConfig,
     launch::{RankConfig, Ranks},
 };
 use clap::Args;
@@ -37,6 +37,9 @@ pub struct RankArgs {
     /// Experts that a rank restores at once [default: just enough for all experts, plus one].
     #[arg(long)]
     pub slots: Option<usize>,
+    /// Last layers that keep their experts from forward to backward, for the memory of their slots.
+    #[arg(long, value_name = "LAYERS", default_value_t = 1)]
+    pub kept_layers: usize,
     /// Wait for the planner in each step, so that a run can be repeated bit for bit.
     #[arg(long)]
     pub synchronous: bool,
@@ -58,7 +61,9 @@ impl RankArgs {
 
     /// The ranks' runtime, of the options that concern it.
     pub fn runtime_config(&self) -> FsepRuntimeConfig {
-        FsepRuntimeConfig { expert_parallel_size: self.expert_parallel_size, ..FsepRuntimeConfig::new() }
+        let mut config = FsepRuntimeConfig::new().with_schedule(ScheduleConfig::new().with_kept_layers(self.kept_layers));
+        config.expert_parallel_size = self.expert_parallel_size;
+        config
     }
 
     /// Whether there are as many ranks as `--ranks` says, which a launcher decides where there is one.

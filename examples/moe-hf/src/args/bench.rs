@@ -11,6 +11,9 @@ pub struct BenchArgs {
     /// A model's folder, of which only config.json is read.
     #[arg(long, value_name = "DIR")]
     pub config_only: PathBuf,
+    /// A text whose bytes are the tokens, in place of random ones: experts are chosen, and the loss falls, as with what is learned.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
     /// Layers in place of the configuration's.
     #[arg(long)]
     pub layers: Option<usize>,
