@@ -61,7 +61,8 @@ impl RankArgs {
 
     /// The ranks' runtime, of the options that concern it.
     pub fn runtime_config(&self) -> FsepRuntimeConfig {
-        let mut config = FsepRuntimeConfig::new().with_schedule(ScheduleConfig::new().with_kept_layers(self.kept_layers));
+        let mut config =
+            FsepRuntimeConfig::new().with_schedule(ScheduleConfig::new().with_kept_layers(self.kept_layers));
         config.expert_parallel_size = self.expert_parallel_size;
         config
     }

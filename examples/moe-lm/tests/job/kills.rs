@@ -71,13 +71,14 @@ impl Phase {
     ];
 
     /// What comes before these operations.
-    const OPERATIONS: [(&str, Phase); 19] = [
+    const OPERATIONS: [(&str, Phase); 21] = [
         ("engine of the ranks", Phase::StartUp),
         ("places of ranks", Phase::StartUp),
         ("options of the ranks", Phase::StartUp),
         ("start of MPI", Phase::StartUp),
         ("connection of MPI", Phase::StartUp),
         ("configuration of the runtime", Phase::StartUp),
+        ("groups of ranks", Phase::StartUp),
         ("initial values", Phase::StartUp),
         ("list of checkpoints", Phase::StartUp),
         ("manifest of a checkpoint", Phase::StartUp),
@@ -89,6 +90,7 @@ impl Phase {
         ("agreement on layouts", Phase::Optimizer),
         ("mean loss", Phase::BetweenSteps),
         ("agreement to go on", Phase::BetweenSteps),
+        ("records of groups", Phase::Checkpoint),
         (" of a checkpoint", Phase::Checkpoint),
         ("backward", Phase::Backward),
     ];
@@ -117,6 +119,8 @@ struct Kill {
 struct Kind {
     launcher: Launcher,
     size: usize,
+    /// Groups of ranks that share the experts.
+    groups: usize,
     planner: &'static str,
 }
 
@@ -172,8 +176,11 @@ fn trains(folder: &Path, rank: usize) -> bool {
     folder.join(format!("out/rank-{rank}/train")).is_dir()
 }
 
-fn start(Kind { launcher, size, planner }: Kind, folder: &Path) -> RankProcesses {
-    let mut job: Command = small_job(folder, &OPTIONS.split_whitespace().collect::<Vec<_>>());
+fn start(Kind { launcher, size, groups, planner }: Kind, folder: &Path) -> RankProcesses {
+    // A batch is a multiple of the ranks.
+    let options = if size == 8 { OPTIONS.replace("--batch 12", "--batch 16") } else { OPTIONS.into() };
+    let mut job: Command = small_job(folder, &options.split_whitespace().collect::<Vec<_>>());
+    job.args(["--expert-parallel-size", &(size / groups).to_string()]);
     let comm = if launcher == Launcher::Direct { "process" } else { "mpi" };
     job.args(["--planner", planner, "--comm", comm]);
     // Of an earlier job in this folder.
@@ -357,17 +364,20 @@ fn write(rng: &mut StdRng) -> Moment {
 
 #[test]
 fn a_kill_at_start_in_a_step_and_in_a_checkpoint_costs_nothing_but_steps() {
-    let times = undisturbed(Kind { launcher: Launcher::Direct, size: 3, planner: "min-max" });
-    round("short", &mut StdRng::seed_from_u64(0), &times, &[start_up, training, write]);
+    for (size, groups, moments) in [(3, 1, &[start_up as Draw, training, write][..]), (4, 2, &[training])] {
+        let times = undisturbed(Kind { launcher: Launcher::Direct, size, groups, planner: "min-max" });
+        round("short", &mut StdRng::seed_from_u64(0), &times, moments);
+    }
 }
 
 /// `cargo test -p moe-lm --features moe-lm/mpi --test job kills -- --ignored --nocapture`. One round again:
-/// `MOE_LM_ROUND=17`; others: `MOE_LM_SEED=2`.
+/// `MOE_LM_ROUND=17`; others: `MOE_LM_SEED=2`. With `MOE_LM_GROUPS=2` jobs of eight ranks in two groups.
 #[test]
 #[ignore = "takes minutes"]
 fn fifty_random_kills() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let (seed, only) = (number("MOE_LM_SEED").unwrap_or(1), number("MOE_LM_ROUND"));
+    let groups = number("MOE_LM_GROUPS").unwrap_or(1) as usize;
     let rounds: [&[Draw]; 9] = [
         &[start_up],
         &[training],
@@ -394,7 +404,8 @@ fn fifty_random_kills() {
         let is_mpi = cfg!(feature = "mpi") && number % 4 == 3;
         let launcher = if is_mpi { Launcher::RECOVERING_MPIRUN } else { Launcher::Direct };
         let planner = ["min-max", "paper"][number as usize / 4 % 2];
-        let kind = Kind { launcher, size: rng.random_range(2..=4), planner };
+        let size = if groups == 1 { rng.random_range(2..=4) } else { 8 };
+        let kind = Kind { launcher, size, groups, planner };
         if only.is_none_or(|only| number == only) {
             let times = undisturbed_jobs.entry(kind).or_insert_with(|| undisturbed(kind));
             let moments = rounds[number as usize % rounds.len()];
