@@ -129,6 +129,10 @@ impl Communicator for FaultyCommunicator {
         self.inner.size()
     }
 
+    fn world_rank(&self, rank: usize) -> usize {
+        self.inner.world_rank(rank)
+    }
+
     fn start_all_to_all_v(
         &self,
         operation: Operation,
@@ -169,5 +173,10 @@ impl Communicator for FaultyCommunicator {
 
     fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         Ok(Arc::new(Self { inner: self.inner.duplicate(name)?, calls: self.calls.clone() }))
+    }
+
+    fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError> {
+        self.calls.count(Operation::new(name))?;
+        Ok(Arc::new(Self { inner: self.inner.split(name, color, key)?, calls: self.calls.clone() }))
     }
 }

@@ -11,6 +11,7 @@ mod dispatchers;
 mod engine;
 mod faults;
 mod golden;
+mod groups;
 mod hub_model;
 mod layouts;
 mod model;
@@ -28,6 +29,7 @@ pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
 pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
 pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors, write_safetensors};
+pub use groups::check_groups;
 pub use hub_model::{HubAttention, HubDecoder, HubDenseMlp, HubLayer, HubMlp, HubModel, named_parameters};
 pub use layouts::random_layout;
 pub use model::{

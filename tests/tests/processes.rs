@@ -63,6 +63,19 @@ fn survivors_name_the_rank_that_was_killed_and_what_they_were_doing() {
 }
 
 #[test]
+fn survivors_in_all_groups_name_the_rank_that_was_killed() {
+    for victim in [0, 5] {
+        let mut job = start(8, "groups");
+        (0..8).for_each(|rank| wait_for(&mut job, rank, "groups"));
+        assert!(job.kill(victim));
+        for rank in (0..8).filter(|&rank| rank != victim) {
+            let named = format!("rank {victim} failed while this rank was in `meeting of layer 4`");
+            expect_error(&mut job, rank, &[&named, "its process ended without notice"]);
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_waits_for_another_hears_of_the_loss_of_a_third() {
     let mut job = start(3, "third");
     (0..2).for_each(|rank| wait_for(&mut job, rank, "third"));

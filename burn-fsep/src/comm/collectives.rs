@@ -263,6 +263,10 @@ mod tests {
             self.inner.size()
         }
 
+        fn world_rank(&self, rank: usize) -> usize {
+            self.inner.world_rank(rank)
+        }
+
         fn start_all_to_all_v(
             &self,
             operation: Operation,
@@ -284,6 +288,10 @@ mod tests {
 
         fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
             self.inner.duplicate(name)
+        }
+
+        fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError> {
+            self.inner.split(name, color, key)
         }
     }
 

@@ -37,6 +37,14 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     /// World size `N` of the group.
     fn size(&self) -> usize;
 
+    /// The number that the group's rank `rank` has in the world, the group of all ranks that other groups are split off from. Errors
+    /// name ranks by it, whichever group they are of.
+    ///
+    /// # Panics
+    ///
+    /// If the group has no such rank.
+    fn world_rank(&self, rank: usize) -> usize;
+
     /// Starts an All-to-All-v; `plan` counts bytes.
     ///
     /// # Errors
@@ -72,6 +80,18 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     fn duplicate_in_background(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         self.duplicate(name)
     }
+
+    /// Splits the group: ranks that give the same `color` form a group, ranked by `key`, then by their rank here. `name` tells what
+    /// it carries, and is equal on all ranks. Collective over this communicator; afterwards, groups know nothing of each other's
+    /// collectives, duplicates and splits.
+    ///
+    /// Their end is one: a rank that aborts, is lost or does not come in one group ends all groups of the world, and errors name it
+    /// by its [`world_rank`](Self::world_rank).
+    ///
+    /// # Errors
+    ///
+    /// Any [`CommError`].
+    fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError>;
 
     /// Exchanges between buffers on this rank's GPU, if the engine has them.
     fn device(&self) -> Option<&dyn DeviceCommunicator> {

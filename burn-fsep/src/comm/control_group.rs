@@ -15,7 +15,8 @@ pub(super) struct ControlGroup {
     pub comm: Arc<dyn Communicator>,
     /// How long a collective of the engine waits for its peers.
     pub timeout: Duration,
-    failure: Mutex<Option<CommError>>,
+    /// One for all groups that were split off from each other, as theirs of the control communicators is.
+    failure: Arc<Mutex<Option<CommError>>>,
 }
 
 impl fmt::Debug for ControlGroup {
@@ -26,7 +27,18 @@ impl fmt::Debug for ControlGroup {
 
 impl ControlGroup {
     pub fn new(comm: Arc<dyn Communicator>, timeout: Duration) -> Self {
-        Self { comm, timeout, failure: Mutex::default() }
+        Self { comm, timeout, failure: Arc::default() }
+    }
+
+    /// That of this rank's group in a split; see [`Communicator::split`]. Collective.
+    pub fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Self, CommError> {
+        let comm = self.comm.split(name, color, key)?;
+        Ok(Self { comm, timeout: self.timeout, failure: self.failure.clone() })
+    }
+
+    /// This rank's number in the world, by which errors name it.
+    pub fn world_rank(&self) -> usize {
+        self.comm.world_rank(self.comm.rank())
     }
 
     /// Ranks of which only some compare signatures would wait for each other. Collective.
@@ -62,7 +74,7 @@ impl ControlGroup {
         error
     }
 
-    /// Asks `is_done` until it is, the group has failed, or the time is over: then the ranks that are `missing` are named.
+    /// Asks `is_done` until it is, the group has failed, or the time is over: then the group's ranks that are `missing` are named.
     pub fn poll(
         &self,
         operation: Operation,
@@ -89,8 +101,16 @@ impl ControlGroup {
         }
     }
 
+    /// Ranks of the group did not come.
     pub fn timed_out(&self, operation: Operation, missing: Vec<usize>) -> CommError {
+        let mut missing: Vec<_> = missing.into_iter().map(|rank| self.comm.world_rank(rank)).collect();
+        missing.sort_unstable();
         CommError::Timeout { operation: operation.to_string(), waited: self.timeout, missing, meanwhile: None }
+    }
+
+    /// This rank and the group's rank `peer` do different things.
+    pub fn mismatch(&self, sequence: u64, peer: usize, texts: [String; 2]) -> CommError {
+        CommError::mismatch(sequence, self.world_rank(), self.comm.world_rank(peer), texts)
     }
 }
 
@@ -126,5 +146,28 @@ mod tests {
             control.poll(operation, || Ok(false), Vec::new)
         });
         assert!(results[0].as_ref().unwrap_err().to_string().contains("out of luck"), "{results:?}");
+    }
+
+    #[test]
+    fn groups_share_their_failure_and_name_the_worlds_ranks() {
+        let results = launch(&LaunchConfig::new(4), |comm| {
+            let world = ControlGroup::new(comm, Duration::ZERO);
+            // Ranks 0 and 2, ranks 1 and 3.
+            let group = world.split("test", world.comm.rank() as u64 % 2, 0)?;
+            world.comm.barrier(Operation::new("start"))?;
+            if world.comm.rank() == 1 {
+                return Err(group.fail(group.timed_out(Operation::new("test"), vec![1])));
+            }
+            while world.failure().is_none() {
+                std::thread::yield_now();
+            }
+            assert_eq!(group.failure(), world.failure());
+            group.check(Operation::new("test"))
+        });
+        for (rank, result) in results.into_iter().enumerate() {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("rank(s) [3] did not take part"), "{error}");
+            assert_eq!(error.contains("rank 1 failed"), rank != 1, "{error}");
+        }
     }
 }

@@ -8,6 +8,7 @@ mod control_group;
 mod device;
 mod error;
 mod exchange_plan;
+mod groups;
 #[cfg(any(feature = "mpi", feature = "nccl"))]
 mod headers;
 pub mod local;
@@ -26,6 +27,7 @@ pub use communicator::{Communicator, PendingExchange, all_gather_u64};
 pub use device::{ComputeStream, DeviceCommunicator, PendingDeviceExchange};
 pub use error::CommError;
 pub use exchange_plan::{Block, ExchangePlan};
+pub use groups::Groups;
 pub use operation::Operation;
 pub use reduce::{ReduceBuffer, ReduceOp};
 pub use rounds::RoundsCommunicator;

@@ -7,7 +7,7 @@ use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
 use burn::tensor::Bytes;
 use burn_fsep::{
     FsepError, FsepRuntime,
-    comm::{Block, CommError, Communicator, ExchangePlan, Operation, ReduceBuffer, ReduceOp},
+    comm::{Block, CommError, Communicator, ExchangePlan, Groups, Operation, ReduceBuffer, ReduceOp},
     launch::RankEnvironment,
 };
 use burn_fsep_planner::PlannerStrategy;
@@ -48,6 +48,12 @@ fn perform(task: &str, comm: Arc<dyn Communicator>) -> Result<(), FsepError> {
         "gathers" => loop_forever(task, || comm.all_gather(meeting, &[0; 100], &mut vec![0; 100 * comm.size()]))?,
         "sums" => {
             loop_forever(task, || comm.all_reduce(meeting, ReduceBuffer::F32(&mut vec![1.0; 1 << 18]), ReduceOp::Sum))?;
+        }
+        // Half of the ranks have no collective with the other half.
+        "groups" => {
+            let ranks = comm.size() / 2;
+            let group = Groups::new(comm, ranks)?.experts().clone();
+            loop_forever(task, || group.all_gather(meeting, &[0; 100], &mut vec![0; 100 * ranks]))?;
         }
         "exchanges" => loop_forever(task, || exchange(comm.as_ref(), 4 << 20))?,
         // Rank 1 takes part in the meeting, as rank 0 does; rank 2 does not come.

@@ -17,7 +17,7 @@ impl LocalCommunicator {
     pub fn group(size: usize, timeout: Duration) -> Vec<Self> {
         assert!(size > 0, "a group needs at least one rank");
         let rounds = Arc::new(Rounds::new(size, size, timeout, |_| {}));
-        (0..size).map(|rank| Self::new(rounds.clone(), rank, None)).collect()
+        (0..size).map(|rank| Self::new(rounds.clone(), rank, size, None)).collect()
     }
 
     /// The group of one rank: for training without peers and for inference.

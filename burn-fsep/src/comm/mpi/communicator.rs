@@ -53,6 +53,10 @@ impl Communicator for MpiCommunicator {
         self.group.size()
     }
 
+    fn world_rank(&self, rank: usize) -> usize {
+        self.group.control.comm.world_rank(rank)
+    }
+
     fn start_all_to_all_v(
         &self,
         operation: Operation,
@@ -79,7 +83,7 @@ impl Communicator for MpiCommunicator {
         if self.group.control.failure().is_none() {
             self.group.control.comm.abort(reason);
         }
-        self.group.control.fail(CommError::aborted(self.rank(), reason));
+        self.group.control.fail(CommError::aborted(self.group.control.world_rank(), reason));
     }
 
     fn failure(&self) -> Option<CommError> {
@@ -88,5 +92,8 @@ impl Communicator for MpiCommunicator {
 
     fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         Ok(Arc::new(Self::connect(self.group.clone(), name)?))
+    }
+    fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError> {
+        Ok(Arc::new(Self::connect(self.group.split(name, color, key)?, name)?))
     }
 }

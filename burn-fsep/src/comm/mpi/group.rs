@@ -3,6 +3,7 @@ use std::{cell::RefCell, fmt, sync::Arc, time::Duration};
 use burn::tensor::Bytes;
 
 use super::{
+    bounded::bounded,
     library::{Fault, Library, Mpi, RawComm, world},
     transfer::{Transfer, TransferError},
 };
@@ -16,6 +17,8 @@ pub(super) struct Group {
     pub control: ControlGroup,
     pub library: Arc<Library>,
     pub check_signatures: bool,
+    /// What this group's communicators are duplicates of, where it is not all of MPI's world.
+    base: Option<Handle>,
 }
 
 impl fmt::Debug for Group {
@@ -72,7 +75,34 @@ impl Group {
         timeout: Duration,
         check_signatures: bool,
     ) -> Arc<Self> {
-        Arc::new(Self { control: ControlGroup::new(control, timeout), library, check_signatures })
+        let control = ControlGroup::new(control, timeout);
+        Arc::new(Self { control, library, check_signatures, base: None })
+    }
+
+    /// This rank's group in a split; see [`Communicator::split`]. Collective.
+    pub fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<Self>, CommError> {
+        let operation = Operation::new(name);
+        self.control.check(operation)?;
+        let control = self.control.split(name, color, key)?;
+        // MPI's colors are small numbers: the group's first rank, which no other group has.
+        let (color, key) = (control.comm.world_rank(0), control.comm.rank());
+        let (library, base) = (self.library.clone(), self.base());
+        let call = move || library.lock().map(|mut mpi| mpi.split(base, color, key));
+        // MPI has no split that does not wait. All ranks are about to call it, since they have split the control group; if one is
+        // lost even so, the thread that waits keeps the right to call MPI.
+        let split = bounded(operation, self.control.timeout, || self.control.failure(), call);
+        let split = split.map_err(|error| {
+            self.library.give_up();
+            self.control.fail(error)
+        })?;
+        let raw = self.started(operation, split)?;
+        let base = Some(Handle { raw, library: self.library.clone() });
+        Ok(Arc::new(Self { control, library: self.library.clone(), check_signatures: self.check_signatures, base }))
+    }
+
+    /// What this group's communicators are duplicates of.
+    fn base(&self) -> RawComm {
+        self.base.as_ref().map_or_else(world, |handle| handle.raw)
     }
 
     pub fn rank(&self) -> usize {
@@ -83,7 +113,7 @@ impl Group {
         self.control.comm.size()
     }
 
-    /// A new communicator of MPI over all ranks. Collective.
+    /// A new communicator of MPI over all ranks of the group. Collective.
     pub fn connect(&self) -> Result<Handle, CommError> {
         let operation = Operation::new("connection of MPI");
         self.control.check(operation)?;
@@ -91,7 +121,7 @@ impl Group {
         let raw = Box::into_raw(Box::new(world()));
         let started = self.library.lock().map(|mut mpi| {
             // SAFETY: the box is freed below, when the request is complete, or never.
-            unsafe { mpi.duplicate(world(), raw) }
+            unsafe { mpi.duplicate(self.base(), raw) }
         });
         let mut request = self.started(operation, started)?;
         let is_done = |mpi: &mut Mpi| match mpi.test(&mut request) {
@@ -139,7 +169,7 @@ impl Group {
                     let sent = came.map_or("more".into(), |bytes| format!("{bytes} bytes"));
                     let texts =
                         [format!("{operation}: expects {expected} bytes in all"), format!("{operation}: sends {sent}")];
-                    CommError::mismatch(sequence, self.rank(), peer, texts)
+                    self.control.mismatch(sequence, peer, texts)
                 }
             })
         };

@@ -1,4 +1,9 @@
-use std::{mem::MaybeUninit, ops::Range, time::Duration};
+use std::{
+    mem::MaybeUninit,
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use mpi::ffi;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -7,6 +12,8 @@ use super::transfer::Transfer;
 
 /// How often the progress thread calls MPI while something is under way.
 const PROGRESS: Duration = Duration::from_micros(50);
+/// How often whoever waits for the right to call MPI looks whether it was given up.
+const WATCH: Duration = Duration::from_millis(20);
 /// Largest part of a datatype: MPI counts in `c_int`.
 const PART: usize = 1 << 30;
 
@@ -24,6 +31,8 @@ pub(super) struct Library {
     mpi: Mutex<Mpi>,
     /// Something is under way, or MPI is over.
     woken: Condvar,
+    /// A call that waits for a lost rank may keep the right to call MPI for ever.
+    is_given_up: AtomicBool,
 }
 
 /// The right to call MPI.
@@ -63,12 +72,27 @@ impl Request {
 
 impl Library {
     pub fn new() -> Self {
-        Self { mpi: Mutex::default(), woken: Condvar::new() }
+        Self { mpi: Mutex::default(), woken: Condvar::new(), is_given_up: AtomicBool::new(false) }
     }
 
     /// The right to call MPI; `None` after the end.
     pub fn lock(&self) -> Option<MutexGuard<'_, Mpi>> {
-        Some(self.mpi.lock()).filter(|mpi| !mpi.is_over)
+        self.acquire().filter(|mpi| !mpi.is_over)
+    }
+
+    /// The same, also after the end; `None` if MPI was given up.
+    fn acquire(&self) -> Option<MutexGuard<'_, Mpi>> {
+        while !self.is_given_up.load(Ordering::Relaxed) {
+            if let Some(mpi) = self.mpi.try_lock_for(WATCH) {
+                return Some(mpi);
+            }
+        }
+        None
+    }
+
+    /// Allows no further call, and waits for none: one that is under way may never end.
+    pub fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::Relaxed);
     }
 
     /// Starts a transfer, and has it progress.
@@ -110,10 +134,11 @@ impl Library {
         }
     }
 
-    /// Allows no further call.
-    pub fn end(&self) {
-        self.mpi.lock().is_over = true;
+    /// Allows no further call; whether none is under way.
+    pub fn end(&self) -> bool {
+        let mpi = self.acquire().map(|mut mpi| mpi.is_over = true);
         self.woken.notify_all();
+        mpi.is_some()
     }
 }
 
@@ -202,6 +227,14 @@ impl Mpi {
     pub unsafe fn duplicate(&mut self, comm: RawComm, to: *mut RawComm) -> Result<Request, Fault> {
         // SAFETY: the caller vouches for the memory; a `RawComm` begins with the handle.
         Request::start("MPI_Comm_idup", |request| unsafe { ffi::MPI_Comm_idup(comm.0, &raw mut (*to).0, request) })
+    }
+
+    /// Splits a communicator; waits for all its ranks.
+    pub fn split(&mut self, comm: RawComm, color: usize, key: usize) -> Result<RawComm, Fault> {
+        let mut part = comm;
+        // SAFETY: the pointer lives through the call.
+        check("MPI_Comm_split", unsafe { ffi::MPI_Comm_split(comm.0, color as i32, key as i32, &mut part.0) })?;
+        Ok(part)
     }
 
     /// Gives up a communicator. Transfers on it that are under way go on.

@@ -15,6 +15,7 @@
 //! alone: each of them ends by itself, with an error that names the lost rank. But `mpirun` then exits with 0 whatever the ranks
 //! return (seen with 4.1.4). Neither needs fault tolerance of MPI: a group is spent after its first failure.
 
+mod bounded;
 mod communicator;
 mod config;
 mod group;

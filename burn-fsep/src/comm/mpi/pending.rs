@@ -35,7 +35,7 @@ impl PendingExchange for PendingMessages {
             group.wait(operation, sequence, posted)?;
             for (peer, said) in posted.received(size).into_iter().enumerate().filter(|&(peer, _)| peer != rank) {
                 if let Some(texts) = headers.difference(peer, said) {
-                    return Err(group.control.fail(CommError::mismatch(sequence, rank, peer, texts)));
+                    return Err(group.control.fail(group.control.mismatch(sequence, peer, texts)));
                 }
             }
         }

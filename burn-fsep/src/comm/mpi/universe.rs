@@ -1,22 +1,16 @@
-use std::{
-    fmt,
-    sync::{Arc, mpsc},
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, thread::JoinHandle, time::Duration};
 
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 
 use super::{
     MpiCommunicator,
+    bounded::bounded,
     library::{Fault, Library},
 };
 use crate::comm::{CommError, Operation, control_group::engine_error};
 
 const START: Operation = Operation::new("start of MPI");
 const END: Operation = Operation::new("end of MPI");
-/// How often a rank that waits for MPI's start or end looks whether another was lost.
-const WATCH: Duration = Duration::from_millis(20);
 
 /// MPI in this process, from its start to its end: a process has one, once.
 ///
@@ -89,40 +83,9 @@ impl MpiUniverse {
 
 impl Drop for MpiUniverse {
     fn drop(&mut self) {
-        self.library.end();
-        if let Some(progress) = self.progress.take() {
-            // It cannot panic.
-            let _ = progress.join();
-        }
+        let progress = self.progress.take();
+        // It cannot panic. Where a call that waits for a lost rank keeps the right to call MPI, it stays behind.
+        let _ = progress.filter(|_| self.library.end()).map(JoinHandle::join);
         std::mem::forget(self.universe.take());
-    }
-}
-
-/// Runs a call of MPI that waits for all ranks, on a thread of its own: that one stays behind if a rank is lost.
-fn bounded<T: Send + 'static>(
-    operation: Operation,
-    timeout: Duration,
-    failure: impl Fn() -> Option<CommError>,
-    call: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, CommError> {
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::Builder::new().name("mpi".into()).spawn(move || drop(sender.send(call())));
-    thread.map_err(|error| engine_error(operation, format!("no thread to call MPI: {error}")))?;
-    let start = Instant::now();
-    loop {
-        match receiver.recv_timeout(WATCH) {
-            Ok(value) => return Ok(value),
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(engine_error(operation, "the call of MPI panicked".into()));
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {}
-        }
-        if let Some(failure) = failure() {
-            return Err(failure.seen_from(&operation.to_string()));
-        }
-        if start.elapsed() > timeout {
-            let (operation, missing) = (operation.to_string(), Vec::new());
-            return Err(CommError::Timeout { operation, waited: timeout, missing, meanwhile: None });
-        }
     }
 }

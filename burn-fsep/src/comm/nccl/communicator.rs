@@ -90,7 +90,7 @@ impl NcclCommunicator {
         })?;
         match differs {
             None => Ok(()),
-            Some((peer, texts)) => Err(self.group.fail(CommError::mismatch(sequence, self.rank(), peer, texts))),
+            Some((peer, texts)) => Err(self.group.fail(self.group.control.mismatch(sequence, peer, texts))),
         }
     }
 
@@ -220,6 +220,10 @@ impl Communicator for NcclCommunicator {
         self.group.size()
     }
 
+    fn world_rank(&self, rank: usize) -> usize {
+        self.group.control.comm.world_rank(rank)
+    }
+
     fn start_all_to_all_v(
         &self,
         operation: Operation,
@@ -245,6 +249,11 @@ impl Communicator for NcclCommunicator {
 
     fn duplicate_in_background(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
         Ok(Arc::new(Self::connect(self.group.clone(), name, true, self.signatures.is_some())?))
+    }
+
+    fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError> {
+        let group = self.group.split(name, color, key)?;
+        Ok(Arc::new(Self::connect(group, name, false, self.signatures.is_some())?))
     }
 
     fn device(&self) -> Option<&dyn DeviceCommunicator> {

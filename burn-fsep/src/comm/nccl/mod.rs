@@ -6,6 +6,7 @@
 mod communicator;
 mod config;
 mod handle;
+mod kernel_blocks;
 mod pending;
 mod watchdog;
 

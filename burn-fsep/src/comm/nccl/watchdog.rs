@@ -1,4 +1,4 @@
-//! What all communicators of a rank share, and the thread that ends them when the group fails.
+//! What all communicators of a rank in a group share, and the thread that ends them when the group fails.
 
 use std::{
     fmt,
@@ -19,7 +19,10 @@ use cudarc::{
 };
 use parking_lot::Mutex;
 
-use super::handle::{Fault, Handle, unique_id};
+use super::{
+    handle::{Fault, Handle, unique_id},
+    kernel_blocks::KernelBlocks,
+};
 use crate::{
     Timeline,
     comm::{
@@ -32,20 +35,12 @@ use crate::{
 const WATCH: Duration = Duration::from_millis(20);
 /// How long the control group may take to say which rank was lost, where NCCL noticed first.
 const NAMING: Duration = Duration::from_secs(2);
-/// Communicators of a rank whose kernels fit on the GPU together: those of an FSEP runtime.
-const COMMUNICATORS: usize = 4;
-/// At most so many blocks of one kernel: as many as NCCL takes by itself between GPUs with NVLink.
-const MAX_BLOCKS: usize = 32;
-
-/// What all communicators of a rank share: its GPU, the control group, and what the watchdog watches.
+/// What all communicators of a rank in a group share: its GPU, the control group, and what the watchdog watches.
 pub(super) struct Group {
     pub control: ControlGroup,
     pub context: Arc<CudaContext>,
     pub timeline: Option<Timeline>,
-    /// Thread blocks that a kernel of NCCL may have; one takes a multiprocessor.
-    kernel_blocks: usize,
-    /// The same for what compute hides.
-    background_blocks: usize,
+    kernel_blocks: KernelBlocks,
     handles: Mutex<Vec<Weak<Handle>>>,
     /// Exchanges on the GPU that nobody has seen the end of.
     outstanding: Mutex<Vec<Outstanding>>,
@@ -65,15 +60,8 @@ impl fmt::Debug for Group {
     }
 }
 
-/// Thread blocks of each of the kernels that may run at once, on a GPU with so many multiprocessors: a power of two, to which
-/// NCCL rounds up where ranks send to each other.
-fn kernel_blocks(multiprocessors: usize) -> usize {
-    let share = (multiprocessors / COMMUNICATORS).clamp(1, MAX_BLOCKS);
-    1 << share.ilog2()
-}
-
 impl Group {
-    /// Also starts the watchdog, which ends with the group. Collective.
+    /// That of all ranks. Collective.
     pub fn new(
         control: ControlGroup,
         context: Arc<CudaContext>,
@@ -97,13 +85,29 @@ impl Group {
         let multiprocessors = context
             .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(|error| control.fail(cuda_error(operation, error)))?;
-        let kernel_blocks = kernel_blocks(multiprocessors.max(0) as usize);
+        Self::start(control, context, KernelBlocks::new(multiprocessors.max(0) as usize, background_ctas), timeline)
+    }
+
+    /// This rank's group in a split; see [`Communicator::split`](crate::comm::Communicator::split). Collective.
+    pub fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<Self>, CommError> {
+        self.check(Operation::new(name))?;
+        let control = self.control.split(name, color, key).inspect_err(|_| drop(self.failure()))?;
+        Self::start(control, self.context.clone(), self.kernel_blocks.of_part(), self.timeline.clone())
+    }
+
+    /// Also starts the watchdog, which ends with the group. Each group has its own: where one fails, all end their communicators
+    /// at once.
+    fn start(
+        control: ControlGroup,
+        context: Arc<CudaContext>,
+        kernel_blocks: KernelBlocks,
+        timeline: Option<Timeline>,
+    ) -> Result<Arc<Self>, CommError> {
         let group = Arc::new(Self {
             control,
             context,
             timeline,
             kernel_blocks,
-            background_blocks: background_ctas.map_or(kernel_blocks, |ctas| ctas.clamp(1, kernel_blocks)),
             handles: Mutex::default(),
             outstanding: Mutex::default(),
             has_ended: AtomicBool::new(false),
@@ -116,6 +120,7 @@ impl Group {
                 std::thread::sleep(WATCH);
             }
         });
+        let operation = Operation::new("start of NCCL");
         watchdog
             .map_err(|error| group.fail(engine_error(operation, format!("no thread for the watchdog: {error}"))))?;
         Ok(group)
@@ -129,7 +134,7 @@ impl Group {
         self.control.comm.size()
     }
 
-    /// A new NCCL communicator over all ranks, for what compute hides or not. Collective.
+    /// A new NCCL communicator over all ranks of the group, for what compute hides or not. Collective.
     pub fn connect(&self, in_background: bool) -> Result<Arc<Handle>, CommError> {
         let operation = Operation::new("connection of NCCL");
         self.check(operation)?;
@@ -140,7 +145,7 @@ impl Group {
             }
             self.control.comm.broadcast(operation, &mut id, 0)?;
             self.context.bind_to_thread().map_err(|error| cuda_error(operation, error))?;
-            let blocks = if in_background { self.background_blocks } else { self.kernel_blocks };
+            let blocks = self.kernel_blocks.get(in_background);
             let handle = Handle::connect(&id, self.size(), self.rank(), blocks, self.control.timeout)
                 .map_err(|fault| self.fault(operation, fault))?;
             let handle = Arc::new(handle);
@@ -294,18 +299,4 @@ pub(super) fn cuda_error(operation: Operation, error: DriverError) -> CommError 
 fn process_number() -> u64 {
     static NUMBER: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
     *NUMBER
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernels_of_all_communicators_fit_on_the_gpu() {
-        // H100 and H200, A100, L4, and the smallest.
-        for (multiprocessors, blocks) in [(132, 32), (108, 16), (58, 8), (4, 1), (1, 1)] {
-            assert_eq!(kernel_blocks(multiprocessors), blocks);
-            assert!(COMMUNICATORS * blocks <= multiprocessors.max(COMMUNICATORS));
-        }
-    }
 }

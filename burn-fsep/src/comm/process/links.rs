@@ -68,7 +68,7 @@ pub(super) fn connect(
     });
     let tell = links.clone();
     let rounds = Arc::new(Rounds::new(size, 1, timeout, move |error| tell.tell(error)));
-    let comm = ProcessCommunicator::new(rounds.clone(), rank, Some(links.clone()));
+    let comm = ProcessCommunicator::new(rounds.clone(), rank, size, Some(links.clone()));
     for (peer, link) in streams.into_iter().enumerate() {
         let Some((stream, queue)) = link else { continue };
         if let Err(error) = links.start(&rounds, peer, stream, queue) {
@@ -124,17 +124,18 @@ impl Links {
         }
     }
 
-    /// Sends each rank its message. Shape `[N]`; this rank's own is not sent.
-    pub fn send(&self, messages: Vec<Outgoing>) {
-        for (queue, message) in self.queues.lock().iter().zip(messages) {
+    /// Sends ranks of the world their messages; one for this rank itself is not sent.
+    pub fn send(&self, messages: impl IntoIterator<Item = (usize, Outgoing)>) {
+        let queues = self.queues.lock();
+        for (rank, message) in messages {
             // Without its writer, the peer is gone, which shows.
-            let _ = queue.as_ref().map(|queue| queue.send(message));
+            let _ = queues.get(rank).and_then(Option::as_ref).map(|queue| queue.send(message));
         }
     }
 
     fn tell(&self, error: &CommError) {
-        let messages = self.queues.lock().iter().map(|_| Outgoing::end(error)).collect();
-        self.send(messages);
+        let size = self.queues.lock().len();
+        self.send((0..size).map(|rank| (rank, Outgoing::end(error))));
     }
 
     /// Leaves the group and waits, for a limited time, until what was sent to the peers is on its way. Nothing if it has left.

@@ -66,7 +66,7 @@ pub(in crate::comm) fn check_limits(operation: Operation, part: &Part) -> Result
 }
 
 impl Outgoing {
-    /// What each rank gets of a part. Shape `[N]`.
+    /// What each rank of the group gets of a part. Shape `[N]`.
     pub fn parts(key: RoundKey, part: &Part) -> Vec<Self> {
         let message = |blocks: &Vec<Block>| {
             let lens = blocks.iter().map(|block| block.len as u64).collect();

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, Read};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// Grows with every change of what ranks send each other. Ranks of different byte order do not understand each other either.
-pub(super) const VERSION: u32 = 3 | if cfg!(target_endian = "big") { 1 << 31 } else { 0 };
+pub(super) const VERSION: u32 = 4 | if cfg!(target_endian = "big") { 1 << 31 } else { 0 };
 const MAGIC: [u8; 8] = *b"FSEPrank";
 /// Bytes of the header: the magic number, the version, the length.
 pub(super) const HEADER: usize = MAGIC.len() + 4 + 4;

@@ -2,7 +2,10 @@
 //! round and waits for the others' parts.
 
 mod communicator;
+mod group_ranks;
+mod round;
 mod state;
 
 pub use communicator::RoundsCommunicator;
-pub(super) use state::{Part, RoundKey, Rounds};
+pub(super) use round::{Part, RoundKey};
+pub(super) use state::Rounds;

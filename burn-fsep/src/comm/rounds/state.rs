@@ -4,50 +4,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use burn::tensor::Bytes;
 use parking_lot::{Condvar, Mutex};
 
-use crate::comm::{Block, CommError};
+use super::{
+    group_ranks::GroupRanks,
+    round::{Part, Round, RoundKey},
+};
+use crate::comm::CommError;
 
 /// How long a collective still waits for parts after another process has failed. All others are told of the failure, so it
 /// ends sooner unless one of them hangs.
 const GRACE: Duration = Duration::from_secs(3);
 /// Most parts of another process that wait for this one. A rank can only be ahead by the exchanges that it has started.
 const MAX_AHEAD: usize = 1 << 16;
-
-/// Names a collective: communicator and number on it.
-pub(in crate::comm) type RoundKey = (u64, u64);
-
-/// A rank's part of a collective.
-#[derive(Debug, Clone)]
-pub(in crate::comm) struct Part {
-    /// What the rank is doing, compared across ranks.
-    pub signature: String,
-    pub data: Arc<Bytes>,
-    /// What of the data is for each rank, or, of a part that was sent to one rank, for that one.
-    pub blocks: Vec<Vec<Block>>,
-}
-
-impl Part {
-    /// The blocks for a rank.
-    pub fn blocks_for(&self, rank: usize) -> impl Iterator<Item = &[u8]> {
-        let blocks = if let [only] = self.blocks.as_slice() { only } else { &self.blocks[rank] };
-        blocks.iter().map(|block| &self.data[block.range()])
-    }
-}
-
-/// A collective that some rank has reached.
-struct Round {
-    /// Shape `[N]`.
-    parts: Vec<Option<Arc<Part>>>,
-    missing: usize,
-    /// The rank whose part came first.
-    first: usize,
-    /// A rank that does something else than the first one.
-    differs: Option<usize>,
-    /// Ranks of this process that have the parts, or do without.
-    done: usize,
-}
 
 /// What is known of a rank.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,15 +38,15 @@ struct Failure {
 struct State {
     rounds: HashMap<RoundKey, Round>,
     ranks: Vec<RankState>,
-    /// Parts of each rank in the rounds.
+    /// Parts of each rank in the rounds. Shape `[N]`, of the world, as `ranks`.
     ahead: Vec<usize>,
     failure: Option<Failure>,
 }
 
-/// The collectives of a group that are under way, as the ranks of one process see them.
+/// The collectives that are under way in all groups of a job, as the ranks of one process see them, and what ended the job. Ranks are
+/// those of the world.
 pub(in crate::comm) struct Rounds {
-    pub size: usize,
-    /// Ranks of this process, each of which takes the parts of a round.
+    /// Ranks of this process: one or all. Those of a round's group take its parts.
     local: usize,
     timeout: Duration,
     /// Tells other processes of the first failure.
@@ -95,14 +64,14 @@ impl Rounds {
     ) -> Self {
         let (ranks, ahead) = (vec![RankState::Present; size], vec![0; size]);
         let state = Mutex::new(State { rounds: HashMap::new(), ranks, ahead, failure: None });
-        Self { size, local, timeout, tell: Box::new(tell), state, changed: Condvar::new() }
+        Self { local, timeout, tell: Box::new(tell), state, changed: Condvar::new() }
     }
 
     pub fn failure(&self) -> Option<CommError> {
         self.state.lock().failure.as_ref().map(|failure| failure.error.clone())
     }
 
-    /// Ends the group on all ranks because of an error of this process; returns the error.
+    /// Ends all groups on all ranks because of an error of this process; returns the error.
     pub fn fail(&self, error: CommError) -> CommError {
         self.end(&mut self.state.lock(), error, true)
     }
@@ -117,10 +86,11 @@ impl Rounds {
         error
     }
 
-    /// Adds the part of a rank of this process, and sends it, if the group lives.
+    /// Adds the part of a rank of this process to a round of `group`, and sends it, if the job lives.
     pub fn add(
         &self,
         key: RoundKey,
+        group: &Arc<GroupRanks>,
         rank: usize,
         operation: &str,
         part: Part,
@@ -135,6 +105,9 @@ impl Rounds {
             return Err(CommError::InvalidArgument { operation: operation.into(), reason });
         }
         send();
+        if let Err(stranger) = state.rounds.entry(key).or_insert_with(|| Round::new(rank)).join(group) {
+            return Err(self.end(&mut state, unwanted(stranger, operation.into()), true));
+        }
         self.insert(&mut state, key, rank, part);
         Ok(())
     }
@@ -142,30 +115,19 @@ impl Rounds {
     /// The part of a rank of another process has come.
     pub fn deliver(&self, key: RoundKey, rank: usize, part: Part) {
         let mut state = self.state.lock();
-        let is_known = state.rounds.get(&key).is_some_and(|round| round.parts[rank].is_some());
-        if is_known || state.ahead[rank] == MAX_AHEAD {
-            let reason = format!("rank {rank} sends what nobody waits for");
-            self.end(&mut state, CommError::Engine { operation: part.signature, reason }, true);
+        let is_unwanted = state.rounds.get(&key).is_some_and(|round| !round.lacks(rank));
+        if is_unwanted || state.ahead[rank] == MAX_AHEAD {
+            self.end(&mut state, unwanted(rank, part.signature), true);
             return;
         }
         self.insert(&mut state, key, rank, part);
     }
 
     fn insert(&self, state: &mut State, key: RoundKey, rank: usize, part: Part) {
-        let round = state.rounds.entry(key).or_insert_with(|| Round {
-            parts: vec![None; self.size],
-            missing: self.size,
-            first: rank,
-            differs: None,
-            done: 0,
-        });
-        if round.parts[round.first].as_ref().is_some_and(|first| first.signature != part.signature) {
-            round.differs.get_or_insert(rank);
-        }
-        round.parts[rank] = Some(Arc::new(part));
-        round.missing -= 1;
+        let round = state.rounds.entry(key).or_insert_with(|| Round::new(rank));
+        round.insert(rank, part);
         state.ahead[rank] += 1;
-        if round.missing == 0 || round.differs.is_some() {
+        if round.complete().is_some() || round.differs.is_some() {
             self.changed.notify_all();
         }
         self.finish(state, key, 0);
@@ -175,9 +137,11 @@ impl Rounds {
     fn finish(&self, state: &mut State, key: RoundKey, ranks: usize) {
         let Some(round) = state.rounds.get_mut(&key) else { return };
         round.done += ranks;
-        if round.done == self.local && round.missing == 0 {
+        if let Some(group) = round.complete().cloned()
+            && round.done == self.local.min(group.len())
+        {
             state.rounds.remove(&key);
-            state.ahead.iter_mut().for_each(|ahead| *ahead -= 1);
+            group.iter().for_each(|rank| state.ahead[rank] -= 1);
         }
     }
 
@@ -186,7 +150,7 @@ impl Rounds {
         self.finish(&mut self.state.lock(), key, 1);
     }
 
-    /// Waits for the parts of all ranks, once, after `rank` has added its own. Shape `[N]`.
+    /// Waits for the parts of all ranks of the round's group, once, after `rank` has added its own. In the group's order, shape `[N]`.
     pub fn wait(&self, key: RoundKey, rank: usize, operation: &str) -> Result<Vec<Arc<Part>>, CommError> {
         // None: a timeout that no clock can express is none.
         let deadline = Instant::now().checked_add(self.timeout);
@@ -195,12 +159,11 @@ impl Rounds {
             let Some(round) = state.rounds.get(&key) else {
                 unreachable!("a round lives until all ranks of this process are done with it")
             };
-            if let Some(error) = round.mismatch(key, rank) {
+            if let Some(error) = round.mismatch(key.1, rank) {
                 return Err(self.end(&mut state, error, true));
             }
             // First of all: a collective that all ranks have reached completes, so that all see what one of them saw.
-            if round.missing == 0 {
-                let parts = round.parts.iter().flatten().cloned().collect();
+            if let Some(parts) = round.all_parts() {
                 self.finish(&mut state, key, 1);
                 return Ok(parts);
             }
@@ -223,22 +186,21 @@ impl Rounds {
         deadline: Option<Instant>,
     ) -> Result<(), CommError> {
         let State { rounds, ranks, failure, .. } = &*state;
-        let mut missing = (0..self.size).filter(|&rank| rounds.get(&key).is_some_and(|r| r.parts[rank].is_none()));
+        let missing = rounds.get(&key).map(Round::missing).unwrap_or_default();
         if let Some(failure) = failure {
-            let is_hopeless = missing.any(|rank| ranks[rank] != RankState::Present);
+            let is_hopeless = missing.iter().any(|&rank| ranks[rank] != RankState::Present);
             if failure.is_own || is_hopeless || failure.since.elapsed() >= GRACE {
                 return Err(failure.error.seen_from(operation));
             }
             return Ok(());
         }
-        if let Some(gone) = missing.clone().find(|&rank| ranks[rank] == RankState::Left) {
+        if let Some(gone) = missing.iter().copied().find(|&rank| ranks[rank] == RankState::Left) {
             let reason = "it left the group (its program or thread ended, or it dropped its communicator)".into();
             let error = CommError::PeerFailed { rank: gone, operation: operation.into(), reason, lost: true };
             return Err(self.end(state, error, true));
         }
         // Whoever came just before the deadline was seen.
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            let missing: Vec<usize> = missing.collect();
             let meanwhile = state.meanwhile(rank, &missing);
             let error = CommError::Timeout { operation: operation.into(), waited: self.timeout, missing, meanwhile };
             return Err(self.end(state, error, true));
@@ -283,25 +245,18 @@ impl Rounds {
 }
 
 impl State {
-    /// Where one of the missing ranks has come, and `rank` has not: where programs differ, on other communicators of the group.
+    /// Where one of the missing ranks has come, and `rank` has not: where programs differ, on other communicators that both are in.
     fn meanwhile(&self, rank: usize, missing: &[usize]) -> Option<String> {
-        let without_us = self.rounds.iter().filter(|(_, round)| round.parts[rank].is_none());
+        let without_us = self.rounds.iter().filter(|(_, round)| round.lacks(rank));
         let theirs = without_us.filter_map(|((_, sequence), round)| {
-            let peer = *missing.iter().find(|&&peer| round.parts[peer].is_some())?;
-            Some((sequence, peer, &round.parts[peer].as_ref()?.signature))
+            let (peer, part) = missing.iter().find_map(|&peer| Some((peer, round.part(peer)?)))?;
+            Some((sequence, peer, &part.signature))
         });
         let (_, peer, signature) = theirs.min_by_key(|(sequence, ..)| *sequence)?;
         Some(format!("rank {peer} has come to {signature}, and rank {rank} has not"))
     }
 }
 
-impl Round {
-    /// How a rank that has added its part finds that another one does something else.
-    fn mismatch(&self, key: RoundKey, rank: usize) -> Option<CommError> {
-        let signature = |rank: usize| Some(self.parts[rank].as_ref()?.signature.clone());
-        let (ours, differs) = (signature(rank)?, self.differs?);
-        let peer =
-            [self.first, differs].into_iter().find(|&peer| signature(peer).is_some_and(|theirs| theirs != ours))?;
-        Some(CommError::mismatch(key.1, rank, peer, [ours, signature(peer)?]))
-    }
+fn unwanted(rank: usize, operation: String) -> CommError {
+    CommError::Engine { operation, reason: format!("rank {rank} sends what nobody waits for") }
 }
