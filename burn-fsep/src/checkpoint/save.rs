@@ -338,8 +338,7 @@ fn check_shards(runtime: &FsepRuntime, params: &[SavedParam]) -> Result<(), Chec
     let checked = match agree(replicas.as_ref(), START, &values)? {
         None => Ok(()),
         Some(difference) => {
-            let experts = runtime.groups().experts();
-            let rank = difference.rank * experts.size() + experts.rank();
+            let rank = replicas.world_rank(difference.rank);
             Err(differ(Difference { rank, ..difference }, TRAINED_APART))
         }
     };

@@ -152,7 +152,6 @@ impl FSEPMoEConfig {
             options,
             layer,
             rank,
-            first_rank: runtime.rank() - rank,
             num_ranks: ranks,
             num_experts: experts,
             slots_per_rank,

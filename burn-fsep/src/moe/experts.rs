@@ -202,15 +202,14 @@ impl FsepExperts {
 
     /// Whether the parameters are what this rank was given of them: a user can load, or attach, anything else.
     fn check_weight(&self) -> Result<(), FsepError> {
-        let LayerSpec { layer, rank, first_rank, num_ranks, .. } = **self.spec();
+        let LayerSpec { layer, rank, num_ranks, .. } = **self.spec();
         if self.spec().is_sharded()
             && let Some(other) = foreign_owner(self.weight.id, rank, num_ranks)
         {
+            let [rank, other] = [rank, other].map(|rank| self.runtime.groups().experts().world_rank(rank));
             return Err(FsepError::Config(format!(
-                "layer {layer} of rank {} has the shards of rank {}: each rank has to save and load a record of its own \
-                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model",
-                first_rank + rank,
-                first_rank + other
+                "layer {layer} of rank {rank} has the shards of rank {other}: each rank has to save and load a record of its own \
+                 (burn_fsep::checkpoint does, and loads with any number of ranks), and to make its own model"
             )));
         }
         if is_reparameterized(&self.weight) {

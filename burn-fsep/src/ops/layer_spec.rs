@@ -22,8 +22,6 @@ pub struct LayerSpec {
     pub layer: usize,
     /// This rank among those that share the experts.
     pub rank: usize,
-    /// World rank of the first of them: they follow one another.
-    pub first_rank: usize,
     /// Ranks that share the experts, `N`.
     pub num_ranks: usize,
     /// Experts `E`.

@@ -93,10 +93,11 @@ impl FsepRuntime {
         let tracked = routing.tracked;
         let _span = self.timeline().and_then(|timeline| timeline.wait(format!("routing counts, layer {layer}")));
         let dispatch = self.layer(layer).route(&self.inner.groups, &self.inner.topology, routing)?;
-        if tracked.any() && self.inner.observed.is_observing() {
-            if let Some(planner) = self.inner.observed.planner() {
-                planner.submit(layer, dispatch.pass, dispatch.counts.clone());
-            }
+        if tracked.any()
+            && self.inner.observed.is_observing()
+            && let Some(planner) = self.inner.observed.planner()
+        {
+            planner.submit(layer, dispatch.pass, dispatch.counts.clone());
         }
         Ok(dispatch)
     }

@@ -74,18 +74,18 @@ impl RoutingMessage<'_> {
                 return Err(FsepError::Divergence {
                     what,
                     layer,
-                    rank: self.spec.first_rank + self.spec.rank,
+                    rank: comm.world_rank(comm.rank()),
                     ours: describe(&ours[range.clone()]),
-                    peer: self.spec.first_rank + peer,
+                    peer: comm.world_rank(peer),
                     theirs: describe(&theirs[range]),
                 });
             }
             for (ends, table) in theirs[HEADER..].chunks_exact(len).zip(&mut tables) {
                 if !ends.is_sorted() {
-                    let reason = format!("what came from rank {} are no counts", self.spec.first_rank + peer);
+                    let reason = format!("what came from rank {} are no counts", comm.world_rank(peer));
                     return Err(CommError::Engine { operation: operation.to_string(), reason }.into());
                 }
-                table.extend(counts_of(ends, layer, self.spec.first_rank + peer)?);
+                table.extend(counts_of(ends, layer, comm.world_rank(peer))?);
             }
         }
         let counts = |table| Ok(RoutingCounts::new(comm.size(), num_experts, table)?);
