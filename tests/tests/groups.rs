@@ -114,6 +114,24 @@ fn blocks_that_do_not_match_name_the_worlds_ranks() {
 }
 
 #[test]
+fn ranks_that_wait_for_each_other_in_a_circle_of_groups_time_out() {
+    let config = LaunchConfig::new(4).with_timeout(Duration::from_millis(500));
+    let results = launch(&config, |world| {
+        let groups = Groups::new(world, 2)?;
+        let rank = groups.world().rank();
+        // 0 waits for 1, that one for 3, that one for 2, and that one for 0.
+        let group = if [0, 3].contains(&rank) { groups.experts() } else { groups.replicas() };
+        sum(group.as_ref())
+    });
+    for result in results {
+        let Err(RankError::Failed { error, .. }) = result else { panic!("{result:?}") };
+        let CommError::Timeout { missing, meanwhile, .. } = &error else { panic!("{error}") };
+        // Nobody has been at a place where another one should have come: those are of other groups.
+        assert!(missing.len() == 1 && meanwhile.is_none(), "{error}");
+    }
+}
+
+#[test]
 fn a_rank_that_never_comes_times_out_in_all_groups() {
     let wait_for_failure = |groups: &Groups| {
         let start = Instant::now();

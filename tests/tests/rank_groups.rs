@@ -2,11 +2,7 @@
 
 use std::time::Duration;
 
-#[cfg(feature = "mpi")]
-use burn_fsep::comm::mpi::MpiConfig;
 use burn_fsep::comm::{CommError, Communicator, Groups, Operation, ReduceBuffer, ReduceOp};
-#[cfg(feature = "mpi")]
-use burn_fsep_tests::rank_over_mpi;
 use burn_fsep_tests::{Launcher, RankProcesses, check_groups, rank_of_process};
 
 const OP: Operation = Operation::of_layer("meeting", 4);
@@ -113,31 +109,113 @@ fn processes_of_a_group_that_disagree_are_named_in_all_groups() {
     expect(start(4, "disagreeing_rank"), None, 4, &["ranks disagree", "rank 2", "rank 3", "somewhere else"]);
 }
 
-/// How long a rank waits here. The start of MPI has to fit in, too.
+/// What only MPI has: a timeout of its own, and a split that waits in the library.
 #[cfg(feature = "mpi")]
-const TIMEOUT: Duration = Duration::from_secs(8);
+mod mpi {
+    use std::sync::Arc;
 
-#[cfg(feature = "mpi")]
-#[test]
-#[ignore = "a rank of the test below"]
-fn absent_rank() {
-    rank_over_mpi(&MpiConfig::new().with_timeout(TIMEOUT), |comm, _| {
-        let rank = comm.rank();
-        // Ranks 0 and 2, ranks 1 and 3.
-        let group = Groups::new(comm, 2)?.replicas().clone();
-        if rank == 3 {
-            std::thread::sleep(TIMEOUT + Duration::from_secs(4));
-        }
-        loop {
-            sum(group.as_ref())?;
-        }
-        #[allow(unreachable_code)]
-        Ok(())
-    });
-}
+    use burn::tensor::Bytes;
+    use burn_fsep::{
+        FsepError,
+        comm::{ExchangePlan, PendingExchange, mpi::MpiConfig},
+        launch::RankEnvironment,
+    };
+    use burn_fsep_tests::rank_over_mpi;
 
-#[cfg(feature = "mpi")]
-#[test]
-fn a_process_that_does_not_come_is_named_in_all_groups() {
-    expect(start(4, "absent_rank"), None, 4, &["rank(s) [3] did not take part"]);
+    use super::*;
+
+    /// How long a rank waits. The start of MPI has to fit in, too.
+    const TIMEOUT: Duration = Duration::from_secs(8);
+
+    #[test]
+    #[ignore = "a rank of the test below"]
+    fn absent_rank() {
+        rank_over_mpi(&MpiConfig::new().with_timeout(TIMEOUT), |comm, _| -> Result<(), FsepError> {
+            let rank = comm.rank();
+            // Ranks 0 and 2, ranks 1 and 3.
+            let group = Groups::new(comm, 2)?.replicas().clone();
+            if rank == 3 {
+                std::thread::sleep(TIMEOUT + Duration::from_secs(4));
+            }
+            loop {
+                sum(group.as_ref())?;
+            }
+        });
+    }
+
+    #[test]
+    fn a_process_that_does_not_come_is_named_in_all_groups() {
+        expect(start(4, "mpi::absent_rank"), None, 4, &["rank(s) [3] did not take part"]);
+    }
+
+    /// A control group whose rank 3 is lost when all have split it, before it splits MPI's communicator.
+    #[derive(Debug)]
+    struct Trap(Arc<dyn Communicator>);
+
+    impl Communicator for Trap {
+        fn rank(&self) -> usize {
+            self.0.rank()
+        }
+
+        fn size(&self) -> usize {
+            self.0.size()
+        }
+
+        fn world_rank(&self, rank: usize) -> usize {
+            self.0.world_rank(rank)
+        }
+
+        fn start_all_to_all_v(
+            &self,
+            operation: Operation,
+            send: Arc<Bytes>,
+            plan: ExchangePlan,
+        ) -> Result<Box<dyn PendingExchange>, CommError> {
+            self.0.start_all_to_all_v(operation, send, plan)
+        }
+
+        fn abort(&self, reason: &str) {
+            self.0.abort(reason);
+        }
+
+        fn failure(&self) -> Option<CommError> {
+            self.0.failure()
+        }
+
+        fn duplicate(&self, name: &'static str) -> Result<Arc<dyn Communicator>, CommError> {
+            self.0.duplicate(name)
+        }
+
+        fn split(&self, name: &'static str, color: u64, key: u64) -> Result<Arc<dyn Communicator>, CommError> {
+            let group = self.0.split(name, color, key)?;
+            if self.rank() == 3 {
+                // Until the others wait in MPI.
+                std::thread::sleep(Duration::from_secs(1));
+                std::process::abort();
+            }
+            Ok(group)
+        }
+    }
+
+    #[test]
+    #[ignore = "a rank of the test below"]
+    fn trapped_rank() {
+        let config = RankEnvironment::from_env().unwrap().process_config().unwrap();
+        let result = config.run(|control| {
+            MpiConfig::new().run(Arc::new(Trap(control)), |comm| -> Result<(), FsepError> {
+                let other = comm.duplicate("other")?;
+                let error = Groups::new(comm, 2).unwrap_err();
+                // What is left of MPI is dropped without waiting for it, and refused.
+                let told = sum(other.as_ref()).unwrap_err().to_string();
+                assert!(told.contains("rank 3 failed"), "{told}");
+                Err(error.into())
+            })
+        });
+        panic!("{}", result.unwrap_err());
+    }
+
+    #[test]
+    fn a_process_that_is_lost_while_mpi_splits_is_named() {
+        expect(start(4, "mpi::trapped_rank"), Some(3), 4, &["rank 3 failed while this rank was in `experts`"]);
+    }
 }

@@ -14,7 +14,7 @@ use burn_fsep::comm::{
 const LIMIT: Duration = Duration::from_secs(10);
 const OP: Operation = Operation::new("test");
 /// Of what ranks say to each other.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 fn token(text: &str) -> JobToken {
     text.parse().unwrap()

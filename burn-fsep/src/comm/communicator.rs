@@ -25,7 +25,8 @@ pub trait PendingExchange: Send {
 ///
 /// Collectives must be called by all ranks in the same order, each from one thread a rank. A collective either
 /// completes on every rank or ends in an error on every rank within the group's timeout: never a hang. After an error
-/// the group is spent: every later call returns the first error again. (On NCCL a rank may get the error of a collective that
+/// the group is spent, and so are all others of the world ([`split`](Communicator::split)): every later call returns the first error
+/// again. (On NCCL a rank may get the error of a collective that
 /// others completed; see "Errors" in docs/design.md.)
 ///
 /// An engine exchanges, and tells of failures; the other collectives are made of exchanges, once for all engines. A

@@ -3,7 +3,8 @@ use thiserror::Error;
 
 use super::{Operation, process::RendezvousError};
 
-/// Why a collective did not complete. All ranks of a group get one, within the group's timeout.
+/// Why a collective did not complete. All ranks of a group get one, within the group's timeout. Ranks are those of the world,
+/// whichever of its groups the collective was of (see [`Communicator::world_rank`](super::Communicator::world_rank)).
 #[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CommError {
