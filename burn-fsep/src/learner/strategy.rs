@@ -9,14 +9,17 @@ use burn::{
 };
 use parking_lot::Mutex;
 
-use super::checkpoints::LearnerCheckpoints;
+use super::{
+    checkpoints::LearnerCheckpoints,
+    strategy_optimizer::{check_optimizer, set_parameters},
+};
 use crate::{
     FsepError, FsepRuntime,
-    checkpoint::{CheckpointConfig, TrainingProgress},
+    checkpoint::{CheckpointConfig, HeldState, TrainingProgress},
     comm::{Operation, all_gather_u64},
     train::{
-        Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
-        has_expert_biases, update_expert_biases,
+        Accumulation, GradientBuckets, GradientStep, OptimizerContext, ShardedOptimizer, StepContext, TrainerConfig,
+        TrainingCallback, has_expert_biases, update_expert_biases,
     },
 };
 
@@ -47,6 +50,7 @@ pub struct FsepStrategy {
     device: Device,
     config: TrainerConfig,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
+    sharded: Mutex<Option<ShardedOptimizer>>,
     error: Mutex<Option<FsepError>>,
 }
 
@@ -58,6 +62,7 @@ impl FsepStrategy {
             device: device.autodiff(),
             config: TrainerConfig::new(),
             callbacks: Mutex::default(),
+            sharded: Mutex::default(),
             error: Mutex::default(),
         }
     }
@@ -110,6 +115,13 @@ impl FsepStrategy {
     /// Adds a callback, for example the planner's. All ranks add the same ones in the same order.
     pub fn with_callback(self, callback: impl TrainingCallback + 'static) -> Self {
         self.callbacks.lock().push(Box::new(callback));
+        self
+    }
+
+    /// Steps with this optimizer, of whose state each rank keeps its part. The Learner's own, which nobody could cut, has to be a
+    /// [`StrategyOptimizer`](super::StrategyOptimizer); learning rates are those of its scheduler.
+    pub fn with_sharded_optimizer(self, optimizer: ShardedOptimizer) -> Self {
+        *self.sharded.lock() = Some(optimizer);
         self
     }
 
@@ -186,7 +198,7 @@ impl FsepStrategy {
         if self.runtime.rank() == 0 {
             self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
         }
-        checkpoints.save(learner)
+        checkpoints.save(learner, self.sharded.lock().as_ref())
     }
 
     /// An optimizer step of the batches up to the epoch's `iteration`.
@@ -201,8 +213,13 @@ impl FsepStrategy {
         let step = checkpoints.progress.step + 1;
         let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
+        if let Some(optimizer) = self.sharded.lock().as_mut() {
+            let model = optimizer.step(learner.lr_current(), learner.model(), std::mem::take(&mut grads))?;
+            self.runtime.run(|| set_parameters(learner, &model))?;
+        } else {
+            self.runtime.run(|| learner.optimizer_step(std::mem::take(&mut grads)))?;
+        }
         self.runtime.run(|| {
-            learner.optimizer_step(grads);
             let model = learner.model();
             if has_expert_biases(&model) {
                 // The Learner's own way to another model.
@@ -345,7 +362,12 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
             self.check_burn_checkpointers(burn_checkpoints.is_some())?;
             let accumulation_steps = components.grad_accumulation.unwrap_or(1).max(1);
             let config = self.config.clone().with_accumulation_steps(accumulation_steps);
-            let mut gradients = GradientStep::new(&self.runtime, &config)?;
+            let is_sharded = self.sharded.lock().is_some();
+            let held = if is_sharded { HeldState::OwnPart } else { HeldState::Whole };
+            let mut gradients = GradientStep::new(&self.runtime, &config, held)?;
+            if is_sharded {
+                check_optimizer(&learner)?;
+            }
             let event_store = components.event_store.clone();
             let mut checkpoints =
                 LearnerCheckpoints::new(config.checkpoints.as_ref(), &self.runtime, progress, event_store)?;

@@ -41,7 +41,7 @@ pub use assignment_order::counts_of;
 pub use device_check::check_device;
 pub use device_ops::{FsepDeviceOps, is_same, sums_of_squares};
 pub use expert_weights::UnshardRequest;
-pub use extension::{FsepOps, moe, plan_unshard};
+pub use extension::{FsepOps, all_gather, moe, plan_unshard};
 pub use gradient_hook::{GradientHook, GradientSink, gradient_hook};
 pub use kernels::FsepKernels;
 pub use layer_spec::{LayerSpec, WeightStorage, options_of};
