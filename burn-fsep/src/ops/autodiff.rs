@@ -1,7 +1,7 @@
 use std::{any::Any, sync::Arc};
 
 use burn::backend::{
-    Autodiff, AutodiffBackend,
+    Autodiff,
     autodiff::{
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
         grads::Gradients,
@@ -17,10 +17,7 @@ use super::{
     moe_pass::{Saved, moe_backward, moe_forward},
     pass_rows::PassRows,
 };
-use crate::{
-    FsepError,
-    comm::{Communicator, Operation},
-};
+use crate::FsepError;
 
 #[derive(Debug)]
 struct MoeBackward;
@@ -103,14 +100,5 @@ impl<B: FsepKernels, C: CheckpointStrategy> FsepOps for Autodiff<B, C> {
         request: UnshardRequest,
     ) -> Result<Box<dyn Any + Send>, FsepError> {
         B::fsep_start_unshard(weights.into_primitive(), request)
-    }
-
-    fn fsep_all_gather(
-        part: FloatTensor<Self>,
-        comm: Arc<dyn Communicator>,
-        operation: Operation,
-    ) -> FloatTensor<Self> {
-        // What ranks gather are values; nothing flows back through them.
-        <Self as AutodiffBackend>::from_inner(B::fsep_all_gather(part.into_primitive(), comm, operation))
     }
 }

@@ -2,7 +2,7 @@ use std::{any::Any, sync::Arc};
 
 use burn::{
     backend::{
-        Backend, Dispatch as AnyBackend, TensorMetadata, backend_extension,
+        Backend, Dispatch as AnyBackend, backend_extension,
         tensor::{FloatTensor, IntTensor},
     },
     tensor::{Int, Tensor},
@@ -16,11 +16,7 @@ use super::{
     moe_pass::moe_forward,
     pass_rows::PassRows,
 };
-use crate::{
-    FsepError,
-    comm::{Block, Communicator, ExchangePlan, Operation},
-    error::throw,
-};
+use crate::FsepError;
 
 /// The MoE layer as an operation of a backend.
 ///
@@ -69,15 +65,6 @@ pub trait FsepOps: Backend {
         weights: FloatTensor<Self>,
         request: UnshardRequest,
     ) -> Result<Box<dyn Any + Send>, FsepError>;
-
-    /// All ranks' tensors, of one length and type, one after the other in rank order: on the device where the communicator reaches it,
-    /// else through host memory. Collective. `[len] -> [N * len]`
-    ///
-    /// # Panics
-    ///
-    /// If the tensor cannot be read or the communicator fails, with the typed error as payload, as [`FsepOps::fsep_moe`] does.
-    fn fsep_all_gather(part: FloatTensor<Self>, comm: Arc<dyn Communicator>, operation: Operation)
-    -> FloatTensor<Self>;
 }
 
 impl<B: FsepKernels> FsepOps for B {
@@ -99,27 +86,6 @@ impl<B: FsepKernels> FsepOps for B {
         request: UnshardRequest,
     ) -> Result<Box<dyn Any + Send>, FsepError> {
         expert_weights::start::<B>(weights, request)
-    }
-
-    fn fsep_all_gather(
-        part: FloatTensor<Self>,
-        comm: Arc<dyn Communicator>,
-        operation: Operation,
-    ) -> FloatTensor<Self> {
-        let (len, ranks) = (part.shape().num_elements(), comm.size());
-        let block = |peer, offset| Block { peer, offset, len };
-        let plan = ExchangePlan {
-            sends: (0..ranks).map(|peer| block(peer, 0)).collect(),
-            recvs: (0..ranks).map(|peer| block(peer, peer * len)).collect(),
-            recv_len: ranks * len,
-            send_len: len,
-        };
-        let gathered = B::fsep_start_exchange(part, comm.as_ref(), operation, &plan);
-        let gathered = gathered.and_then(|pending| pending.wait([ranks * len]));
-        gathered.unwrap_or_else(|error| {
-            comm.abort(&error.to_string());
-            throw(error, comm.rank())
-        })
     }
 }
 
@@ -153,13 +119,4 @@ pub fn moe(
         token_of.into_dispatch(),
         pass,
     ))
-}
-
-/// [`FsepOps::fsep_all_gather`] of a tensor of any backend, without gradients and not empty. `[len] -> [N * len]`
-///
-/// # Panics
-///
-/// As there.
-pub fn all_gather(part: Tensor<1>, comm: &Arc<dyn Communicator>, operation: Operation) -> Tensor<1> {
-    Tensor::from_dispatch(<AnyBackend as FsepOps>::fsep_all_gather(part.into_dispatch(), comm.clone(), operation))
 }

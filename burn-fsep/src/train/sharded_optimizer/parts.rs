@@ -86,7 +86,8 @@ impl ModuleMapper for CutParameters<'_> {
         let Some(Stepped { id, parts, comm, .. }) = self.stepped.remove(&param.id) else { return param };
         param.map(|tensor| {
             self.contexts.insert(*id, ParameterContext::capture(&tensor));
-            part_of(tensor, *parts, comm.rank())
+            // Burn's optimizers panic at a parameter without autodiff.
+            Tensor::from_inner(part_of(tensor, *parts, comm.rank()))
         })
     }
 }
