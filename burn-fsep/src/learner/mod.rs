@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod metrics;
+mod optimizer;
 mod renderer;
 mod strategy;
 mod strategy_optimizer;

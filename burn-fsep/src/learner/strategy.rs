@@ -9,13 +9,10 @@ use burn::{
 };
 use parking_lot::Mutex;
 
-use super::{
-    checkpoints::LearnerCheckpoints,
-    strategy_optimizer::{check_optimizer, set_parameters},
-};
+use super::{checkpoints::LearnerCheckpoints, optimizer::LearnerOptimizer};
 use crate::{
     FsepError, FsepRuntime,
-    checkpoint::{CheckpointConfig, HeldState, TrainingProgress},
+    checkpoint::{CheckpointConfig, TrainingProgress},
     comm::{Operation, all_gather_u64},
     train::{
         Accumulation, GradientBuckets, GradientStep, OptimizerContext, ShardedOptimizer, StepContext, TrainerConfig,
@@ -50,7 +47,7 @@ pub struct FsepStrategy {
     device: Device,
     config: TrainerConfig,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
-    sharded: Mutex<Option<ShardedOptimizer>>,
+    optimizer: LearnerOptimizer,
     error: Mutex<Option<FsepError>>,
 }
 
@@ -62,7 +59,7 @@ impl FsepStrategy {
             device: device.autodiff(),
             config: TrainerConfig::new(),
             callbacks: Mutex::default(),
-            sharded: Mutex::default(),
+            optimizer: LearnerOptimizer::default(),
             error: Mutex::default(),
         }
     }
@@ -120,8 +117,8 @@ impl FsepStrategy {
 
     /// Steps with this optimizer, of whose state each rank keeps its part. The Learner's own, which nobody could cut, has to be a
     /// [`StrategyOptimizer`](super::StrategyOptimizer); learning rates are those of its scheduler.
-    pub fn with_sharded_optimizer(self, optimizer: ShardedOptimizer) -> Self {
-        *self.sharded.lock() = Some(optimizer);
+    pub fn with_sharded_optimizer(mut self, optimizer: ShardedOptimizer) -> Self {
+        self.optimizer = LearnerOptimizer::sharded(optimizer);
         self
     }
 
@@ -198,7 +195,7 @@ impl FsepStrategy {
         if self.runtime.rank() == 0 {
             self.each_callback(|callback| callback.on_checkpoint(&mut checkpoints.progress.records))?;
         }
-        checkpoints.save(learner, self.sharded.lock().as_ref())
+        self.optimizer.save(checkpoints, learner)
     }
 
     /// An optimizer step of the batches up to the epoch's `iteration`.
@@ -213,12 +210,7 @@ impl FsepStrategy {
         let step = checkpoints.progress.step + 1;
         let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
-        if let Some(optimizer) = self.sharded.lock().as_mut() {
-            let model = optimizer.step(learner.lr_current(), learner.model(), std::mem::take(&mut grads))?;
-            self.runtime.run(|| set_parameters(learner, &model))?;
-        } else {
-            self.runtime.run(|| learner.optimizer_step(std::mem::take(&mut grads)))?;
-        }
+        self.optimizer.step(&self.runtime, learner, grads)?;
         self.runtime.run(|| {
             let model = learner.model();
             if has_expert_biases(&model) {
@@ -362,12 +354,8 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
             self.check_burn_checkpointers(burn_checkpoints.is_some())?;
             let accumulation_steps = components.grad_accumulation.unwrap_or(1).max(1);
             let config = self.config.clone().with_accumulation_steps(accumulation_steps);
-            let is_sharded = self.sharded.lock().is_some();
-            let held = if is_sharded { HeldState::OwnPart } else { HeldState::Whole };
-            let mut gradients = GradientStep::new(&self.runtime, &config, held)?;
-            if is_sharded {
-                check_optimizer(&learner)?;
-            }
+            let mut gradients = GradientStep::new(&self.runtime, &config, self.optimizer.held())?;
+            self.optimizer.check(&learner, burn_checkpoints.is_some())?;
             let event_store = components.event_store.clone();
             let mut checkpoints =
                 LearnerCheckpoints::new(config.checkpoints.as_ref(), &self.runtime, progress, event_store)?;
