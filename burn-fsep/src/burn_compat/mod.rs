@@ -12,6 +12,7 @@ mod leaf_gradient;
 mod learner_records;
 mod metadata;
 mod module_path;
+mod optimizer_parts;
 mod optimizer_state;
 mod panics;
 mod param_tag;
