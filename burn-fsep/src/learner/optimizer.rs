@@ -8,7 +8,11 @@ use super::{
     checkpoints::LearnerCheckpoints,
     strategy_optimizer::{check_optimizer, set_parameters},
 };
-use crate::{FsepError, FsepRuntime, checkpoint::HeldState, train::ShardedOptimizer};
+use crate::{
+    FsepError, FsepRuntime,
+    checkpoint::HeldState,
+    train::{ShardedOptimizer, has_expert_biases, update_expert_biases},
+};
 
 /// Who steps a Learner's model: its own optimizer, or one of the strategy's, whose state is cut.
 #[derive(Default)]
@@ -34,15 +38,25 @@ impl LearnerOptimizer {
         }
     }
 
+    /// Also moves expert biases.
     pub fn step<M: LearnerModel>(
         &self,
         runtime: &FsepRuntime,
         learner: &mut Learner<M>,
         grads: GradientsParams,
     ) -> Result<(), FsepError> {
-        let Some(optimizer) = &self.0 else { return runtime.run(|| learner.optimizer_step(grads)) };
+        let Some(optimizer) = &self.0 else {
+            return runtime.run(|| {
+                learner.optimizer_step(grads);
+                let model = learner.model();
+                if has_expert_biases(&model) {
+                    // The Learner's own way to another model.
+                    learner.load_model(update_expert_biases(runtime, model).into_record());
+                }
+            });
+        };
         let model = optimizer.lock().step(learner.lr_current(), learner.model(), grads)?;
-        runtime.run(|| set_parameters(learner, &model))
+        runtime.run(|| set_parameters(learner, &update_expert_biases(runtime, model)))
     }
 
     pub fn save<M: LearnerModel>(

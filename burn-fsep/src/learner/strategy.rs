@@ -16,7 +16,7 @@ use crate::{
     comm::{Operation, all_gather_u64},
     train::{
         Accumulation, GradientBuckets, GradientStep, OptimizerContext, ShardedOptimizer, StepContext, TrainerConfig,
-        TrainingCallback, has_expert_biases, update_expert_biases,
+        TrainingCallback,
     },
 };
 
@@ -211,13 +211,6 @@ impl FsepStrategy {
         let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
         self.optimizer.step(&self.runtime, learner, grads)?;
-        self.runtime.run(|| {
-            let model = learner.model();
-            if has_expert_biases(&model) {
-                // The Learner's own way to another model.
-                learner.load_model(update_expert_biases(&self.runtime, model).into_record());
-            }
-        })?;
         (checkpoints.progress.step, checkpoints.progress.iteration) = (step, iteration as u64);
         let context = OptimizerContext::new(step, gradient_norm, &self.runtime);
         self.each_callback(|callback| callback.on_optimizer_step(&context))

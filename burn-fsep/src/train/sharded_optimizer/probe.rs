@@ -15,7 +15,7 @@ use burn::{
 use super::super::params::{ModulePath, ParamVisitor, visit_params};
 use crate::{
     FsepError,
-    burn_compat::{catch_panic, states_of},
+    burn_compat::{ParamState, catch_panic, states_of},
 };
 
 const VALUES: [f32; 6] = [0.5, -1.25, 2.0, -0.3, 0.1, -0.2];
@@ -78,8 +78,8 @@ impl Place {
         }
         let mut half = [1; D];
         half[D - 1] = 3;
-        let (whole, stepped) = self.steps(optimizer, dims, 0)?;
-        for (field, tensor) in stepped {
+        let (whole, state) = self.steps(optimizer, dims, 0)?;
+        for (field, tensor) in state.tensors {
             if tensor.shape()[..] != dims {
                 return Err(format!("its `{field}` of a parameter {dims:?} has the shape {:?}", tensor.shape()));
             }
@@ -99,13 +99,13 @@ impl Place {
         }
     }
 
-    /// Two steps of the elements from `start` on: what they became, and the tensors of the state.
+    /// Two steps of the elements from `start` on: what they became, and the state.
     fn steps<const D: usize>(
         &self,
         optimizer: &ModuleOptimizer,
         dims: [usize; D],
         start: usize,
-    ) -> Result<(Vec<f32>, Vec<(String, TensorData)>), String> {
+    ) -> Result<(Vec<f32>, ParamState), String> {
         let device = self.device.clone().inner();
         let tensor = |values: &[f32]| {
             let values = values[start..start + dims.iter().product::<usize>()].to_vec();
@@ -121,7 +121,7 @@ impl Place {
         }
         let values = probe.param.val().into_data().iter::<f32>().collect();
         let state = states_of(optimizer.to_record())?.remove(&self.id.val()).unwrap_or_default();
-        Ok((values, state.tensors.into_iter().collect()))
+        Ok((values, state))
     }
 }
 
