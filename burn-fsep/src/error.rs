@@ -120,6 +120,15 @@ pub enum FsepError {
         /// What was forgotten.
         hint: &'static str,
     },
+    /// An optimizer whose state cannot be cut over ranks ([`ShardedOptimizer`](crate::train::ShardedOptimizer)): it does not step a
+    /// parameter element by element.
+    #[error("the optimizer state of `{parameter}` cannot be cut over ranks: {reason}")]
+    ShardedOptimizer {
+        /// The parameter, by its path in the model.
+        parameter: String,
+        /// What was seen.
+        reason: String,
+    },
     /// The step panicked, for a reason of its own.
     #[error("the step panicked: {0}")]
     Panicked(String),

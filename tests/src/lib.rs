@@ -44,7 +44,10 @@ pub use rank_test::rank_of_process;
 #[cfg(feature = "mpi")]
 pub use rank_test::rank_over_mpi;
 pub use trainer::Trainer;
-pub use training::{GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_trainer};
+pub use training::{
+    GradientSync, HandTraining, LayoutSource, Trained, small_slots, train_by_hand, train_with_sharded_optimizer,
+    train_with_trainer,
+};
 
 use std::time::Duration;
 

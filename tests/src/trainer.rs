@@ -6,20 +6,24 @@ use burn::{
 use burn_fsep::{
     FSEPMoEConfig, FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    train::{clip_grad_norm, sync_gradients},
+    train::{ShardedOptimizer, TrainOptimizer, clip_grad_norm, sync_gradients},
 };
 
 use crate::{SmallMoe, TaskBatcher, TaskItem, device, random_layout, training::layout_seed};
 
 /// Training of the small model that can stop and go on: nothing but what is in here and the items decides a step.
-pub struct Trainer {
+pub struct Trainer<O = ModuleOptimizer> {
     /// This rank's model.
     pub model: SmallMoe,
     /// Its optimizer.
-    pub optimizer: ModuleOptimizer,
+    pub optimizer: O,
     /// Steps done.
     pub step: usize,
     runtime: FsepRuntime,
+}
+
+fn adamw() -> ModuleOptimizer {
+    AdamWConfig::new().with_epsilon(1e-6).with_weight_decay(0.01).init()
 }
 
 impl Trainer {
@@ -29,14 +33,25 @@ impl Trainer {
     ///
     /// As `SmallMoe::fsep_of`.
     pub fn new(config: &FSEPMoEConfig, runtime: &FsepRuntime) -> Result<Self, FsepError> {
-        Ok(Self {
-            model: SmallMoe::fsep_of(config, runtime, &device())?,
-            optimizer: AdamWConfig::new().with_epsilon(1e-6).with_weight_decay(0.01).init(),
-            step: 0,
-            runtime: runtime.clone(),
-        })
+        let model = SmallMoe::fsep_of(config, runtime, &device())?;
+        Ok(Self { model, optimizer: adamw(), step: 0, runtime: runtime.clone() })
     }
+}
 
+impl Trainer<ShardedOptimizer> {
+    /// The same with the optimizer's state cut over ranks. Collective.
+    ///
+    /// # Errors
+    ///
+    /// As `SmallMoe::fsep_of` and `ShardedOptimizer::new`.
+    pub fn sharded(config: &FSEPMoEConfig, runtime: &FsepRuntime) -> Result<Self, FsepError> {
+        let model = SmallMoe::fsep_of(config, runtime, &device())?;
+        let optimizer = ShardedOptimizer::new(runtime, adamw(), &model)?;
+        Ok(Self { model, optimizer, step: 0, runtime: runtime.clone() })
+    }
+}
+
+impl<O: TrainOptimizer> Trainer<O> {
     /// Makes `steps` steps on batches of `batch` items and returns the mean loss over ranks of each. The layouts change in
     /// each step, unless experts have fixed owners. Collective.
     ///
@@ -58,7 +73,7 @@ impl Trainer {
             })?;
             sync_gradients(&runtime, model, &mut grads)?;
             clip_grad_norm(&runtime, model, &mut grads, 0.5)?;
-            self.model = self.optimizer.step(1e-2, self.model.clone(), grads);
+            self.model = self.optimizer.step_model(1e-2.into(), self.model.clone(), grads)?;
             self.step += 1;
             for layer in 0..runtime.num_layers() {
                 let layout = runtime.layout(layer);
@@ -83,7 +98,8 @@ impl Trainer {
     pub fn bits(&self) -> Vec<(String, Vec<u8>)> {
         let mut bits = Vec::new();
         let model = burn_pack::Reader::from_bytes(self.model.clone().into_record().into_bytes().unwrap()).unwrap();
-        let optimizer = burn_pack::Reader::from_bytes(self.optimizer.to_record().into_bytes().unwrap()).unwrap();
+        let optimizer =
+            burn_pack::Reader::from_bytes(self.optimizer.module_optimizer().to_record().into_bytes().unwrap()).unwrap();
         // Ids differ between processes; the path of each is kept beside the state.
         let paths = optimizer.metadata().clone();
         let named = |name: &str| {

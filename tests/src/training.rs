@@ -1,11 +1,14 @@
 use burn::{
     data::dataloader::batcher::Batcher,
-    optim::{AdamWConfig, GradientsParams},
+    optim::{AdamWConfig, GradientsParams, ModuleOptimizer},
 };
 use burn_fsep::{
     FsepError, FsepRuntime,
     comm::{Operation, ReduceBuffer, ReduceOp},
-    train::{GradientBucketsConfig, PlannerConfig, TrainerConfig, TrainingCallback, clip_grad_norm, sync_gradients},
+    train::{
+        GradientBucketsConfig, PlannerConfig, ShardedOptimizer, TrainOptimizer, TrainerConfig, TrainingCallback,
+        clip_grad_norm, sync_gradients,
+    },
 };
 use burn_fsep_planner::PlannerStrategy;
 
@@ -78,7 +81,7 @@ pub fn train_by_hand(runtime: &FsepRuntime, items: &[TaskItem], training: &HandT
     if let Some(buckets) = &buckets {
         model = model.with_buckets(buckets.clone());
     }
-    let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+    let mut optimizer = adamw();
     let mut planner = match layouts {
         LayoutSource::Planner(strategy) => Some(PlannerConfig::new(strategy).with_synchronous(true).init()),
         LayoutSource::Random => None,
@@ -150,6 +153,36 @@ pub fn train_with_trainer(
     items: &[TaskItem],
     training: &HandTraining,
 ) -> Result<Trained, FsepError> {
+    train_with_optimizer(runtime, items, training, |_| Ok(adamw()))
+}
+
+/// As [`train_with_trainer`], with the optimizer's state cut over ranks.
+///
+/// # Errors
+///
+/// Any [`FsepError`].
+///
+/// # Panics
+///
+/// As there.
+pub fn train_with_sharded_optimizer(
+    runtime: &FsepRuntime,
+    items: &[TaskItem],
+    training: &HandTraining,
+) -> Result<Trained, FsepError> {
+    train_with_optimizer(runtime, items, training, |model| ShardedOptimizer::new(runtime, adamw(), model))
+}
+
+fn adamw() -> ModuleOptimizer {
+    AdamWConfig::new().with_epsilon(1e-6).init()
+}
+
+fn train_with_optimizer<O: TrainOptimizer>(
+    runtime: &FsepRuntime,
+    items: &[TaskItem],
+    training: &HandTraining,
+    optimizer: impl FnOnce(&SmallMoe) -> Result<O, FsepError>,
+) -> Result<Trained, FsepError> {
     let HandTraining { steps, batch, clip, layouts, sync } = *training;
     let device = device();
     let slots = small_slots(runtime.topology().world_size());
@@ -167,7 +200,8 @@ pub fn train_with_trainer(
     if let LayoutSource::Planner(strategy) = layouts {
         config = config.with_planner(PlannerConfig::new(strategy).with_synchronous(true));
     }
-    let mut trainer = config.init(runtime, model, AdamWConfig::new().with_epsilon(1e-6).init())?;
+    let optimizer = optimizer(&model)?;
+    let mut trainer = config.init(runtime, model, optimizer)?;
     let share = batch / runtime.world_size();
     let mut trained = Trained { losses: vec![], replicated: vec![], layouts: 0, largest_norm: 0.0, overlapped: 0 };
     let mut layout = runtime.layout(0);

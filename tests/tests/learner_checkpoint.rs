@@ -12,8 +12,8 @@ use burn_fsep::{
     FsepError, FsepRuntime, FsepRuntimeConfig,
     checkpoint::{self, CheckpointConfig, CheckpointError, list, verify},
     comm::local::LaunchConfig,
-    learner::{FsepStrategy, SilentRenderer},
-    train::{PlannerConfig, RankDataset, StepContext, TrainingCallback},
+    learner::{FsepStrategy, SilentRenderer, StrategyOptimizer},
+    train::{PlannerConfig, RankDataset, ShardedOptimizer, StepContext, TrainingCallback},
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
@@ -34,6 +34,8 @@ struct Job<'a> {
     accumulation: Option<usize>,
     /// Whether layouts are planned.
     plans: bool,
+    /// Whether the optimizer's state is cut over ranks.
+    sharded: bool,
     /// The batch after which rank 1 is stopped.
     stop: Option<usize>,
     /// Checkpoints of burn-train itself.
@@ -51,7 +53,16 @@ struct BurnFolders<'a> {
 
 impl Job<'_> {
     fn new(ranks: usize) -> Self {
-        Self { ranks, checkpoints: None, resume: None, accumulation: None, plans: false, stop: None, burn: None }
+        Self {
+            ranks,
+            checkpoints: None,
+            resume: None,
+            accumulation: None,
+            plans: false,
+            sharded: false,
+            stop: None,
+            burn: None,
+        }
     }
 
     /// Each rank's parameters at the end, or the error of its strategy.
@@ -89,7 +100,17 @@ impl Job<'_> {
         if let Some(config) = &self.checkpoints {
             strategy = strategy.with_checkpoints(config.clone());
         }
-        if let Some(path) = self.resume {
+        if self.sharded {
+            let mut sharded = ShardedOptimizer::new(runtime, optimizer, &model)?;
+            if let Some(path) = self.resume {
+                let loaded = checkpoint::load(path, runtime, &model, &sharded)?;
+                (model, sharded) = (loaded.model, loaded.optimizer);
+                scheduler = scheduler.load_record(loaded.progress.scheduler()?.expect("the Learner has one"));
+                strategy = strategy.with_start(loaded.progress);
+            }
+            strategy = strategy.with_sharded_optimizer(sharded);
+            optimizer = StrategyOptimizer.into();
+        } else if let Some(path) = self.resume {
             let loaded = checkpoint::load(path, runtime, &model, &optimizer)?;
             (model, optimizer) = (loaded.model, loaded.optimizer);
             scheduler = scheduler.load_record(loaded.progress.scheduler()?.expect("the Learner has one"));
@@ -261,5 +282,57 @@ fn burns_own_checkpointers_are_refused_for_several_ranks() {
         let reason = refusal(&Job { burn: Some(burn), ..Job::new(2) });
         assert!(reason.contains("rank 0 has burn-train's own checkpointers"), "{reason}");
         assert!(reason.contains("FsepStrategy::with_checkpoints"), "{reason}");
+    }
+}
+
+#[test]
+fn a_learner_whose_optimizer_state_is_cut_makes_the_same_steps_and_checkpoints() {
+    let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let job = |sharded: bool| {
+        let config = CheckpointConfig::new(folders[usize::from(sharded)].path()).with_keep(usize::MAX);
+        Job { checkpoints: Some(config), sharded, plans: true, accumulation: Some(2), ..Job::new(4) }
+    };
+    let whole = job(false).run_all();
+    assert_eq!(job(true).run_all(), whole);
+    // From the end of the first epoch, cut and whole, on the same ranks bit for bit, and on others.
+    for folder in &folders {
+        let first = list(folder.path()).unwrap().swap_remove(0);
+        for sharded in [false, true] {
+            let job = Job { resume: Some(&first), checkpoints: None, ..job(sharded) };
+            assert_eq!(job.run_all(), whole, "cut: {sharded}");
+            let others = Job { ranks: 2, ..job }.run_all();
+            for (ours, expected) in others[0].iter().zip(&whole[0]) {
+                assert!((ours - expected).abs() <= 1e-4, "{ours} instead of {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_learner_of_its_own_optimizer_is_refused_where_the_strategy_has_one() {
+    let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(20));
+    let folder = tempfile::tempdir().unwrap();
+    let results = launch(&config, |comm| -> Result<_, FsepError> {
+        let runtime = FsepRuntimeConfig::new().with_seed(3).init(comm)?;
+        let loader = || {
+            let items = InMemDataset::new(task_items(BATCH, 1));
+            DataLoaderBuilder::<TaskItem, TaskBatch>::new(TaskBatcher).batch_size(BATCH).build(items)
+        };
+        let (model, adamw) = (SmallMoe::fsep(&runtime, 5, &device())?, || AdamWConfig::new().init());
+        let sharded = ShardedOptimizer::new(&runtime, adamw(), &model)?;
+        let strategy = FsepStrategy::new(runtime.clone(), plain_device()).with_sharded_optimizer(sharded);
+        let strategy = Arc::new(strategy);
+        SupervisedTraining::new(folder.path().join(format!("rank-{}", runtime.rank())), loader(), loader())
+            .metrics((LossMetric::new(),))
+            .num_epochs(1)
+            .with_application_logger(None)
+            .renderer(Box::new(SilentRenderer))
+            .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+            .launch(Learner::new(model, adamw(), 1e-2));
+        Ok(strategy.error())
+    });
+    for result in results {
+        let error = result.unwrap();
+        assert!(matches!(&error, Some(FsepError::Config(reason)) if reason.contains("StrategyOptimizer")), "{error:?}");
     }
 }

@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
 use burn::tensor::TensorData;
 use burn_pack::Scalar;
@@ -18,6 +18,14 @@ pub(super) struct Content {
     pub values: Vec<TensorData>,
     pub states: Vec<ParamState>,
     pub records: BTreeMap<String, Vec<u8>>,
+}
+
+/// The part of a state's tensors that a rank keeps.
+pub(super) struct StatePart {
+    /// Of each tensor, with padding.
+    pub shape: Vec<usize>,
+    /// Its elements in the whole tensor.
+    pub range: Range<usize>,
 }
 
 /// Checks the sizes of all files, and checksum and table of those that `is_ours` picks by their place in the manifest.
@@ -65,17 +73,19 @@ fn check_table(file: &TensorFile, manifest: &Manifest, is_replicated: bool) -> R
 }
 
 impl Content {
-    /// Reads what rank `rank` of `ranks` needs. Memory is taken for what the model needs, whatever files claim.
+    /// Reads what rank `rank` of `ranks` needs, of parameters' optimizer states these parts. Memory is taken for what the model needs,
+    /// whatever files claim.
     pub fn read(
         checkpoint: &Path,
         manifest: &Manifest,
         params: &[ModelParam],
+        state_parts: &[Option<StatePart>],
         rank: usize,
         ranks: usize,
     ) -> Result<Self, CheckpointError> {
         let mut replicated = TensorFile::open(checkpoint.join(REPLICATED))?;
         let mut all = Vec::with_capacity(params.len());
-        for param in params {
+        for (param, state_part) in params.iter().zip(state_parts) {
             let entry = manifest
                 .parameter(&param.path)
                 .ok_or_else(|| CheckpointError::damaged(checkpoint, format!("its manifest lacks `{}`", param.path)))?;
@@ -85,14 +95,27 @@ impl Content {
                 .zip(entry.experts.as_ref())
                 .map(|(info, saved)| (Sharding::new(&saved.info, manifest.world_size), Sharding::new(&info, ranks)));
             let parts: Result<Vec<_>, _> = match &shardings {
-                None => tensors_of(entry).map(|tensor| Part::read(&mut replicated, tensor)).collect(),
-                Some((_, to)) => tensors_of(entry).map(|tensor| Part::zeros(tensor, &to.shape())).collect(),
+                None => {
+                    tensors_of(entry).map(|tensor| Part::read(&mut replicated, tensor, state_part.as_ref())).collect()
+                }
+                Some((_, to)) => {
+                    let shape = |tensor: &Entry<'_>| match state_part {
+                        Some(part) if tensor.field.is_some() => part.shape.clone(),
+                        _ => to.shape().to_vec(),
+                    };
+                    tensors_of(entry)
+                        .map(|tensor| {
+                            let shape = shape(&tensor);
+                            Part::zeros(tensor, &shape)
+                        })
+                        .collect()
+                }
             };
-            all.push((parts?, scalars, shardings));
+            all.push((parts?, scalars, shardings, state_part));
         }
         for source in 0..manifest.world_size {
             let mut file = None;
-            for (parts, _, shardings) in &mut all {
+            for (parts, _, shardings, state_part) in &mut all {
                 let Some((from, to)) = shardings else { continue };
                 let overlaps = from.overlaps(source, to, rank);
                 if overlaps.is_empty() {
@@ -103,7 +126,14 @@ impl Content {
                     none => none.insert(TensorFile::open(checkpoint.join(experts_file(source, manifest.world_size)))?),
                 };
                 for part in parts {
-                    part.fill(file, &from.shape(), &overlaps)?;
+                    match state_part {
+                        Some(StatePart { range, .. }) if part.field.is_some() => {
+                            let overlaps: Vec<_> =
+                                overlaps.iter().filter_map(|overlap| overlap.within(range)).collect();
+                            part.fill(file, &from.shape(), &overlaps)?;
+                        }
+                        _ => part.fill(file, &from.shape(), &overlaps)?,
+                    }
                 }
             }
         }
@@ -112,7 +142,7 @@ impl Content {
             records.insert(name.clone(), replicated.read(&record_name(name))?.bytes.to_vec());
         }
         let (mut values, mut states) = (Vec::new(), Vec::new());
-        for (parts, scalars, _) in all {
+        for (parts, scalars, ..) in all {
             let mut tensors = BTreeMap::new();
             for part in parts {
                 let (field, data) = part.into_data()?;
@@ -167,8 +197,14 @@ impl Part {
         Ok(Self { field, dtype, shape: shape.to_vec(), bytes: vec![0; len], name })
     }
 
-    /// Reads a whole tensor.
-    fn read(file: &mut TensorFile, entry: Entry<'_>) -> Result<Self, CheckpointError> {
+    /// Reads a whole tensor; of a state its part, if there is one.
+    fn read(file: &mut TensorFile, entry: Entry<'_>, part: Option<&StatePart>) -> Result<Self, CheckpointError> {
+        if let (Some(StatePart { shape, range }), true) = (part, entry.field.is_some()) {
+            let saved = entry.shape;
+            let mut part = Self::zeros(entry, shape)?;
+            part.fill(file, saved, &[Overlap { from: range.start, to: 0, len: range.len() }])?;
+            return Ok(part);
+        }
         // Before memory is taken: what a file has fits into it.
         let start = file.expect(&entry.name, entry.dtype, entry.shape)?;
         let shape = entry.shape;

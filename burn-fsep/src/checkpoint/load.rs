@@ -8,9 +8,9 @@ use burn::{module::Module, optim::ModuleOptimizer};
 use burn_fsep_planner::Layout;
 
 use super::{
-    CheckpointError, Checkpoints, TrainingProgress,
+    CheckpointError, CheckpointedOptimizer, Checkpoints, HeldState, TrainingProgress,
     all_or_none::{Work, all_or_none, gather},
-    content::{Content, check_files},
+    content::{Content, StatePart, check_files},
     folder::checkpoints,
     manifest::{Manifest, ParameterEntry},
     model::{ModelParam, load_values, model_params},
@@ -28,11 +28,11 @@ const APPLY: Operation = Operation::new("loading of a checkpoint");
 
 /// What a checkpoint gave.
 #[derive(Clone)]
-pub struct Loaded<M> {
+pub struct Loaded<M, O = ModuleOptimizer> {
     /// The model with the checkpoint's parameters.
     pub model: M,
     /// The optimizer with the checkpoint's state.
-    pub optimizer: ModuleOptimizer,
+    pub optimizer: O,
     /// Where training stood.
     pub progress: TrainingProgress,
     /// The checkpoint.
@@ -41,7 +41,7 @@ pub struct Loaded<M> {
     pub skipped: Vec<CheckpointError>,
 }
 
-impl<M> fmt::Debug for Loaded<M> {
+impl<M, O> fmt::Debug for Loaded<M, O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, progress, skipped, .. } = self;
         let mut debug = f.debug_struct("Loaded");
@@ -62,21 +62,22 @@ impl<M> fmt::Debug for Loaded<M> {
 /// [`CheckpointError::Model`] or [`CheckpointError::Optimizer`] if they are not those that were saved;
 /// [`CheckpointError::Divergence`] if ranks see different checkpoints; [`CheckpointError::Io`], [`CheckpointError::Peer`]
 /// on ranks that have no error themselves, [`CheckpointError::Comm`] if a rank is lost.
-pub fn load<M: Module>(
+pub fn load<M: Module, O: CheckpointedOptimizer>(
     checkpoint: impl Into<PathBuf>,
     runtime: &FsepRuntime,
     model: &M,
-    optimizer: &ModuleOptimizer,
-) -> Result<Loaded<M>, CheckpointError> {
+    optimizer: &O,
+) -> Result<Loaded<M, O>, CheckpointError> {
     let path: PathBuf = checkpoint.into();
     let comm = runtime.comm();
     let checked = model_params(runtime, model).and_then(|params| {
         let (manifest, digest) = Manifest::read(&path)?;
         check_fits(&path, &manifest, &params)?;
         let layouts = layouts(&path, &manifest, &params, runtime)?;
-        Ok((params, manifest, layouts, digest))
+        let parts = state_parts(&path, &manifest, &params, runtime, O::HELD)?;
+        Ok((params, manifest, layouts, parts, digest))
     });
-    let (params, manifest, layouts, digest) = all_or_none(comm, CHECK, checked)?;
+    let (params, manifest, layouts, parts, digest) = all_or_none(comm, CHECK, checked)?;
     if let Some(difference) = agree(comm, CHECK, &[("the checkpoint that they load", digest)])? {
         let hint = "it has to lie on a file system that all ranks share";
         return Err(CheckpointError::Divergence { what: difference.field, rank: difference.rank, hint });
@@ -90,18 +91,23 @@ pub fn load<M: Module>(
         Work::start(move || {
             // Every file is checked by one of the ranks.
             check_files(&path, &manifest, |file| file % ranks == rank)?;
-            Content::read(&path, &manifest, &params, shard, shards)
+            Content::read(&path, &manifest, &params, &parts, shard, shards)
         })
     };
     let Content { values, states, records } = reading.finish(comm, READ)?;
     let places: Vec<_> = params.iter().map(|param| (param.id, param.path.as_str())).collect();
-    let optimizer = load_states(optimizer, &places, states).map_err(|StateError { place, reason }| match place {
-        Some(place) => {
-            CheckpointError::Optimizer { checkpoint: path.clone(), parameter: params[place].path.clone(), reason }
-        }
-        None => CheckpointError::Unsupported { what: "optimizer".into(), reason },
-    });
-    let optimizer = all_or_none(comm, APPLY, optimizer)?;
+    let loaded =
+        load_states(optimizer.module_optimizer(), &places, states).map_err(
+            |StateError { place, reason }| match place {
+                Some(place) => CheckpointError::Optimizer {
+                    checkpoint: path.clone(),
+                    parameter: params[place].path.clone(),
+                    reason,
+                },
+                None => CheckpointError::Unsupported { what: "optimizer".into(), reason },
+            },
+        );
+    let optimizer = optimizer.with_state(all_or_none(comm, APPLY, loaded)?);
     // Last: Burn's clones share running statistics, which this sets in `model`, too.
     let model = all_or_none(comm, APPLY, load_values(model, &params, values))?;
     for (layer, layout) in layouts {
@@ -118,11 +124,11 @@ impl Checkpoints {
     /// # Errors
     ///
     /// As [`load`], also if an older checkpoint could be loaded.
-    pub fn load_newest<M: Module>(
+    pub fn load_newest<M: Module, O: CheckpointedOptimizer>(
         &self,
         model: &M,
-        optimizer: &ModuleOptimizer,
-    ) -> Result<Option<Loaded<M>>, CheckpointError> {
+        optimizer: &O,
+    ) -> Result<Option<Loaded<M, O>>, CheckpointError> {
         let Some(path) = self.list_together()?.pop() else { return Ok(None) };
         load(path, &self.runtime, model, optimizer).map(Some)
     }
@@ -133,11 +139,11 @@ impl Checkpoints {
     /// # Errors
     ///
     /// [`CheckpointError::NoneWhole`] if all are damaged; as [`load`] for anything but damage.
-    pub fn load_newest_whole<M: Module>(
+    pub fn load_newest_whole<M: Module, O: CheckpointedOptimizer>(
         &self,
         model: &M,
-        optimizer: &ModuleOptimizer,
-    ) -> Result<Option<Loaded<M>>, CheckpointError> {
+        optimizer: &O,
+    ) -> Result<Option<Loaded<M, O>>, CheckpointError> {
         let mut skipped: Vec<CheckpointError> = Vec::new();
         for path in self.list_together()?.into_iter().rev() {
             match load(path, &self.runtime, model, optimizer) {
@@ -264,4 +270,32 @@ fn layouts(
         }
     }
     Ok(layouts)
+}
+
+/// Which part of each parameter's optimizer state this rank reads, where it does not read all of it.
+fn state_parts(
+    path: &Path,
+    manifest: &Manifest,
+    params: &[ModelParam],
+    runtime: &FsepRuntime,
+    held: HeldState,
+) -> Result<Vec<Option<StatePart>>, CheckpointError> {
+    let part = |param: &ModelParam| {
+        let Some((parts, replicas)) = param.state_parts(runtime, held) else { return Ok(None) };
+        let state = manifest.parameter(&param.path).into_iter().flat_map(|saved| &saved.state);
+        for (field, saved) in state {
+            if param.experts.is_none() && saved.shape != param.value_shape {
+                let reason = format!(
+                    "has a `{field}` of the shape {:?}, not the parameter's, {:?}, and cannot be cut over ranks: it is of an \
+                     optimizer that does not work element by element",
+                    saved.shape, param.value_shape
+                );
+                let (checkpoint, parameter) = (path.to_path_buf(), param.path.clone());
+                return Err(CheckpointError::Optimizer { checkpoint, parameter, reason });
+            }
+        }
+        let (shape, range) = (parts.part_shape(param.value_shape.len()), parts.range(replicas.rank()));
+        Ok(Some(StatePart { shape, range }))
+    };
+    params.iter().map(part).collect()
 }

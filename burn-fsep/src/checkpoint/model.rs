@@ -1,19 +1,25 @@
 //! A model's parameters, in the form in which Burn's records have them: layers may keep their weights transposed.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId},
-    tensor::{Bool, Device, Int, Tensor, TensorData, kind::Basic},
+    tensor::{Bool, Device, Int, Shape, Tensor, TensorData, kind::Basic},
 };
 use safetensors::Dtype;
 
 use super::{
-    CheckpointError,
+    CheckpointError, HeldState,
     reshard::Sharding,
     tensors::{HostTensor, file_dtype},
 };
-use crate::{FsepRuntime, burn_compat::ModulePath, moe::ExpertsInfo};
+use crate::{
+    FsepRuntime,
+    burn_compat::ModulePath,
+    comm::Communicator,
+    moe::{ExpertsInfo, Placement},
+    shard::FlatParts,
+};
 
 /// A parameter of a model, as this rank has it and Burn's records store it.
 #[derive(Debug, Clone)]
@@ -25,9 +31,24 @@ pub(super) struct ModelParam {
     pub id: ParamId,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
+    /// As the model has it, which records may keep transposed: an optimizer's state has this one.
+    pub value_shape: Vec<usize>,
     pub experts: Option<ExpertsInfo>,
     /// Whether it is a statistic of what this rank has seen, and no trained parameter. Ranks' may differ.
     pub is_running_statistic: bool,
+}
+
+impl ModelParam {
+    /// The parts in which ranks that cut their optimizer's state keep this parameter's, and who they are; `None` where each keeps it
+    /// whole.
+    pub fn state_parts<'a>(
+        &self,
+        runtime: &'a FsepRuntime,
+        held: HeldState,
+    ) -> Option<(FlatParts, &'a Arc<dyn Communicator>)> {
+        let replicas = Placement::of(self.experts.as_ref()).replicas(runtime).filter(|_| held == HeldState::OwnPart)?;
+        Some((FlatParts::new(self.value_shape.iter().product(), replicas.size())?, replicas))
+    }
 }
 
 /// The parameters of a model in their declared order, which is the same on all ranks.
@@ -81,13 +102,18 @@ struct Collect {
 }
 
 impl Collect {
-    fn add<const D: usize, K: Basic>(&mut self, id: ParamId, saved: Tensor<D, K>) {
-        if let Err(error) = self.try_add(id, saved) {
+    fn add<const D: usize, K: Basic>(&mut self, id: ParamId, value_shape: Shape, saved: Tensor<D, K>) {
+        if let Err(error) = self.try_add(id, value_shape, saved) {
             self.error = Some(error);
         }
     }
 
-    fn try_add<const D: usize, K: Basic>(&mut self, id: ParamId, saved: Tensor<D, K>) -> Result<(), CheckpointError> {
+    fn try_add<const D: usize, K: Basic>(
+        &mut self,
+        id: ParamId,
+        value_shape: Shape,
+        saved: Tensor<D, K>,
+    ) -> Result<(), CheckpointError> {
         let (path, mut name) = (self.path.path(), self.path.path_without_variants());
         let experts = self.path.metadata().copied();
         if experts.is_some()
@@ -102,7 +128,8 @@ impl Collect {
             values.push(HostTensor::new(&path, data)?);
         }
         let is_running_statistic = self.path.is_running_statistic();
-        self.params.push(ModelParam { path, name, id, dtype, shape, experts, is_running_statistic });
+        let value_shape = value_shape.to_vec();
+        self.params.push(ModelParam { path, name, id, dtype, shape, value_shape, experts, is_running_statistic });
         Ok(())
     }
 }
@@ -117,15 +144,15 @@ impl ModuleVisitor for Collect {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.add(param.id, param.transform_for_save().val());
+        self.add(param.id, param.lazy_shape(), param.transform_for_save().val());
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.add(param.id, param.transform_for_save().val());
+        self.add(param.id, param.lazy_shape(), param.transform_for_save().val());
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.add(param.id, param.transform_for_save().val());
+        self.add(param.id, param.lazy_shape(), param.transform_for_save().val());
     }
 }
 

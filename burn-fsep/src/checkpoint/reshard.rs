@@ -22,6 +22,14 @@ pub(crate) struct Overlap {
     pub len: usize,
 }
 
+impl Overlap {
+    /// What of it goes to these elements of the target, counted from their first.
+    pub fn within(&self, range: &Range<usize>) -> Option<Self> {
+        let (start, end) = (self.to.max(range.start), (self.to + self.len).min(range.end));
+        (start < end).then(|| Self { from: self.from + start - self.to, to: start - range.start, len: end - start })
+    }
+}
+
 impl Sharding {
     pub fn new(info: &ExpertsInfo, ranks: usize) -> Self {
         Self { storage: info.storage, ranks, experts: info.num_experts, params: info.shape.num_params() }

@@ -1,12 +1,9 @@
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
-use burn::{
-    module::Module,
-    optim::{ModuleOptimizer, OptimizerRecord},
-};
+use burn::{module::Module, optim::OptimizerRecord};
 
 use super::{
-    CheckpointConfig, CheckpointError, TrainingProgress,
+    CheckpointConfig, CheckpointError, CheckpointedOptimizer, HeldState, TrainingProgress,
     all_or_none::{Work, all_or_none, gather},
     folder,
     manifest::{
@@ -14,6 +11,7 @@ use super::{
         experts_file, param_name, record_name, scalar_name, state_name, to_json, unwritable,
     },
     output::{CreateFile, Disk},
+    parts::gather_states,
     snapshot::{SavedParam, snapshot},
     tensors::{HostTensor, check_len, write_bytes, write_tensors},
 };
@@ -52,15 +50,15 @@ struct Pending {
 /// # Errors
 ///
 /// As [`Checkpoints::save`].
-pub fn save<M: Module>(
+pub fn save<M: Module, O: CheckpointedOptimizer>(
     folder: impl Into<PathBuf>,
     runtime: &FsepRuntime,
     model: &M,
-    optimizer: &ModuleOptimizer,
+    optimizer: &O,
     progress: &TrainingProgress,
 ) -> Result<PathBuf, CheckpointError> {
     let mut checkpoints = CheckpointConfig::new(folder).with_keep(usize::MAX).init(runtime)?;
-    let path = checkpoints.save_records(model, optimizer.to_record(), progress)?;
+    let path = checkpoints.save_records(model, optimizer.module_optimizer().to_record(), O::HELD, progress)?;
     Ok(path.unwrap_or_else(|| unreachable!("it is not written in the background")))
 }
 
@@ -88,24 +86,25 @@ impl Checkpoints {
     /// ranks, [`CheckpointError::Unsupported`] for a quantized parameter or an optimizer that does not work element by
     /// element, [`CheckpointError::Peer`] on ranks that have no error themselves; [`CheckpointError::Comm`] if a rank is
     /// lost. Earlier checkpoints stay as they are.
-    pub fn save<M: Module>(
+    pub fn save<M: Module, O: CheckpointedOptimizer>(
         &mut self,
         model: &M,
-        optimizer: &ModuleOptimizer,
+        optimizer: &O,
         progress: &TrainingProgress,
     ) -> Result<(), CheckpointError> {
-        self.save_records(model, optimizer.to_record(), progress).map(drop)
+        self.save_records(model, optimizer.module_optimizer().to_record(), O::HELD, progress).map(drop)
     }
 
-    /// As [`Checkpoints::save`], of an optimizer's record. Returns the checkpoint's folder if it is complete.
+    /// As [`Checkpoints::save`], of the record of an optimizer that holds so much of its state. Returns the checkpoint's folder if it is complete.
     pub(crate) fn save_records<M: Module>(
         &mut self,
         model: &M,
         optimizer: OptimizerRecord,
+        held: HeldState,
         progress: &TrainingProgress,
     ) -> Result<Option<PathBuf>, CheckpointError> {
         self.finish()?;
-        self.start(snapshot(&self.runtime, model, optimizer), progress)?;
+        self.start(snapshot(&self.runtime, model, optimizer, held), progress)?;
         if self.config.background { Ok(None) } else { self.finish() }
     }
 
@@ -158,12 +157,10 @@ impl Checkpoints {
         });
         let (params, manifest, digest, sequence) = all_or_none(comm, START, begun)?;
         let sequence = all_gather_u64(comm, START, &[sequence])?[0];
-        let checked = check_equal(comm, digest, &params, progress);
-        let checked = checked.and_then(|()| check_shards(&self.runtime, &params));
-        if let Err(error) = checked {
-            self.discard(sequence, step);
-            return Err(error);
-        }
+        let whole = check_equal(comm, digest, &params, progress)
+            .and_then(|()| check_shards(&self.runtime, &params))
+            .and_then(|()| gather_states(&self.runtime, params));
+        let params = whole.inspect_err(|_| self.discard(sequence, step))?;
         let (replicated, experts) = files_of(params, progress);
         let (files, partial) = (self.files.clone(), folder::partial(&folder, sequence, step));
         let is_saved_by_another = replicas.rank() > 0;
@@ -252,12 +249,12 @@ impl Checkpoints {
 }
 
 /// What the manifest says of a parameter.
-fn entry(layouts: &[Vec<Vec<u32>>], SavedParam { param, state, .. }: &SavedParam) -> ParameterEntry {
+fn entry(layouts: &[Vec<Vec<u32>>], SavedParam { param, state, parts, .. }: &SavedParam) -> ParameterEntry {
     let experts = param.experts.map(|info| ExpertsEntry { info, layout: layouts[info.layer].clone() });
-    let fields = state
-        .tensors
-        .iter()
-        .map(|(field, tensor)| (field.clone(), StateEntry { dtype: tensor.dtype, shape: tensor.shape.clone() }));
+    let fields = state.tensors.iter().map(|(field, tensor)| {
+        let shape = if parts.is_some() { &param.value_shape } else { &tensor.shape };
+        (field.clone(), StateEntry { dtype: tensor.dtype, shape: shape.clone() })
+    });
     ParameterEntry {
         path: param.path.clone(),
         name: param.name.clone(),
@@ -275,7 +272,7 @@ type NamedTensors = Vec<(String, HostTensor)>;
 /// state are equal on all ranks, those of experts, too.
 fn files_of(params: Vec<SavedParam>, progress: &TrainingProgress) -> (NamedTensors, NamedTensors) {
     let (mut replicated, mut sharded) = (Vec::new(), Vec::new());
-    for SavedParam { param, value, state } in params {
+    for SavedParam { param, value, state, .. } in params {
         let path = &param.path;
         for (field, scalar) in state.scalars {
             replicated.push((scalar_name(path, &field), HostTensor::from_scalar(scalar)));
@@ -302,20 +299,25 @@ fn check_equal(
         ("the step", progress.step),
         ("the epoch", progress.epoch),
         ("the iteration", progress.iteration),
+        (
+            "the number of parameters whose optimizer state is cut",
+            params.iter().filter(|saved| saved.parts.is_some()).count() as u64,
+        ),
         ("the parameters' names, shapes or optimizer state, or the layouts", parameters),
     ];
     if let Some(difference) = agree(group, START, &facts)? {
         return Err(differ(difference, "all ranks have to save the same model after the same step"));
     }
     let mut values = Vec::new();
-    for SavedParam { param, value, state } in params {
+    for SavedParam { param, value, state, parts } in params {
         for (field, &scalar) in &state.scalars {
             values.push((scalar_name(&param.path, field), digest(&HostTensor::from_scalar(scalar).bytes)));
         }
         // Running statistics are of what each rank has seen: rank 0 writes its own.
         if param.experts.is_none() && !param.is_running_statistic {
             values.push((param_name(&param.path), digest(&value.bytes)));
-            let tensors = state.tensors.iter();
+            // Where a state is cut, nobody else has this part of it.
+            let tensors = state.tensors.iter().filter(|_| parts.is_none());
             values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
         }
     }
@@ -329,9 +331,10 @@ fn check_shards(runtime: &FsepRuntime, params: &[SavedParam]) -> Result<(), Chec
         return Ok(());
     }
     let mut values = Vec::new();
-    for SavedParam { param, value, state } in params.iter().filter(|saved| saved.param.experts.is_some()) {
+    for SavedParam { param, value, state, parts } in params.iter().filter(|saved| saved.param.experts.is_some()) {
         values.push((param_name(&param.path), digest(&value.bytes)));
-        let tensors = state.tensors.iter();
+        // Of a state that is cut, each has another part.
+        let tensors = state.tensors.iter().filter(|_| parts.is_none());
         values.extend(tensors.map(|(field, tensor)| (state_name(&param.path, field), digest(&tensor.bytes))));
     }
     // Names of ranks are the world's in messages.

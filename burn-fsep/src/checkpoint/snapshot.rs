@@ -3,13 +3,14 @@ use std::collections::HashSet;
 use burn::{module::Module, optim::OptimizerRecord};
 
 use super::{
-    CheckpointError,
+    CheckpointError, HeldState,
     model::{ModelParam, model_values},
     tensors::HostTensor,
 };
 use crate::{
     FsepRuntime,
     burn_compat::{ParamState, states_of},
+    shard::FlatParts,
 };
 
 /// A parameter with what goes into files of it.
@@ -17,6 +18,8 @@ pub(super) struct SavedParam {
     pub param: ModelParam,
     pub value: HostTensor,
     pub state: ParamState<HostTensor>,
+    /// Which part of the state's tensors this is; `None` if they are whole.
+    pub parts: Option<FlatParts>,
 }
 
 /// What a rank has to save of a model and its optimizer, in host memory; in the model's order.
@@ -28,6 +31,7 @@ pub(super) fn snapshot<M: Module>(
     runtime: &FsepRuntime,
     model: &M,
     optimizer: OptimizerRecord,
+    held: HeldState,
 ) -> Result<Vec<SavedParam>, CheckpointError> {
     let unsupported = |what: &str, reason: String| CheckpointError::Unsupported { what: what.into(), reason };
     let params = model_values(runtime, model)?;
@@ -38,7 +42,9 @@ pub(super) fn snapshot<M: Module>(
         // A parameter that stands in two places of a model has one state.
         let state = if seen.insert(param.id) { states.remove(&param.id.val()) } else { None };
         let state = state.unwrap_or_default().try_map(HostTensor::new)?;
+        let parts = param.state_parts(runtime, held).map(|(parts, _)| parts);
         if param.experts.is_some()
+            && parts.is_none()
             && let Some((field, state)) = state.tensors.iter().find(|(_, state)| state.shape != value.shape)
         {
             let reason = format!(
@@ -48,7 +54,8 @@ pub(super) fn snapshot<M: Module>(
             );
             return Err(unsupported(&param.path, reason));
         }
-        saved.push(SavedParam { param, value, state });
+        check_parts(runtime, &param, parts, &state).map_err(|reason| unsupported(&param.path, reason))?;
+        saved.push(SavedParam { param, value, state, parts });
     }
     match states.keys().next() {
         None => Ok(saved),
@@ -56,5 +63,33 @@ pub(super) fn snapshot<M: Module>(
             &format!("optimizer state {id}"),
             "the model has no parameter of this id: save the model that this optimizer trains".into(),
         )),
+    }
+}
+
+/// Checks that a state is what its optimizer says that it holds: the part, or the whole.
+fn check_parts(
+    runtime: &FsepRuntime,
+    param: &ModelParam,
+    parts: Option<FlatParts>,
+    state: &ParamState<HostTensor>,
+) -> Result<(), String> {
+    let part_shape = |parts: FlatParts| parts.part_shape(param.value_shape.len());
+    if let Some(expected) = parts.map(part_shape) {
+        return match state.tensors.iter().find(|(_, tensor)| tensor.shape != expected) {
+            None => Ok(()),
+            Some((field, tensor)) => Err(format!(
+                "the optimizer's `{field}` has the shape {:?}, but a rank's part {expected:?}",
+                tensor.shape
+            )),
+        };
+    }
+    // An optimizer of Burn's that a sharded one was made of: of its state every rank has another part.
+    let cut = param.state_parts(runtime, HeldState::OwnPart).map(|(parts, _)| part_shape(parts));
+    match cut {
+        Some(cut) if !state.tensors.is_empty() && state.tensors.values().all(|tensor| tensor.shape == cut) => {
+            Err("the optimizer has this rank's part of its state alone: save the `ShardedOptimizer` that it is of"
+                .into())
+        }
+        _ => Ok(()),
     }
 }

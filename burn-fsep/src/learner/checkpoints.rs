@@ -5,7 +5,8 @@ use burn::train::{Learner, LearnerModel, metric::store::EventStoreClient};
 use crate::{
     FsepError, FsepRuntime,
     burn_compat::learner_records,
-    checkpoint::{CheckpointConfig, Checkpoints, TrainingProgress},
+    checkpoint::{CheckpointConfig, Checkpoints, HeldState, TrainingProgress},
+    train::ShardedOptimizer,
 };
 
 /// Follows a Learner's training and saves checkpoints of it.
@@ -49,14 +50,22 @@ impl LearnerCheckpoints {
         self.checkpoints.is_none() || self.saved == Some(self.progress.step)
     }
 
-    /// Saves a checkpoint.
-    pub fn save<M: LearnerModel>(&mut self, learner: &Learner<M>) -> Result<(), FsepError> {
+    /// Saves a checkpoint; `sharded` is the optimizer if it is not the Learner's.
+    pub fn save<M: LearnerModel>(
+        &mut self,
+        learner: &Learner<M>,
+        sharded: Option<&ShardedOptimizer>,
+    ) -> Result<(), FsepError> {
         let Some(checkpoints) = &mut self.checkpoints else { return Ok(()) };
         let records = learner_records(learner, &self.event_store);
         let (optimizer, scheduler) =
             records.ok_or_else(|| FsepError::Learner("it did not hand over its records".into()))?;
         let progress = self.progress.clone().with_scheduler(scheduler)?;
-        checkpoints.save_records(&learner.model(), optimizer, &progress)?;
+        let model = learner.model();
+        match sharded {
+            Some(sharded) => checkpoints.save(&model, sharded, &progress)?,
+            None => drop(checkpoints.save_records(&model, optimizer, HeldState::Whole, &progress)?),
+        }
         self.saved = Some(self.progress.step);
         Ok(())
     }

@@ -9,14 +9,14 @@ use burn::{
 };
 use parking_lot::Mutex;
 
-use super::checkpoints::LearnerCheckpoints;
+use super::{checkpoints::LearnerCheckpoints, optimizer::LearnerOptimizer};
 use crate::{
     FsepError, FsepRuntime,
     checkpoint::{CheckpointConfig, TrainingProgress},
     comm::{Operation, all_gather_u64},
     train::{
-        Accumulation, GradientBuckets, GradientStep, OptimizerContext, StepContext, TrainerConfig, TrainingCallback,
-        gather_records, has_expert_biases, records_of_group, update_expert_biases,
+        Accumulation, GradientBuckets, GradientStep, OptimizerContext, ShardedOptimizer, StepContext, TrainerConfig,
+        TrainingCallback, gather_records, records_of_group,
     },
 };
 
@@ -47,6 +47,7 @@ pub struct FsepStrategy {
     device: Device,
     config: TrainerConfig,
     callbacks: Mutex<Vec<Box<dyn TrainingCallback>>>,
+    optimizer: LearnerOptimizer,
     error: Mutex<Option<FsepError>>,
 }
 
@@ -58,6 +59,7 @@ impl FsepStrategy {
             device: device.autodiff(),
             config: TrainerConfig::new(),
             callbacks: Mutex::default(),
+            optimizer: LearnerOptimizer::default(),
             error: Mutex::default(),
         }
     }
@@ -110,6 +112,13 @@ impl FsepStrategy {
     /// Adds a callback, for example the planner's. All ranks add the same ones in the same order.
     pub fn with_callback(self, callback: impl TrainingCallback + 'static) -> Self {
         self.callbacks.lock().push(Box::new(callback));
+        self
+    }
+
+    /// Steps with this optimizer, of whose state each rank keeps its part. The Learner's own, which nobody could cut, has to be a
+    /// [`StrategyOptimizer`](super::StrategyOptimizer); learning rates are those of its scheduler.
+    pub fn with_sharded_optimizer(mut self, optimizer: ShardedOptimizer) -> Self {
+        self.optimizer = LearnerOptimizer::sharded(optimizer);
         self
     }
 
@@ -186,7 +195,7 @@ impl FsepStrategy {
         gather_records(&self.runtime, &mut checkpoints.progress.records, |records| {
             self.each_callback(|callback| callback.on_checkpoint(records))
         })?;
-        checkpoints.save(learner)
+        self.optimizer.save(checkpoints, learner)
     }
 
     /// An optimizer step of the batches up to the epoch's `iteration`.
@@ -201,14 +210,7 @@ impl FsepStrategy {
         let step = checkpoints.progress.step + 1;
         let gradient_norm = gradients.reduce(&learner.model(), &mut grads, step)?;
         learner.lr_step();
-        self.runtime.run(|| {
-            learner.optimizer_step(grads);
-            let model = learner.model();
-            if has_expert_biases(&model) {
-                // The Learner's own way to another model.
-                learner.load_model(update_expert_biases(&self.runtime, model).into_record());
-            }
-        })?;
+        self.optimizer.step(&self.runtime, learner, grads)?;
         (checkpoints.progress.step, checkpoints.progress.iteration) = (step, iteration as u64);
         let context = OptimizerContext::new(step, gradient_norm, &self.runtime);
         self.each_callback(|callback| callback.on_optimizer_step(&context))
@@ -345,7 +347,8 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for FsepStrategy {
             self.check_burn_checkpointers(burn_checkpoints.is_some())?;
             let accumulation_steps = components.grad_accumulation.unwrap_or(1).max(1);
             let config = self.config.clone().with_accumulation_steps(accumulation_steps);
-            let mut gradients = GradientStep::new(&self.runtime, &config)?;
+            let mut gradients = GradientStep::new(&self.runtime, &config, self.optimizer.held())?;
+            self.optimizer.check(&learner, burn_checkpoints.is_some())?;
             let event_store = components.event_store.clone();
             let mut checkpoints =
                 LearnerCheckpoints::new(config.checkpoints.as_ref(), &self.runtime, progress, event_store)?;

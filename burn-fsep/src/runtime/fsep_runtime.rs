@@ -134,6 +134,11 @@ impl FsepRuntime {
         &self.inner.dense
     }
 
+    /// For gradients of shards, among the ranks that have the same; `None` where there are no others.
+    pub(crate) fn shards_comm(&self) -> Option<&Arc<dyn Communicator>> {
+        self.inner.context.replicas.as_ref()
+    }
+
     /// The record of what ran when, if one is kept.
     pub fn timeline(&self) -> Option<&Timeline> {
         self.inner.context.timeline.as_ref()

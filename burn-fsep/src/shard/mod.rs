@@ -2,12 +2,14 @@
 //! before they compute and return gradients to the shards (reshard).
 
 mod expert;
+mod flat;
 mod gauge;
 mod owner;
 mod plan;
 
 pub use expert::{ExpertShape, expert_parameters};
 pub(crate) use expert::{mix, uniform};
+pub(crate) use flat::FlatParts;
 pub use gauge::{UnshardedGauge, UnshardedGuard};
 pub(crate) use owner::{foreign_owner, shard_id};
 pub(crate) use plan::{RepairPlan, UnshardPlan, sum_replicas};

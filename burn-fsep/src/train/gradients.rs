@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     FsepError, FsepRuntime,
+    checkpoint::HeldState,
     comm::{Operation, agree},
 };
 
@@ -32,12 +33,12 @@ pub(crate) struct GradientStep<M> {
 }
 
 impl<M: Module> GradientStep<M> {
-    /// Collective.
+    /// For an optimizer that holds so much of its state. Collective.
     ///
     /// # Errors
     ///
     /// [`FsepError::Config`] if the configuration cannot work or is not equal on all ranks, [`FsepError::Comm`].
-    pub fn new(runtime: &FsepRuntime, config: &TrainerConfig) -> Result<Self, FsepError> {
+    pub fn new(runtime: &FsepRuntime, config: &TrainerConfig, held: HeldState) -> Result<Self, FsepError> {
         for (name, value) in [
             ("accumulation_steps", config.accumulation_steps as u64),
             ("check_replicas_every", config.check_replicas_every.unwrap_or(1)),
@@ -59,6 +60,7 @@ impl<M: Module> GradientStep<M> {
             ("connect", u64::from(config.connect)),
             ("buckets", config.buckets.as_ref().map_or(0, |buckets| buckets.bucket_bytes() as u64)),
             ("planner", u64::from(config.planner.is_some())),
+            ("sharded optimizer", u64::from(held == HeldState::OwnPart)),
         ];
         if let Some(difference) = agree(runtime.comm(), Operation::new("options of the training"), &options)? {
             return Err(FsepError::Config(format!(

@@ -5,21 +5,7 @@ use burn::{
 
 use crate::{burn_compat, moe::ExpertsInfo};
 
-/// Where a parameter lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Placement {
-    /// Equal on all ranks.
-    Replicated,
-    /// A part that only this rank has.
-    Sharded,
-}
-
-impl Placement {
-    /// That of the parameter at a place of a model.
-    pub fn at(path: &ModulePath) -> Self {
-        if path.metadata().is_some() { Self::Sharded } else { Self::Replicated }
-    }
-}
+pub(super) use crate::moe::Placement;
 
 /// Called for each float parameter of a model with where it stands.
 pub(super) trait ParamVisitor {

@@ -6,7 +6,7 @@ use burn::{
 };
 
 use super::{
-    PlannerCallback, PlannerReport, TrainerConfig, TrainingCallback, broadcast_parameters,
+    PlannerCallback, PlannerReport, TrainOptimizer, TrainerConfig, TrainingCallback, broadcast_parameters,
     gradients::GradientStep,
     group_records::{gather_records, records_of_group},
     update_expert_biases,
@@ -42,11 +42,11 @@ use crate::{
 ///
 /// After an error that all ranks have alike (a gradient norm that is not finite, say) the trainer can go on; after any other one
 /// the ranks' group is spent.
-pub struct Trainer<M> {
+pub struct Trainer<M, O = ModuleOptimizer> {
     runtime: FsepRuntime,
     /// `None` after an optimizer step that failed.
     model: Option<M>,
-    optimizer: ModuleOptimizer,
+    optimizer: O,
     gradients: GradientStep<M>,
     connect: bool,
     planner: Option<PlannerCallback>,
@@ -71,31 +71,27 @@ pub struct TrainerStep {
 }
 
 impl TrainerConfig {
-    /// The trainer of a rank. Gives all ranks rank 0's values of the replicated parameters
+    /// The trainer of a rank. `optimizer` is one of Burn's, or a [`ShardedOptimizer`](super::ShardedOptimizer), of whose state each rank
+    /// keeps its part. Gives all ranks rank 0's values of the replicated parameters
     /// ([`broadcast_parameters`](super::broadcast_parameters)). Collective.
     ///
     /// # Errors
     ///
     /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; what the planner, the
     /// checkpoints or the collectives return.
-    pub fn init<M: Module>(
+    pub fn init<M: Module, O: TrainOptimizer>(
         &self,
         runtime: &FsepRuntime,
         model: M,
-        optimizer: ModuleOptimizer,
-    ) -> Result<Trainer<M>, FsepError> {
+        optimizer: O,
+    ) -> Result<Trainer<M, O>, FsepError> {
         Trainer::new(self, runtime, model, optimizer)
     }
 }
 
-impl<M: Module> Trainer<M> {
-    fn new(
-        config: &TrainerConfig,
-        runtime: &FsepRuntime,
-        model: M,
-        optimizer: ModuleOptimizer,
-    ) -> Result<Self, FsepError> {
-        let gradients = GradientStep::new(runtime, config)?;
+impl<M: Module, O: TrainOptimizer> Trainer<M, O> {
+    fn new(config: &TrainerConfig, runtime: &FsepRuntime, model: M, optimizer: O) -> Result<Self, FsepError> {
+        let gradients = GradientStep::new(runtime, config, O::HELD)?;
         let checkpoints = config.checkpoints.as_ref().map(|config| config.init(runtime)).transpose()?;
         let model = broadcast_parameters(runtime, model)?;
         let mut planner = config.planner.as_ref().map(|planner| planner.init());
@@ -220,10 +216,11 @@ impl<M: Module> Trainer<M> {
         let span = self.runtime.timeline().and_then(|timeline| timeline.compute("optimizer"));
         // Without another handle on the model, the optimizer may write in place.
         let model = self.model.take().ok_or_else(ended)?;
-        self.model = Some(self.runtime.run(|| {
-            let model = self.optimizer.step(lr, model, grads);
-            update_expert_biases(&self.runtime, model)
-        })?);
+        let stepped: Result<M, FsepError> = self.runtime.run(|| {
+            let model = self.optimizer.step_model(lr, model, grads)?;
+            Ok(update_expert_biases(&self.runtime, model))
+        })?;
+        self.model = Some(stepped?);
         drop(span);
         self.progress.step = step;
         self.progress.iteration += std::mem::take(&mut self.batches);
@@ -290,7 +287,7 @@ impl<M: Module> Trainer<M> {
     }
 
     /// The optimizer.
-    pub fn optimizer(&self) -> &ModuleOptimizer {
+    pub fn optimizer(&self) -> &O {
         &self.optimizer
     }
 

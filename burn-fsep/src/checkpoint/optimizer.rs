@@ -1,0 +1,35 @@
+use burn::optim::ModuleOptimizer;
+
+/// What a rank keeps of the optimizer state of replicated parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeldState {
+    /// All of it, as every other rank does.
+    Whole,
+    /// That of its own part of each parameter.
+    OwnPart,
+}
+
+/// An optimizer whose state checkpoints hold: Burn's [`ModuleOptimizer`], or one whose state is cut over ranks
+/// ([`ShardedOptimizer`](crate::train::ShardedOptimizer)). What is in the files is the same.
+pub trait CheckpointedOptimizer: Clone {
+    /// What a rank keeps of the state.
+    const HELD: HeldState;
+
+    /// The optimizer that has the state.
+    fn module_optimizer(&self) -> &ModuleOptimizer;
+
+    /// The same with the state of `optimizer`, which was made of [`module_optimizer`](Self::module_optimizer).
+    fn with_state(&self, optimizer: ModuleOptimizer) -> Self;
+}
+
+impl CheckpointedOptimizer for ModuleOptimizer {
+    const HELD: HeldState = HeldState::Whole;
+
+    fn module_optimizer(&self) -> &ModuleOptimizer {
+        self
+    }
+
+    fn with_state(&self, optimizer: ModuleOptimizer) -> Self {
+        optimizer
+    }
+}
