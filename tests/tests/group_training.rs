@@ -5,7 +5,8 @@ use std::{path::Path, time::Duration};
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::{
-    optim::AdamWConfig,
+    module::ParamGroup,
+    optim::{AdamWConfig, GradientsParams, ModuleOptimizer, MuonConfig},
     tensor::{Tensor, TensorData},
 };
 use burn_fsep::{
@@ -13,7 +14,10 @@ use burn_fsep::{
     checkpoint::{CheckpointConfig, list, load},
     comm::local::LaunchConfig,
     moe::{ExpertBiasConfig, SharedExpertConfig, TopKRouterConfig},
-    train::{PlannerConfig, TrainerConfig, broadcast_parameters, check_replicas},
+    train::{
+        PlannerConfig, ShardedOptimizer, TrainOptimizer, TrainerConfig, broadcast_parameters, check_replicas,
+        sync_gradients,
+    },
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
@@ -108,16 +112,34 @@ fn training_again_gives_the_same_bits() {
     }
 }
 
-/// Trains from the newest checkpoint of a folder, if there is one, saving one every 6 steps. The losses of its steps, and the layouts
-/// of the first layer at the end of each group.
-fn go_on(
+/// Ranks, those that share the experts, and whether optimizer state is cut.
+type Job = (usize, usize, bool);
+
+/// A job's ranks train from the newest checkpoint of a folder, if there is one, saving one every 6 steps.
+fn run(job: Job, folder: &Path, items: &[TaskItem], until: u64) -> Vec<(Vec<f64>, Vec<u32>)> {
+    let (world, shared_by, is_cut) = job;
+    on_ranks((world, shared_by), |runtime| {
+        let model = SmallMoe::fsep(runtime, small_slots(shared_by), &device())?;
+        let optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
+        match is_cut {
+            true => {
+                let optimizer = ShardedOptimizer::new(runtime, optimizer, &model)?;
+                go_on(runtime, model, optimizer, folder, items, until)
+            }
+            false => go_on(runtime, model, optimizer, folder, items, until),
+        }
+    })
+}
+
+/// The losses of a rank's steps, and the first layer's layout of its group at the end.
+fn go_on<O: TrainOptimizer>(
     runtime: &FsepRuntime,
+    mut model: SmallMoe,
+    mut optimizer: O,
     folder: &Path,
     items: &[TaskItem],
     until: u64,
 ) -> Result<(Vec<f64>, Vec<u32>), FsepError> {
-    let mut model = SmallMoe::fsep(runtime, small_slots(runtime.topology().world_size()), &device())?;
-    let mut optimizer = AdamWConfig::new().with_epsilon(1e-6).init();
     let planner = PlannerConfig::new(PlannerStrategy::MinMax).with_synchronous(true);
     let checkpoints = CheckpointConfig::new(folder).with_every(6);
     let mut config = TrainerConfig::new().with_max_grad_norm(CLIP).with_planner(planner).with_checkpoints(checkpoints);
@@ -144,20 +166,20 @@ fn checkpoints_are_of_any_groups() {
     const SAVED: u64 = 6;
     const UNTIL: u64 = SAVED + 20;
     let items = task_items(UNTIL as usize * BATCH, 5);
-    for from in [(8, 2), (4, 4), (4, 2), (1, 1)] {
+    for from in [(8, 2, true), (4, 4, false), (4, 2, false), (1, 1, false)] {
         let folder = tempfile::tempdir().unwrap();
-        on_ranks(from, |runtime| go_on(runtime, folder.path(), &items, SAVED));
+        run(from, folder.path(), &items, SAVED);
         let saved = list(folder.path()).unwrap().swap_remove(0);
         let expected = {
             // The whole way at once, in a folder of its own.
             let other = tempfile::tempdir().unwrap();
-            on_ranks(from, |runtime| go_on(runtime, other.path(), &items, UNTIL))
+            run(from, other.path(), &items, UNTIL)
         };
-        if from == (8, 2) {
+        if from == (8, 2, true) {
             let layouts: std::collections::BTreeSet<_> = expected.iter().map(|(_, layout)| layout).collect();
             assert!(layouts.len() > 1, "all groups have one layout: nothing is told apart");
         }
-        for to in [(8, 2), (8, 8), (4, 1), (2, 2), (1, 1)] {
+        for to in [(8, 2, true), (8, 2, false), (8, 8, false), (4, 1, true), (2, 2, true), (1, 1, false)] {
             let copy = tempfile::tempdir().unwrap();
             let target = copy.path().join(saved.file_name().unwrap());
             std::fs::create_dir(&target).unwrap();
@@ -165,11 +187,12 @@ fn checkpoints_are_of_any_groups() {
                 let file = file.unwrap();
                 std::fs::copy(file.path(), target.join(file.file_name())).unwrap();
             }
-            let resumed = on_ranks(to, |runtime| go_on(runtime, copy.path(), &items, UNTIL));
+            let resumed = run(to, copy.path(), &items, UNTIL);
             for (rank, (losses, layout)) in resumed.iter().enumerate() {
                 let whole = &expected[rank % expected.len()];
                 let rest = &whole.0[SAVED as usize..];
-                if from == to {
+                // Steps are the same whether their state is cut or not.
+                if (from.0, from.1) == (to.0, to.1) {
                     assert_eq!((losses.as_slice(), layout), (rest, &whole.1), "{from:?}, rank {rank}");
                 }
                 let error = losses.iter().zip(rest).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
@@ -204,6 +227,42 @@ fn groups_have_the_first_ones_shards_and_are_found_out_where_they_differ() {
                 assert_eq!((parameter.as_str(), ranks.as_slice()), ("experts.weight", &[3][..]));
             }
             other => panic!("{other}"),
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_rank_keeps_its_part_of_the_state_of_experts_that_other_groups_have_too() {
+    let state_bytes = |groups| {
+        let all = on_ranks(groups, |runtime| {
+            let layer = FSEPMoEConfig::new(16, 32, 8).with_slots_per_rank(Some(8)).try_init(runtime, &device())?;
+            let mut optimizer = ShardedOptimizer::new(runtime, AdamWConfig::new().init(), &layer)?;
+            let x = Tensor::<2>::ones([6, 16], &device());
+            let mut grads = runtime.run(|| GradientsParams::from_grads(layer.forward(x).sum().backward(), &layer))?;
+            sync_gradients(runtime, &layer, &mut grads)?;
+            optimizer.step(1e-3, layer, grads)?;
+            optimizer.state_bytes()
+        });
+        all.into_iter().max().unwrap()
+    };
+    let whole = state_bytes((1, 1));
+    for groups in [(8, 8), (8, 2), (8, 1), (4, 2)] {
+        let share = state_bytes(groups) as f64 / whole as f64 * groups.0 as f64;
+        println!("{groups:?}: {share:.4} of 1 / {}", groups.0);
+        assert!((1.0..1.01).contains(&share), "{groups:?}: {share}");
+    }
+}
+
+#[test]
+fn optimizers_that_look_at_matrices_are_refused_for_shards() {
+    on_ranks((2, 2), |runtime| {
+        let layer = FSEPMoEConfig::new(4, 6, 8).try_init(runtime, &device())?;
+        let optimizer = ModuleOptimizer::from(AdamWConfig::new().build());
+        let muon = optimizer.with_group(ParamGroup::from_path("experts.weight"), MuonConfig::new().build(), None);
+        match TrainerConfig::new().init(runtime, layer, muon).err() {
+            Some(FsepError::ShardedOptimizer { parameter, .. }) => assert_eq!(parameter, "experts.weight"),
+            other => panic!("{other:?}"),
         }
         Ok(())
     });

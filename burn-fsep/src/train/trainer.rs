@@ -9,6 +9,7 @@ use super::{
     PlannerCallback, PlannerReport, TrainOptimizer, TrainerConfig, TrainingCallback, broadcast_parameters,
     gradients::GradientStep,
     group_records::{gather_records, records_of_group},
+    sharded_optimizer::check_experts,
     update_expert_biases,
 };
 use crate::{
@@ -77,8 +78,8 @@ impl TrainerConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; what the planner, the
-    /// checkpoints or the collectives return.
+    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; [`FsepError::ShardedOptimizer`] if the
+    /// optimizer does not step experts element by element; what the planner, the checkpoints or the collectives return.
     pub fn init<M: Module, O: TrainOptimizer>(
         &self,
         runtime: &FsepRuntime,
@@ -94,6 +95,7 @@ impl<M: Module, O: TrainOptimizer> Trainer<M, O> {
         let gradients = GradientStep::new(runtime, config, O::HELD)?;
         let checkpoints = config.checkpoints.as_ref().map(|config| config.init(runtime)).transpose()?;
         let model = broadcast_parameters(runtime, model)?;
+        check_experts(runtime, optimizer.module_optimizer(), &model)?;
         let mut planner = config.planner.as_ref().map(|planner| planner.init());
         if let Some(planner) = &mut planner {
             if config.start.step > 0 {

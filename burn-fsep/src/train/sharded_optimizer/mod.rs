@@ -5,3 +5,4 @@ mod parts;
 mod probe;
 
 pub use optimizer::ShardedOptimizer;
+pub(super) use optimizer::check_experts;

@@ -77,9 +77,8 @@ impl ShardedOptimizer {
             ));
         }
         let mut sharded = Self { runtime: runtime.clone(), optimizer, probed: HashSet::new() };
-        let mut trained = Trained(HashSet::new());
-        visit_params(model, &mut trained);
-        sharded.probe(model, trained.0)?;
+        let cut = trained(model, |placement| placement.replicas(runtime).is_some());
+        sharded.probe(model, cut)?;
         Ok(sharded)
     }
 
@@ -164,14 +163,41 @@ impl CheckpointedOptimizer for ShardedOptimizer {
     }
 }
 
-/// The replicated parameters that are trained.
-struct Trained(HashSet<ParamId>);
+/// Checks that the optimizer treats every element of the experts by itself: a rank has no matrix of them, and an optimizer that looks at
+/// matrices (Muon) would take its rows of shards for one.
+///
+/// # Errors
+///
+/// [`FsepError::ShardedOptimizer`].
+pub(in super::super) fn check_experts<M: Module>(
+    runtime: &FsepRuntime,
+    optimizer: &ModuleOptimizer,
+    model: &M,
+) -> Result<(), FsepError> {
+    let experts = trained(model, |placement| placement == Placement::Sharded);
+    if experts.is_empty() {
+        return Ok(());
+    }
+    probe::check(optimizer, model, &experts).inspect_err(|error| runtime.comm().abort(&error.to_string()))
+}
 
-impl ParamVisitor for Trained {
+/// The trained parameters of some placements.
+fn trained<M: Module>(model: &M, is_meant: impl Fn(Placement) -> bool) -> HashSet<ParamId> {
+    let mut trained = Trained { is_meant, ids: HashSet::new() };
+    visit_params(model, &mut trained);
+    trained.ids
+}
+
+struct Trained<F> {
+    is_meant: F,
+    ids: HashSet<ParamId>,
+}
+
+impl<F: Fn(Placement) -> bool> ParamVisitor for Trained<F> {
     fn visit<const D: usize>(&mut self, param: &Param<Tensor<D>>, path: &ModulePath) {
-        let is_parameter = Placement::at(path) == Placement::Replicated && !path.is_running_statistic();
+        let is_parameter = (self.is_meant)(Placement::at(path)) && !path.is_running_statistic();
         if is_parameter && param.val().is_require_grad() {
-            self.0.insert(param.id);
+            self.ids.insert(param.id);
         }
     }
 }
