@@ -22,6 +22,8 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Replays a trace and writes a page with figures: loads, imbalance over steps, expert heat, solve times.
     Report(ReportArgs),
+    /// Tells what a rank's memory has to hold, and whether it fits.
+    Memory(MemoryArgs),
     /// Simulates training steps of a model on a cluster by strategy, in seconds.
     Simulate(SimulateArgs),
     /// Replays W0 to W7 on 8, 64 and 256 ranks, with and without repairs in the step: balance, and what planning costs.
@@ -121,10 +123,10 @@ pub struct TraceArgs {
     pub seed: u64,
 }
 
-/// Options of `simulate`.
+/// A cluster and a model.
 #[derive(Args, Debug)]
-pub struct SimulateArgs {
-    /// JSON of the cluster: examples/simulate/a100-4x8.json has all fields.
+pub struct SpecArgs {
+    /// JSON of the cluster: examples/simulate/a100-4x8.json has the fields.
     #[arg(long)]
     pub cluster: PathBuf,
     /// JSON of the model and its batch: examples/simulate/mixtral-8x7b-e8k2.json has the fields.
@@ -133,6 +135,31 @@ pub struct SimulateArgs {
     /// JSON of measured constants, as `calibrate` writes it, in place of the cluster's own.
     #[arg(long)]
     pub constants: Option<PathBuf>,
+}
+
+/// Options of `memory`.
+#[derive(Args, Debug)]
+pub struct MemoryArgs {
+    /// The cluster and the model.
+    #[command(flatten)]
+    pub specs: SpecArgs,
+    /// Ranks that share the experts; all if not given.
+    #[arg(long)]
+    pub groups: Option<usize>,
+    /// The optimizer's state is cut: of replicated parameters over all ranks, of expert shards over their replicas.
+    #[arg(long)]
+    pub zero: bool,
+    /// Largest load of a rank over the mean load: what static expert parallelism has, or 1 with a planner.
+    #[arg(long, default_value_t = 1.0)]
+    pub imbalance: f64,
+}
+
+/// Options of `simulate`.
+#[derive(Args, Debug)]
+pub struct SimulateArgs {
+    /// The cluster and the model.
+    #[command(flatten)]
+    pub specs: SpecArgs,
     /// CSV: layer,step,src_rank,expert0,expert1,.. Without it, routing is drawn from log-normal expert loads.
     #[arg(long)]
     pub trace: Option<PathBuf>,

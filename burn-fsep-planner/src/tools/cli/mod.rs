@@ -5,13 +5,18 @@ mod benchmark;
 mod calibrate;
 mod error;
 mod files;
+mod memory;
 mod plan;
 mod replay;
 mod report;
 mod run;
 mod simulate;
+mod specs;
 mod summary;
 
-pub use args::{BenchmarkArgs, CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
+pub use args::{
+    BenchmarkArgs, CalibrateArgs, Cli, Command, MemoryArgs, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, SpecArgs,
+    TraceArgs,
+};
 pub use error::CliError;
 pub use run::run;

@@ -1,25 +1,16 @@
-use std::{fmt::Write as _, path::Path};
+use std::fmt::Write as _;
 
-use serde::de::DeserializeOwned;
-
-use super::{CliError, SimulateArgs};
+use super::{
+    CliError, SimulateArgs,
+    specs::{read, simulator},
+};
 use crate::tools::{
-    simulator::{
-        ClusterSpec, MeasuredConstants, ModelSpec, Simulator, SimulatorError, StepTime, SyntheticRouting, TraceRun,
-    },
+    simulator::{Simulator, SimulatorError, StepTime, SyntheticRouting, TraceRun},
     trace::Trace,
 };
 
-const CLUSTER: &str = "the fields of examples/simulate/a100-4x8.json: nodes, ranks_per_node, constants, inter_node_ports, \
-     memory_bytes_per_second, elementwise_passes, layer_overhead_seconds, straggler_factor";
-const MODEL: &str = "the fields of examples/simulate/mixtral-8x7b-e8k2.json: layers, hidden_size, intermediate_size, \
-     experts, topk, slots_per_rank, attention_heads, key_value_heads, vocabulary, element_bytes, sequence_length, \
-     sequences_per_rank, micro_batches, recompute, and optionally weights and tensor_parallel";
-const CONSTANTS: &str = "what `fsep-planner calibrate` writes: seconds_per_assignment, bytes_per_token, \
-     intra_node_bytes_per_second, inter_node_bytes_per_second, hidden_size, intermediate_size";
-
 pub(super) fn table(args: &SimulateArgs) -> Result<String, CliError> {
-    let simulator = simulator(args)?;
+    let simulator = simulator(&args.specs)?;
     let (cluster, model) = (simulator.cluster(), simulator.model());
     let tokens = model.tokens() * model.micro_batches as f64 * cluster.world_size() as f64;
     let rows = if args.imbalance.is_empty() { by_strategy(args, &simulator)? } else { by_imbalance(args, &simulator)? };
@@ -82,38 +73,14 @@ fn by_strategy(args: &SimulateArgs, simulator: &Simulator) -> Result<Vec<Row>, C
 /// Files have been checked on their own: what is wrong now is an option, the trace, or a model that the strategy does
 /// not fit.
 fn from_drawn(args: &SimulateArgs, source: SimulatorError) -> CliError {
-    let trace = args.trace.as_ref().unwrap_or(&args.model);
+    let trace = args.trace.as_ref().unwrap_or(&args.specs.model);
     match source {
         SimulatorError::Planner(source) => CliError::Plan { path: trace.clone(), source },
         SimulatorError::Empty(_) => CliError::NoSteps { path: trace.clone(), skipped: args.skip_steps },
         source if matches!(source.field(), Some("sigma" | "steps")) => CliError::Option { source },
-        source => match std::fs::read_to_string(&args.model) {
-            Ok(text) => CliError::setting(&args.model, &text)(source),
-            Err(error) => CliError::file(&args.model)(error),
+        source => match std::fs::read_to_string(&args.specs.model) {
+            Ok(text) => CliError::setting(&args.specs.model, &text)(source),
+            Err(error) => CliError::file(&args.specs.model)(error),
         },
     }
-}
-
-fn simulator(args: &SimulateArgs) -> Result<Simulator, CliError> {
-    let (mut cluster, text): (ClusterSpec, String) = json(&args.cluster, CLUSTER)?;
-    cluster.check().map_err(CliError::setting(&args.cluster, &text))?;
-    if let Some(path) = &args.constants {
-        let (constants, text): (MeasuredConstants, String) = json(path, CONSTANTS)?;
-        constants.check().map_err(CliError::setting(path, &text))?;
-        cluster.constants = constants;
-    }
-    let (model, text): (ModelSpec, String) = json(&args.model, MODEL)?;
-    Simulator::new(cluster, model).map_err(CliError::setting(&args.model, &text))
-}
-
-fn json<T: DeserializeOwned>(path: &Path, expected: &'static str) -> Result<(T, String), CliError> {
-    let text = read(path)?;
-    match serde_json::from_str(&text) {
-        Ok(value) => Ok((value, text)),
-        Err(source) => Err(CliError::Json { path: path.to_path_buf(), source, expected }),
-    }
-}
-
-fn read(path: &Path) -> Result<String, CliError> {
-    std::fs::read_to_string(path).map_err(CliError::file(path))
 }

@@ -84,6 +84,17 @@ pub struct ClusterSpec {
     /// Seconds lost for each second that the experts of the most loaded rank take longer than the mean: 1 if ranks wait
     /// for nothing else. Measured runs lose a little more.
     pub straggler_factor: f64,
+    /// Bytes of a rank's memory; unknown if 0.
+    #[serde(default)]
+    pub memory_bytes_per_rank: f64,
+    /// Share of it that tensors may take. The rest is what an allocator loses and keeps, kernels and workspaces.
+    #[serde(default = "usable_memory_share")]
+    pub usable_memory_share: f64,
+}
+
+/// By the one run that has both numbers: 62.2 GiB of tensors (by `memory`'s formulae) in 69.2 GiB that LibTorch had reserved.
+fn usable_memory_share() -> f64 {
+    0.9
 }
 
 impl ClusterSpec {
@@ -109,12 +120,22 @@ impl ClusterSpec {
             ("elementwise_passes", self.elementwise_passes),
             ("layer_overhead_seconds", self.layer_overhead_seconds),
             ("straggler_factor", self.straggler_factor),
+            ("memory_bytes_per_rank", self.memory_bytes_per_rank),
         ] {
             if !value.is_finite() || value < 0.0 {
                 return Err(SimulatorError::setting(field, value, "a finite number, not negative"));
             }
         }
+        if !(0.01..=1.0).contains(&self.usable_memory_share) {
+            return Err(SimulatorError::setting("usable_memory_share", self.usable_memory_share, "from 0.01 to 1"));
+        }
         Ok(())
+    }
+
+    /// Bytes of a rank's memory that tensors may take, if it is known.
+    pub fn usable_memory_bytes(&self) -> Option<u64> {
+        let bytes = self.memory_bytes_per_rank * self.usable_memory_share;
+        (bytes >= 1.0).then_some(bytes as u64)
     }
 
     /// World size `N`.

@@ -4,17 +4,21 @@
 //! most loaded rank, four token All-to-Alls on their busiest port (six with recomputation), and what prefetching cannot
 //! hide of restoring expert weights and resharding their gradients. See `docs/simulator.md` for the equations.
 
+mod architecture;
 pub mod calibration;
 mod cluster;
 mod error;
 mod load;
 pub mod measure;
 mod model;
+mod model_sizes;
 mod schedule;
 mod step;
 mod strategies;
 mod synthetic;
+mod training;
 
+pub use architecture::{ArchitectureSpec, AttentionSpec};
 pub use cluster::{ClusterSpec, MeasuredConstants};
 pub use error::SimulatorError;
 pub use load::LayerLoad;
@@ -22,3 +26,4 @@ pub use model::{ModelSpec, WeightPlacement};
 pub use step::{Simulator, StepTime};
 pub use strategies::{Outcome, TraceRun};
 pub use synthetic::SyntheticRouting;
+pub use training::{DenseParameters, TokenRowsSpec, TrainingSpec};

@@ -4,10 +4,8 @@ use super::{
     ClusterSpec, LayerLoad, ModelSpec, SimulatorError, WeightPlacement,
     schedule::{Overlap, exposed},
 };
+use crate::memory::Recompute;
 
-/// Bytes that Adam in mixed precision reads and writes for each parameter: gradient, master weight and two moments read,
-/// the last three written back, all f32, and the weight in 16 bits.
-const OPTIMIZER_BYTES: f64 = 30.0;
 /// Bytes of a gradient element that [`WeightPlacement::Owned`] sums over copies: f32.
 const GRADIENT_BYTES: f64 = 4.0;
 
@@ -124,7 +122,7 @@ impl Simulator {
     pub fn step(&self, loads: &[LayerLoad]) -> StepTime {
         let (cluster, model) = (&self.cluster, &self.model);
         let flops_per_second = cluster.constants.matmul_flops_per_second();
-        let recompute = if model.recompute { 1.0 } else { 0.0 };
+        let recompute = if model.recompute == Recompute::Layers { 1.0 } else { 0.0 };
         let (forward, backward) = (1.0, 2.0 + recompute);
         let passes = forward + backward;
 
@@ -191,7 +189,7 @@ impl Simulator {
         let (cluster, model) = (&self.cluster, &self.model);
         let (ranks, node) = (cluster.world_size() as f64, cluster.ranks_per_node as f64);
         let bytes = model.element_bytes as f64;
-        let experts = model.slots_per_rank as f64 * model.expert_parameters() * bytes;
+        let experts = model.slots(cluster.world_size()) as f64 * model.expert_parameters() * bytes;
         let attention = model.attention_parameters() * bytes;
         let intra = cluster.constants.intra_node_bytes_per_second;
         let mut within = (experts * (node - 1.0) / ranks) / intra;
@@ -217,12 +215,12 @@ impl Simulator {
     fn update_seconds(&self, forward: f64, backward: f64) -> f64 {
         let (cluster, model) = (&self.cluster, &self.model);
         let ranks = cluster.world_size() as f64;
-        let optimizer = model.parameters() / ranks * OPTIMIZER_BYTES / cluster.memory_bytes_per_second;
+        let optimizer = model.parameters() / ranks * model.optimizer_traffic_bytes() / cluster.memory_bytes_per_second;
         if model.weights == WeightPlacement::Sharded {
             return optimizer;
         }
-        let copies = ranks * model.slots_per_rank as f64 / model.experts as f64;
-        let own = model.layers as f64 * model.slots_per_rank as f64 * model.expert_parameters();
+        let copies = ranks * model.slots(cluster.world_size()) as f64 / model.experts as f64;
+        let own = model.layers as f64 * model.slots(cluster.world_size()) as f64 * model.expert_parameters();
         let bytes_per_second = if cluster.nodes > 1 {
             cluster.node_bytes_per_second() / cluster.ranks_per_node as f64
         } else {
@@ -282,7 +280,7 @@ mod tests {
 
     #[test]
     fn recomputation_is_a_fourth_pass() {
-        let with = step(ModelSpec { recompute: true, ..small_model() }, 1.0);
+        let with = step(ModelSpec { recompute: Recompute::Layers, ..small_model() }, 1.0);
         let without = step(small_model(), 1.0);
         assert!((with.experts / without.experts - 4.0 / 3.0).abs() < 1e-12);
         assert!((with.all_to_all / without.all_to_all - 1.5).abs() < 1e-12);

@@ -49,7 +49,7 @@ impl Simulator {
         let topology = self.cluster.topology()?;
         let config = ReplayConfig {
             topology: topology.clone(),
-            slots_per_rank: self.model.slots_per_rank,
+            slots_per_rank: self.model.slots(self.cluster.world_size()),
             seed: run.seed,
             repair: None,
         };
