@@ -5,23 +5,26 @@ use super::{
     specs::{read, simulator},
 };
 use crate::tools::{
-    simulator::{Simulator, SimulatorError, StepTime, SyntheticRouting, TraceRun},
+    simulator::{GroupSpec, Simulator, SimulatorError, StepTime, SyntheticRouting, TraceRun},
     trace::Trace,
 };
 
 pub(super) fn table(args: &SimulateArgs) -> Result<String, CliError> {
+    let option = |source| CliError::Option { source };
     let simulator = simulator(&args.specs)?;
+    let groups = GroupSpec { ranks: args.groups.unwrap_or(simulator.groups().ranks), zero: args.zero };
+    let simulator = simulator.with_groups(groups).map_err(option)?;
     let (cluster, model) = (simulator.cluster(), simulator.model());
     let tokens = model.tokens() * model.micro_batches as f64 * cluster.world_size() as f64;
     let rows = if args.imbalance.is_empty() { by_strategy(args, &simulator)? } else { by_imbalance(args, &simulator)? };
-    let balanced = simulator.step_of_imbalance(1.0).map_err(|source| CliError::Option { source })?;
+    let balanced = simulator.step_of_imbalance(1.0).map_err(option)?;
 
     let mut table = format!(
         "{:.1} billion parameters, {} layers, {} ranks on {} nodes; {tokens} tokens a step in {} micro-batch(es); \
          seconds of a step\n\n{:<10}{:>9}{:>9}",
         model.parameters() / 1e9,
         model.layers,
-        cluster.world_size(),
+        world(&simulator),
         cluster.nodes,
         model.micro_batches,
         "strategy",
@@ -42,10 +45,16 @@ pub(super) fn table(args: &SimulateArgs) -> Result<String, CliError> {
         let _ = writeln!(table, " {:>11.0} {share:>11.1}", tokens / time.total());
     }
     table.push_str(
-        "\nmax/mean: largest load of a rank over the mean load, mean over layers and steps; restore: what prefetching \
+        "\nmax/mean: largest load of a rank over the mean load, mean over layers and steps, of the slowest group; restore: what prefetching \
          does not hide; balanced: the router forced to uniform\n",
     );
     Ok(table)
+}
+
+/// The ranks, and who shares the experts where not all do.
+fn world(simulator: &Simulator) -> String {
+    let (ranks, groups) = (simulator.cluster().world_size(), simulator.groups().ranks);
+    if ranks == groups { ranks.to_string() } else { format!("{ranks}, in groups of {groups},") }
 }
 
 type Row = (String, f64, StepTime);
@@ -61,11 +70,11 @@ fn by_strategy(args: &SimulateArgs, simulator: &Simulator) -> Result<Vec<Row>, C
         Some(path) => Trace::from_csv(&read(path)?).map_err(|source| CliError::Trace { path: path.clone(), source })?,
         None => routing.trace(simulator.cluster(), simulator.model()).map_err(|source| from_drawn(args, source))?,
     };
-    let run = TraceRun { skip_steps: args.skip_steps, seed: args.seed };
+    let run = TraceRun { skip_steps: args.skip_steps, seed: args.seed, repair: args.repair };
     let strategies = if args.strategy.is_empty() { simulator.strategies() } else { args.strategy.clone() };
     let row = |strategy| {
         let outcome = simulator.run_trace(&trace, run, strategy).map_err(|source| from_drawn(args, source))?;
-        Ok((strategy.name().to_string(), outcome.max_over_mean, outcome.time))
+        Ok((strategy.name().to_string(), outcome.slowest_max_over_mean, outcome.time))
     };
     strategies.into_iter().map(row).collect()
 }

@@ -18,6 +18,11 @@ pub struct ArchitectureSpec {
     pub dense_layers: usize,
     /// Its intermediate size.
     pub dense_intermediate_size: usize,
+    /// How often attention's forward pass reads or writes rows of `D` elements beside what [`ClusterSpec::attention_passes`] counts:
+    /// rotation and normalisation of queries and keys that are no kernels of their own.
+    ///
+    /// [`ClusterSpec::attention_passes`]: super::ClusterSpec::attention_passes
+    pub extra_attention_passes: f64,
     /// Sizes of attention that is no plain one.
     pub attention: Option<AttentionSpec>,
 }
@@ -38,6 +43,10 @@ pub struct AttentionSpec {
 
 impl ArchitectureSpec {
     pub(super) fn check(&self, layers: usize) -> Result<(), SimulatorError> {
+        if !(0.0..=1e6).contains(&self.extra_attention_passes) {
+            let value = self.extra_attention_passes;
+            return Err(SimulatorError::setting("extra_attention_passes", value, "a number from 0"));
+        }
         if self.dense_layers >= layers {
             let expected = format!("less than layers = {layers}");
             return Err(SimulatorError::setting("dense_layers", self.dense_layers, expected));

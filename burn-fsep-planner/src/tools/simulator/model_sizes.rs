@@ -51,15 +51,27 @@ impl ModelSpec {
     /// Forward FLOP of a rank in a micro-batch and the mean layer, outside of routed experts: attention's projections, its scores and
     /// values over half of all pairs (causal), shared experts and dense networks.
     pub fn attention_flops(&self) -> f64 {
-        let attention = self.attention();
-        let pairs = self.sequence_length as f64 * (attention.query_key_width + attention.value_width) as f64;
         let others = if self.architecture == ArchitectureSpec::default() {
             // Of plain decoders routers were never counted.
             0.0
         } else {
             2.0 * self.other_parameters() / self.layers as f64
         };
-        self.tokens() * (2.0 * self.attention_parameters() + pairs + others)
+        self.tokens() * (2.0 * self.attention_parameters() + others) + self.attention_score_flops()
+    }
+
+    /// Of these, attention's scores and values.
+    pub fn attention_score_flops(&self) -> f64 {
+        let attention = self.attention();
+        self.tokens() * self.sequence_length as f64 * (attention.query_key_width + attention.value_width) as f64
+    }
+
+    /// FLOP of a token in a training step, forward and backward without recomputation, as shares of a peak count it: products with
+    /// the parameters that it meets, embeddings left out, and attention.
+    pub fn training_flops_per_token(&self) -> f64 {
+        let embedding = (self.vocabulary * self.hidden_size) as f64;
+        6.0 * (self.active_parameters() - embedding)
+            + 3.0 * self.layers as f64 * self.attention_score_flops() / self.tokens()
     }
 
     /// The model as [`memory`](crate::memory) takes it, in groups of `M` ranks.
