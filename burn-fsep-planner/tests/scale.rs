@@ -29,9 +29,11 @@ fn the_best_groups_of_small_experts_stay_in_a_node() {
     assert!(row.ends_with("yes"), "{table}");
     let svg = std::fs::read_to_string(figure).unwrap();
     assert!(svg.contains("ranks that share the experts") && svg.contains("64 ranks"));
-    let all = run(&format!("scale {JOB} --ranks 64 --steps 2 --all --strategy static")).unwrap();
-    assert_eq!(all.lines().filter(|line| line.trim_start().starts_with("64 ")).count(), 7, "{all}");
+    let all = run(&format!("scale {JOB} --ranks 64 --steps 2 --all --most-group-ranks 16")).unwrap();
+    assert_eq!(all.lines().filter(|line| line.trim_start().starts_with("64 ")).count(), 5, "{all}");
     assert!(all.contains("best") && all.contains("  no"), "{all}");
+    let fixed = run(&format!("scale {JOB} --ranks 64 --steps 2 --most-group-ranks 16 --strategy static")).unwrap();
+    assert!(fixed.contains("no size of groups fits"), "the most loaded rank keeps more rows: {fixed}");
 }
 
 #[test]

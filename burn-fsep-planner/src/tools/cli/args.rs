@@ -209,6 +209,9 @@ pub struct ScaleArgs {
     /// Tells of all sizes of groups, not of the best alone.
     #[arg(long)]
     pub all: bool,
+    /// Larger groups are not tried.
+    #[arg(long, default_value_t = 512)]
+    pub most_group_ranks: usize,
     /// Who plans: min-max, with repairs in the step, or any other without.
     #[arg(long, default_value_t = PlannerStrategy::MinMax)]
     pub strategy: PlannerStrategy,

@@ -16,6 +16,7 @@ pub(super) fn table(args: &ScaleArgs) -> Result<String, CliError> {
         skip_steps: 1.min(args.steps.saturating_sub(1)),
         strategy: args.strategy,
         zero: args.zero,
+        most_group_ranks: args.most_group_ranks,
     };
     let worlds = if args.ranks.is_empty() { RANKS.to_vec() } else { args.ranks.clone() };
     let mut table = format!(

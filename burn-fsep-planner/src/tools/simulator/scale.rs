@@ -19,6 +19,8 @@ pub struct ScaleRun {
     pub strategy: PlannerStrategy,
     /// Optimizer state is cut.
     pub zero: bool,
+    /// Larger groups are not tried: planning them takes long, and they are seldom best.
+    pub most_group_ranks: usize,
 }
 
 /// A world of ranks in groups of one size.
@@ -62,7 +64,11 @@ impl ScaleRun {
         let cluster = ClusterSpec { nodes: world_size / cluster.ranks_per_node, ..cluster.clone() };
         let whole = Simulator::new(cluster, model.clone())?;
         let sizes = GroupSpec::sizes(whole.cluster(), whole.model());
-        sizes.into_iter().map(|ranks| self.point(&whole, ranks)).collect()
+        sizes
+            .into_iter()
+            .filter(|&ranks| ranks <= self.most_group_ranks)
+            .map(|ranks| self.point(&whole, ranks))
+            .collect()
     }
 
     fn point(&self, whole: &Simulator, ranks: usize) -> Result<ScalePoint, SimulatorError> {
@@ -113,7 +119,7 @@ mod tests {
 
     fn run(zero: bool) -> ScaleRun {
         let routing = SyntheticRouting { sigma: 0.5, steps: 3, seed: 1 };
-        ScaleRun { routing, skip_steps: 1, strategy: PlannerStrategy::MinMax, zero }
+        ScaleRun { routing, skip_steps: 1, strategy: PlannerStrategy::MinMax, zero, most_group_ranks: 16 }
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub enum DenseParameters {
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingSpec {
     /// Bytes of a parameter and of its gradient. In mixed precision parameters are f32 and the master weights, and
-    /// [`ModelSpec::element_bytes`] is what computes.
+    /// [`ModelSpec::element_bytes`](super::ModelSpec::element_bytes) is what computes.
     pub parameter_bytes: usize,
     /// Tensors of the optimizer's state: two of AdamW.
     pub optimizer_tensors: usize,
