@@ -18,7 +18,7 @@ impl ModelSpec {
             let width = |heads: usize| (heads as f64 * head).round() as usize;
             let (query, key) = (width(self.attention_heads), width(self.key_value_heads));
             AttentionSpec {
-                parameters: 2 * self.hidden_size * (query + key),
+                parameters: (2 * self.hidden_size).saturating_mul(query + key),
                 query_key_width: query,
                 value_width: query,
                 // Queries, rotated queries and what comes out; keys, rotated keys and values; before they were normalised.
@@ -146,5 +146,55 @@ impl ModelSpec {
         let copy = if training.parameter_bytes == self.element_bytes { 0 } else { self.element_bytes };
         let state = training.optimizer_tensors * training.optimizer_bytes + training.master_bytes;
         (3 * training.parameter_bytes + 2 * state + copy) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        memory::{RankMemory, RankSplit},
+        tools::simulator::model::tests::small_model,
+    };
+
+    /// Without normalisations, which the simulator leaves out, as moe-hf's `inspect` counts them.
+    #[test]
+    fn known_models_have_their_sizes() {
+        let json = |name: &str| -> ModelSpec {
+            let path = format!("{}/../examples/simulate/{name}.json", env!("CARGO_MANIFEST_DIR"));
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+        };
+        for (name, billions, active) in
+            [("olmoe-1b-7b", 6.919, 1.282), ("mixtral-8x7b", 46.70, 12.88), ("deepseek-v3", 671.0, 37.6)]
+        {
+            let model = json(name);
+            assert!((model.parameters() / 1e9 / billions - 1.0).abs() < 0.001, "{name}: {}", model.parameters());
+            assert!(
+                (model.active_parameters() / 1e9 / active - 1.0).abs() < 0.005,
+                "{name}: {}",
+                model.active_parameters()
+            );
+        }
+    }
+
+    #[test]
+    fn absurd_sizes_are_errors() {
+        let largest = 1 << 30;
+        for model in [
+            ModelSpec {
+                attention_heads: largest,
+                key_value_heads: largest,
+                hidden_size: largest,
+                architecture: ArchitectureSpec { head_size: largest, ..ArchitectureSpec::default() },
+                ..small_model()
+            },
+            ModelSpec { hidden_size: largest, intermediate_size: largest, ..small_model() },
+            ModelSpec { sequence_length: largest, topk: 8, layers: 9999, ..small_model() },
+            ModelSpec { vocabulary: largest, hidden_size: largest, ..small_model() },
+        ] {
+            let training = model.training_sizes(1e6);
+            assert!(RankMemory::of(&model.memory_model(8), &training, RankSplit::single()).is_err(), "{model:?}");
+            assert!(model.attention_flops().is_finite() && model.training_flops_per_token().is_finite());
+        }
     }
 }
