@@ -7,6 +7,8 @@
 //! - **dispatch**, in the step and from its exact routing counts: which replica of an expert computes which
 //!   tokens ([`dispatch`])?
 //!
+//! and, before a job starts, a third one: what will a rank's [`memory`] have to hold?
+//!
 //! The crate is pure Rust without Burn, does no I/O in its core and is deterministic: every rank computes the
 //! same plan from the same counts, so no plan is ever sent.
 //!
@@ -28,6 +30,7 @@ pub mod dispatch;
 mod error;
 mod layer_planner;
 mod layout;
+pub mod memory;
 pub mod placement;
 pub mod predictor;
 pub mod repair;

@@ -60,7 +60,7 @@ fn every_example_is_simulated() {
     let mut models = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
-        if name != "a100-4x8.json" {
+        if name.starts_with("mixtral") || name.starts_with("qwen") {
             let table = run(folder, &format!("simulate --cluster a100-4x8.json --model {name} --imbalance 1.2"));
             let seconds = step(&table.unwrap(), "given");
             assert!((10.0..40.0).contains(&seconds), "{name}: {seconds} s");

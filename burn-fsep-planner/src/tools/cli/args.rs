@@ -22,8 +22,12 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Replays a trace and writes a page with figures: loads, imbalance over steps, expert heat, solve times.
     Report(ReportArgs),
+    /// Tells what a rank's memory has to hold, and whether it fits.
+    Memory(MemoryArgs),
     /// Simulates training steps of a model on a cluster by strategy, in seconds.
     Simulate(SimulateArgs),
+    /// Finds for worlds of 64 to 4096 ranks how many of them should share the experts.
+    Scale(ScaleArgs),
     /// Replays W0 to W7 on 8, 64 and 256 ranks, with and without repairs in the step: balance, and what planning costs.
     Benchmark(BenchmarkArgs),
     /// Measures this machine's compute and copy rates for `simulate`, ranks as threads.
@@ -121,10 +125,10 @@ pub struct TraceArgs {
     pub seed: u64,
 }
 
-/// Options of `simulate`.
+/// A cluster and a model.
 #[derive(Args, Debug)]
-pub struct SimulateArgs {
-    /// JSON of the cluster: examples/simulate/a100-4x8.json has all fields.
+pub struct SpecArgs {
+    /// JSON of the cluster: examples/simulate/a100-4x8.json has the fields.
     #[arg(long)]
     pub cluster: PathBuf,
     /// JSON of the model and its batch: examples/simulate/mixtral-8x7b-e8k2.json has the fields.
@@ -133,6 +137,31 @@ pub struct SimulateArgs {
     /// JSON of measured constants, as `calibrate` writes it, in place of the cluster's own.
     #[arg(long)]
     pub constants: Option<PathBuf>,
+}
+
+/// Options of `memory`.
+#[derive(Args, Debug)]
+pub struct MemoryArgs {
+    /// The cluster and the model.
+    #[command(flatten)]
+    pub specs: SpecArgs,
+    /// Ranks that share the experts; all if not given.
+    #[arg(long)]
+    pub groups: Option<usize>,
+    /// The optimizer's state is cut: of replicated parameters over all ranks, of expert shards over their replicas.
+    #[arg(long)]
+    pub zero: bool,
+    /// Largest load of a rank over the mean load: what static expert parallelism has, or 1 with a planner.
+    #[arg(long, default_value_t = 1.0)]
+    pub imbalance: f64,
+}
+
+/// Options of `simulate`.
+#[derive(Args, Debug)]
+pub struct SimulateArgs {
+    /// The cluster and the model.
+    #[command(flatten)]
+    pub specs: SpecArgs,
     /// CSV: layer,step,src_rank,expert0,expert1,.. Without it, routing is drawn from log-normal expert loads.
     #[arg(long)]
     pub trace: Option<PathBuf>,
@@ -151,9 +180,53 @@ pub struct SimulateArgs {
     /// Steps at the start that do not count: the first has no history.
     #[arg(long, default_value_t = 1)]
     pub skip_steps: usize,
+    /// Repair layouts in the step itself, once its counts are known.
+    #[arg(long)]
+    pub repair: bool,
+    /// Ranks that share the experts; all if not given.
+    #[arg(long)]
+    pub groups: Option<usize>,
+    /// The optimizer's state is cut over ranks.
+    #[arg(long)]
+    pub zero: bool,
     /// Seed of drawn routing and of random choices.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+/// Options of `scale`.
+#[derive(Args, Debug)]
+pub struct ScaleArgs {
+    /// The cluster, of which only nodes are more or fewer, and the model, with the tokens of a rank.
+    #[command(flatten)]
+    pub specs: SpecArgs,
+    /// World sizes: 64, 128 and so on to 4096 if none is named; may be repeated.
+    #[arg(long)]
+    pub ranks: Vec<usize>,
+    /// The optimizer's state is cut over ranks.
+    #[arg(long)]
+    pub zero: bool,
+    /// Tells of all sizes of groups, not of the best alone.
+    #[arg(long)]
+    pub all: bool,
+    /// Larger groups are not tried.
+    #[arg(long, default_value_t = 512)]
+    pub most_group_ranks: usize,
+    /// Who plans: min-max, with repairs in the step, or any other without.
+    #[arg(long, default_value_t = PlannerStrategy::MinMax)]
+    pub strategy: PlannerStrategy,
+    /// Standard deviation of the logarithm of drawn expert loads.
+    #[arg(long, default_value_t = 0.8)]
+    pub sigma: f64,
+    /// Steps to draw; the first does not count.
+    #[arg(long, default_value_t = 4)]
+    pub steps: usize,
+    /// Seed of drawn routing.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to draw the steps by size of groups (SVG).
+    #[arg(long)]
+    pub figure: Option<PathBuf>,
 }
 
 /// Options of `benchmark`.

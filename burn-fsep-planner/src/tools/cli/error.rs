@@ -64,6 +64,18 @@ pub enum CliError {
         /// What is wrong.
         source: SimulatorError,
     },
+    /// A job that takes more memory than a rank has.
+    #[error("{table}\n{needed:.1} GiB are more than the {limit:.1} GiB of a rank that tensors may take. {advice}")]
+    DoesNotFit {
+        /// What takes it.
+        table: String,
+        /// GiB that the job takes.
+        needed: f64,
+        /// GiB that it may take.
+        limit: f64,
+        /// What to change.
+        advice: String,
+    },
     /// A number of ranks that `benchmark` has no layer for.
     #[error("--ranks: there is no layer for {0} ranks; choose of {known}", known = ranks())]
     BenchmarkRanks(usize),

@@ -5,13 +5,20 @@ mod benchmark;
 mod calibrate;
 mod error;
 mod files;
+mod memory;
 mod plan;
 mod replay;
 mod report;
 mod run;
+mod scale;
+mod scale_figure;
 mod simulate;
+mod specs;
 mod summary;
 
-pub use args::{BenchmarkArgs, CalibrateArgs, Cli, Command, PlanArgs, ReplayArgs, ReportArgs, SimulateArgs, TraceArgs};
+pub use args::{
+    BenchmarkArgs, CalibrateArgs, Cli, Command, MemoryArgs, PlanArgs, ReplayArgs, ReportArgs, ScaleArgs, SimulateArgs,
+    SpecArgs, TraceArgs,
+};
 pub use error::CliError;
 pub use run::run;

@@ -84,6 +84,45 @@ pub struct ClusterSpec {
     /// Seconds lost for each second that the experts of the most loaded rank take longer than the mean: 1 if ranks wait
     /// for nothing else. Measured runs lose a little more.
     pub straggler_factor: f64,
+    /// As `elementwise_passes`, of the assignments' rows of `D` elements.
+    #[serde(default)]
+    pub row_passes: f64,
+    /// How often forward and backward together read or write the parameters of a rank's slots beside all else.
+    #[serde(default)]
+    pub weight_passes: f64,
+    /// How often attention's forward pass reads or writes rows of `D` elements of all tokens beside its products: normalisation,
+    /// residuals, rotation.
+    #[serde(default)]
+    pub attention_passes: f64,
+    /// FLOP/s of attention's scores and values; 0 for the rate of all other products.
+    #[serde(default)]
+    pub attention_flops_per_second: f64,
+    /// Bytes a second that a rank sends or receives within its node behind compute; 0 for the rate of tokens.
+    #[serde(default)]
+    pub background_bytes_per_second: f64,
+    /// Share of the time of communication behind compute that compute loses to it: NCCL's kernels take multiprocessors.
+    #[serde(default)]
+    pub background_slowdown: f64,
+    /// Seconds of an All-to-All for each other rank, whatever the bytes.
+    #[serde(default)]
+    pub peer_latency_seconds: f64,
+    /// Seconds of a layer and micro-batch that planning of rows by rank takes.
+    #[serde(default)]
+    pub row_planning_seconds: f64,
+    /// FLOP/s that a rank's data sheet promises, for shares of it; 0 if unknown.
+    #[serde(default)]
+    pub peak_flops_per_second: f64,
+    /// Bytes of a rank's memory; unknown if 0.
+    #[serde(default)]
+    pub memory_bytes_per_rank: f64,
+    /// Share of it that tensors may take. The rest is what an allocator loses and keeps, kernels and workspaces.
+    #[serde(default = "usable_memory_share")]
+    pub usable_memory_share: f64,
+}
+
+/// By the one run that has both numbers: 62.2 GiB of tensors (by `memory`'s formulae) in 69.2 GiB that LibTorch had reserved.
+fn usable_memory_share() -> f64 {
+    0.9
 }
 
 impl ClusterSpec {
@@ -109,12 +148,39 @@ impl ClusterSpec {
             ("elementwise_passes", self.elementwise_passes),
             ("layer_overhead_seconds", self.layer_overhead_seconds),
             ("straggler_factor", self.straggler_factor),
+            ("memory_bytes_per_rank", self.memory_bytes_per_rank),
+            ("row_passes", self.row_passes),
+            ("weight_passes", self.weight_passes),
+            ("attention_passes", self.attention_passes),
+            ("attention_flops_per_second", self.attention_flops_per_second),
+            ("background_bytes_per_second", self.background_bytes_per_second),
+            ("background_slowdown", self.background_slowdown),
+            ("peer_latency_seconds", self.peer_latency_seconds),
+            ("row_planning_seconds", self.row_planning_seconds),
+            ("peak_flops_per_second", self.peak_flops_per_second),
         ] {
             if !value.is_finite() || value < 0.0 {
                 return Err(SimulatorError::setting(field, value, "a finite number, not negative"));
             }
         }
+        if !(0.01..=1.0).contains(&self.usable_memory_share) {
+            return Err(SimulatorError::setting("usable_memory_share", self.usable_memory_share, "from 0.01 to 1"));
+        }
         Ok(())
+    }
+
+    /// Bytes of a rank's memory that tensors may take, if it is known.
+    pub fn usable_memory_bytes(&self) -> Option<u64> {
+        let bytes = self.memory_bytes_per_rank * self.usable_memory_share;
+        (bytes >= 1.0).then_some(bytes as u64)
+    }
+
+    /// Bytes a second of what compute hides, within a node.
+    pub(super) fn background_rate(&self) -> f64 {
+        match self.background_bytes_per_second {
+            0.0 => self.constants.intra_node_bytes_per_second,
+            rate => rate,
+        }
     }
 
     /// World size `N`.

@@ -1,6 +1,6 @@
 use thiserror::Error;
 
-use crate::PlannerError;
+use crate::{PlannerError, memory::MemoryError};
 
 /// Why a step cannot be simulated.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -19,13 +19,16 @@ pub enum SimulatorError {
     /// Loads or routing that the planner refuses.
     #[error(transparent)]
     Planner(#[from] PlannerError),
+    /// Memory that cannot be told.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// Nothing to average or to fit.
     #[error("{0}")]
     Empty(String),
 }
 
 impl SimulatorError {
-    pub(super) fn setting(
+    pub(in crate::tools) fn setting(
         field: &'static str,
         value: impl std::fmt::Display,
         expected: impl Into<String>,
@@ -37,6 +40,7 @@ impl SimulatorError {
     pub fn field(&self) -> Option<&'static str> {
         match self {
             Self::Setting { field, .. } => Some(field),
+            Self::Memory(error) => error.field(),
             _ => None,
         }
     }

@@ -50,7 +50,7 @@ impl LayerLoad {
             let expected = format!("from 1 (balanced) to the world size {ranks}");
             return Err(SimulatorError::setting("imbalance", max_over_mean, expected));
         }
-        let held = model.slots_per_rank as f64 / model.experts as f64;
+        let held = model.slots(cluster.world_size()) as f64 / model.experts as f64;
         let away = (1.0 - held * cluster.ranks_per_node as f64).max(0.0);
         Ok(Self {
             max_over_mean,

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
-use super::{ClusterSpec, SimulatorError, cluster::at_least_one};
-use crate::Layout;
+use super::{ArchitectureSpec, ClusterSpec, SimulatorError, TrainingSpec, cluster::at_least_one, training};
+use crate::{Layout, memory::Recompute};
 
 /// Layers are simulated one by one: more than any model has.
 const MAX_LAYERS: usize = 10_000;
@@ -31,7 +31,7 @@ pub struct ModelSpec {
     pub experts: usize,
     /// Experts per token `K`.
     pub topk: usize,
-    /// Slots a rank `C`.
+    /// Slots a rank `C`; 0 for as many as the experts need in a group, and one more.
     pub slots_per_rank: usize,
     /// Attention heads.
     pub attention_heads: usize,
@@ -47,14 +47,21 @@ pub struct ModelSpec {
     pub sequences_per_rank: usize,
     /// Micro-batches of a step: gradient accumulation.
     pub micro_batches: usize,
-    /// Whether the forward pass is computed again in backward.
-    pub recompute: bool,
+    /// What of the forward pass is computed again in backward: in JSON `false`, `true` for whole layers, or `"experts"`.
+    #[serde(with = "training::recompute")]
+    pub recompute: Recompute,
     /// Where expert weights live.
     #[serde(default)]
     pub weights: WeightPlacement,
     /// Ranks that share the attention of one sequence, with sequence parallelism; 1 is none.
     #[serde(default = "one")]
     pub tensor_parallel: usize,
+    /// What tells a model from a plain decoder.
+    #[serde(default)]
+    pub architecture: ArchitectureSpec,
+    /// How it is trained.
+    #[serde(default)]
+    pub training: TrainingSpec,
 }
 
 fn one() -> usize {
@@ -74,7 +81,6 @@ impl ModelSpec {
             ("intermediate_size", self.intermediate_size),
             ("experts", self.experts),
             ("topk", self.topk),
-            ("slots_per_rank", self.slots_per_rank),
             ("attention_heads", self.attention_heads),
             ("key_value_heads", self.key_value_heads),
             ("vocabulary", self.vocabulary),
@@ -96,14 +102,14 @@ impl ModelSpec {
             let expected = format!("at most attention_heads = {}", self.attention_heads);
             return Err(SimulatorError::setting("key_value_heads", self.key_value_heads, expected));
         }
-        if let Err(error) = Layout::check_shape(cluster.world_size(), self.slots_per_rank, self.experts) {
-            return Err(SimulatorError::setting("slots_per_rank", self.slots_per_rank, error.to_string()));
-        }
+        self.check_slots(cluster.world_size())?;
         if self.tensor_parallel > cluster.ranks_per_node || !cluster.ranks_per_node.is_multiple_of(self.tensor_parallel)
         {
             let expected = format!("a divisor of ranks_per_node = {}", cluster.ranks_per_node);
             return Err(SimulatorError::setting("tensor_parallel", self.tensor_parallel, expected));
         }
+        self.architecture.check(self.layers)?;
+        self.training.check()?;
         let tokens = self.sequences_per_rank * self.sequence_length;
         if !tokens.is_multiple_of(self.micro_batches) {
             let expected = format!("a divisor of the {tokens} tokens that a rank has in a step");
@@ -127,18 +133,24 @@ impl ModelSpec {
         3.0 * self.hidden_size as f64 * self.intermediate_size as f64
     }
 
-    /// Parameters of a layer's attention: queries and output `D * D` each, keys and values narrower by their heads.
-    pub fn attention_parameters(&self) -> f64 {
-        let hidden = self.hidden_size as f64;
-        let key_value = hidden * self.key_value_heads as f64 / self.attention_heads as f64;
-        2.0 * hidden * (hidden + key_value)
+    /// Layers with experts.
+    pub fn moe_layers(&self) -> usize {
+        self.layers - self.architecture.dense_layers
     }
 
-    /// Parameters of the whole model; embedding and output are not tied.
-    pub fn parameters(&self) -> f64 {
-        let router = (self.hidden_size * self.experts) as f64;
-        let layer = self.attention_parameters() + self.experts as f64 * self.expert_parameters() + router;
-        self.layers as f64 * layer + 2.0 * (self.vocabulary * self.hidden_size) as f64
+    /// Slots a rank in groups of `M` ranks: as the file says, or burn-fsep's default.
+    pub fn slots(&self, group_ranks: usize) -> usize {
+        match self.slots_per_rank {
+            0 => (self.experts.div_ceil(group_ranks.max(1)) + 1).min(self.experts),
+            slots => slots,
+        }
+    }
+
+    /// Checks that groups of `M` ranks hold every expert.
+    pub(super) fn check_slots(&self, group_ranks: usize) -> Result<(), SimulatorError> {
+        let slots = self.slots(group_ranks);
+        Layout::check_shape(group_ranks, slots, self.experts)
+            .map_err(|error| SimulatorError::setting("slots_per_rank", slots, error.to_string()))
     }
 
     /// Forward FLOP of one assignment in an expert: `6 * D * F`.
@@ -149,13 +161,6 @@ impl ModelSpec {
     /// Bytes of one assignment's intermediate activations: `F` elements.
     pub fn intermediate_bytes(&self) -> f64 {
         (self.intermediate_size * self.element_bytes) as f64
-    }
-
-    /// Forward FLOP of a rank's attention in a micro-batch: projections, and scores and values over half of all pairs
-    /// (causal).
-    pub fn attention_flops(&self) -> f64 {
-        let pairs = 2.0 * self.sequence_length as f64 * self.hidden_size as f64;
-        self.tokens() * (2.0 * self.attention_parameters() + pairs)
     }
 
     /// Forward FLOP of a rank's output layer in a micro-batch.
@@ -191,6 +196,17 @@ pub(in crate::tools::simulator) mod tests {
             elementwise_passes: 0.0,
             layer_overhead_seconds: 0.0,
             straggler_factor: 1.0,
+            row_passes: 0.0,
+            weight_passes: 0.0,
+            attention_passes: 0.0,
+            attention_flops_per_second: 0.0,
+            background_bytes_per_second: 0.0,
+            background_slowdown: 0.0,
+            peer_latency_seconds: 0.0,
+            row_planning_seconds: 0.0,
+            peak_flops_per_second: 0.0,
+            memory_bytes_per_rank: 0.0,
+            usable_memory_share: 0.9,
         }
     }
 
@@ -209,9 +225,11 @@ pub(in crate::tools::simulator) mod tests {
             sequence_length: 1024,
             sequences_per_rank: 4,
             micro_batches: 2,
-            recompute: false,
+            recompute: Recompute::None,
             weights: WeightPlacement::Sharded,
             tensor_parallel: 1,
+            architecture: ArchitectureSpec::default(),
+            training: TrainingSpec::default(),
         }
     }
 

@@ -1,95 +1,26 @@
-use serde::Serialize;
-
 use super::{
-    ClusterSpec, LayerLoad, ModelSpec, SimulatorError, WeightPlacement,
+    ClusterSpec, GroupSpec, LayerLoad, ModelSpec, SimulatorError, StepTime,
     schedule::{Overlap, exposed},
 };
+use crate::memory::{MemoryError, RankMemory, RankSplit, Recompute};
 
-/// Bytes that Adam in mixed precision reads and writes for each parameter: gradient, master weight and two moments read,
-/// the last three written back, all f32, and the weight in 16 bits.
-const OPTIMIZER_BYTES: f64 = 30.0;
-/// Bytes of a gradient element that [`WeightPlacement::Owned`] sums over copies: f32.
-const GRADIENT_BYTES: f64 = 4.0;
+/// Share of a SwiGLU expert's products that its first projection is.
+const FIRST_PROJECTION: f64 = 2.0 / 3.0;
 
-/// Seconds of a training step by what they are spent on.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
-pub struct StepTime {
-    /// Attention, forward and backward.
-    pub attention: f64,
-    /// Matrix products of the experts of the mean rank.
-    pub experts: f64,
-    /// Everything else that the mean rank does in memory for its assignments.
-    pub elementwise: f64,
-    /// Waiting for the most loaded rank.
-    pub waiting: f64,
-    /// Token All-to-Alls.
-    pub all_to_all: f64,
-    /// Restoring weights and resharding gradients, as far as compute does not hide it.
-    pub exposed_restore: f64,
-    /// Collectives of tensor parallelism.
-    pub tensor_parallel: f64,
-    /// The fixed part of each layer in each micro-batch.
-    pub overhead: f64,
-    /// Output layer.
-    pub head: f64,
-    /// Sums of gradients over copies, as far as compute does not hide them, and the optimizer.
-    pub update: f64,
-}
-
-impl StepTime {
-    /// Seconds of the whole step.
-    pub fn total(&self) -> f64 {
-        self.parts().iter().map(|(_, seconds)| seconds).sum()
-    }
-
-    /// Share of the step that a profiler sees in token All-to-Alls, in which ranks wait for the most loaded one.
-    pub fn communication_share(&self) -> f64 {
-        (self.waiting + self.all_to_all) / self.total()
-    }
-
-    /// The parts with their names.
-    pub fn parts(&self) -> [(&'static str, f64); 10] {
-        [
-            ("attention", self.attention),
-            ("experts", self.experts),
-            ("elementw.", self.elementwise),
-            ("waiting", self.waiting),
-            ("all-to-all", self.all_to_all),
-            ("restore", self.exposed_restore),
-            ("tensor-par", self.tensor_parallel),
-            ("overhead", self.overhead),
-            ("head", self.head),
-            ("update", self.update),
-        ]
-    }
-
-    /// The mean of some steps, part by part; `None` if there are none.
-    pub fn mean(steps: &[Self]) -> Option<Self> {
-        let mean = |part: fn(&Self) -> f64| steps.iter().map(part).sum::<f64>() / steps.len() as f64;
-        (!steps.is_empty()).then(|| Self {
-            attention: mean(|s| s.attention),
-            experts: mean(|s| s.experts),
-            elementwise: mean(|s| s.elementwise),
-            waiting: mean(|s| s.waiting),
-            all_to_all: mean(|s| s.all_to_all),
-            exposed_restore: mean(|s| s.exposed_restore),
-            tensor_parallel: mean(|s| s.tensor_parallel),
-            overhead: mean(|s| s.overhead),
-            head: mean(|s| s.head),
-            update: mean(|s| s.update),
-        })
-    }
-}
+/// Bytes that a logit's loss, forward and backward, reads and writes: the logit and its gradient in the type of the computation, and
+/// eight times a number in single precision (`examples/moe-hf`, `next_token_loss`).
+const LOGIT_F32_BYTES: f64 = 8.0 * 4.0;
 
 /// Simulates steps of one model on one cluster.
 #[derive(Debug, Clone)]
 pub struct Simulator {
     pub(super) cluster: ClusterSpec,
     pub(super) model: ModelSpec,
+    pub(super) groups: GroupSpec,
 }
 
 impl Simulator {
-    /// A simulator of a model on a cluster.
+    /// A simulator of a model on a cluster, all of whose ranks share the experts.
     ///
     /// # Errors
     ///
@@ -97,7 +28,18 @@ impl Simulator {
     pub fn new(cluster: ClusterSpec, model: ModelSpec) -> Result<Self, SimulatorError> {
         cluster.check()?;
         model.check(&cluster)?;
-        Ok(Self { cluster, model })
+        let groups = GroupSpec { ranks: cluster.world_size(), zero: false };
+        Ok(Self { cluster, model, groups })
+    }
+
+    /// The same with groups of ranks that share the experts.
+    ///
+    /// # Errors
+    ///
+    /// [`SimulatorError::Setting`] if groups do not fit the cluster's nodes, or do not hold the model's experts.
+    pub fn with_groups(self, groups: GroupSpec) -> Result<Self, SimulatorError> {
+        groups.check(&self.cluster, &self.model)?;
+        Ok(Self { groups, ..self })
     }
 
     /// The cluster.
@@ -110,135 +52,144 @@ impl Simulator {
         &self.model
     }
 
+    /// Who shares the experts.
+    pub fn groups(&self) -> GroupSpec {
+        self.groups
+    }
+
+    /// The memory of the most loaded rank.
+    ///
+    /// # Errors
+    ///
+    /// As [`RankMemory::of`].
+    pub fn memory(&self, max_over_mean: f64) -> Result<RankMemory, MemoryError> {
+        let split = RankSplit {
+            world_size: self.cluster.world_size() as u64,
+            group_ranks: self.groups.ranks as u64,
+            zero: self.groups.zero,
+        };
+        let model = self.model.memory_model(self.groups.ranks);
+        RankMemory::of(&model, &self.model.training_sizes(max_over_mean), split)
+    }
+
     /// A step in which every layer has the same imbalance, see [`LayerLoad::of_imbalance`].
     ///
     /// # Errors
     ///
     /// As [`LayerLoad::of_imbalance`].
     pub fn step_of_imbalance(&self, max_over_mean: f64) -> Result<StepTime, SimulatorError> {
-        Ok(self.step(&[LayerLoad::of_imbalance(&self.cluster, &self.model, max_over_mean)?]))
+        let group = self.groups.cluster(&self.cluster);
+        Ok(self.step(&[LayerLoad::of_imbalance(&group, &self.model, max_over_mean)?]))
     }
 
-    /// A step with the given loads. If there are fewer loads than layers, they repeat; without any, experts are
+    /// A step of one group with the given loads. If there are fewer loads than layers, they repeat; without any, experts are
     /// balanced and no token travels.
     pub fn step(&self, loads: &[LayerLoad]) -> StepTime {
         let (cluster, model) = (&self.cluster, &self.model);
-        let flops_per_second = cluster.constants.matmul_flops_per_second();
-        let recompute = if model.recompute { 1.0 } else { 0.0 };
+        let layers = model.moe_layers();
+        let recompute = if model.recompute == Recompute::Layers { 1.0 } else { 0.0 };
         let (forward, backward) = (1.0, 2.0 + recompute);
         let passes = forward + backward;
+        let first_again = if model.recompute == Recompute::Experts { FIRST_PROJECTION } else { 0.0 };
 
-        let attention = model.attention_flops() / flops_per_second;
-        let experts = model.assignments() * model.expert_flops() / flops_per_second;
-        let elementwise = cluster.elementwise_passes * model.assignments() * model.intermediate_bytes()
-            / cluster.memory_bytes_per_second;
-        let head = model.head_flops() / flops_per_second;
+        let [attention, experts, elementwise, head] = self.compute_seconds();
+        let experts_again = first_again * experts;
         let (restore, reshard) = self.restore_seconds();
+        let average = self.average_seconds();
 
         let balanced = [LayerLoad { max_over_mean: 1.0, intra_node: 0.0, inter_node: 0.0 }];
         let loads = if loads.is_empty() { &balanced } else { loads };
         let mut time = StepTime::default();
-        let mut overlaps = Vec::with_capacity(model.layers);
-        for load in loads.iter().cycle().take(model.layers) {
-            let waiting = cluster.straggler_factor * (load.max_over_mean - 1.0) * (experts + elementwise);
+        let mut overlaps = Vec::with_capacity(layers);
+        for (layer, load) in loads.iter().cycle().take(layers).enumerate() {
+            let excess = cluster.straggler_factor * (load.max_over_mean - 1.0);
+            let waiting = excess * (experts + elementwise);
             let compute = attention + experts + elementwise + waiting;
             time.attention += passes * attention;
-            time.experts += passes * experts;
+            time.experts += passes * experts + experts_again;
             time.elementwise += passes * elementwise;
-            time.waiting += passes * waiting;
+            time.waiting += passes * waiting + excess * experts_again;
             // There and back, forward and backward, and again when the forward pass is computed again.
             time.all_to_all += (4.0 + 2.0 * recompute) * self.all_to_all_seconds(load);
-            overlaps.push(Overlap { forward: forward * compute, backward: backward * compute, restore, reshard });
+            let is_kept = model.training.kept_layers >= layers - layer;
+            overlaps.push(Overlap {
+                forward: forward * compute,
+                backward: backward * compute + experts_again * (1.0 + excess),
+                restore,
+                restore_again: if is_kept { 0.0 } else { restore },
+                reshard,
+            });
         }
-        time.exposed_restore = exposed(&overlaps, 3.0 * head);
-        time.tensor_parallel = model.layers as f64 * (5.0 + 2.0 * recompute) * self.tensor_collective_seconds();
-        time.overhead = model.layers as f64 * cluster.layer_overhead_seconds;
-        time.head = 3.0 * head;
-
+        // Layers without experts hide nothing that is counted here.
+        time.attention += passes * attention * model.architecture.dense_layers as f64;
         let micro_batches = model.micro_batches as f64;
+        let plain = exposed(&overlaps, 3.0 * head);
+        let travelling: f64 = overlaps.iter().map(|layer| layer.restore + layer.restore_again + layer.reshard).sum();
+        // Gradients are averaged behind the last micro-batch's backward pass, as resharded ones travel.
+        let last = exposed(
+            &overlaps
+                .iter()
+                .map(|&layer| Overlap { reshard: layer.reshard + average.layer, ..layer })
+                .collect::<Vec<_>>(),
+            3.0 * head,
+        );
+        time.tensor_parallel = model.layers as f64 * (5.0 + 2.0 * recompute) * self.tensor_collective_seconds();
+        time.overhead = layers as f64 * (cluster.layer_overhead_seconds + self.exchange_overhead_seconds());
+        time.head = 3.0 * head;
         for part in [
             &mut time.attention,
             &mut time.experts,
             &mut time.elementwise,
             &mut time.waiting,
             &mut time.all_to_all,
-            &mut time.exposed_restore,
             &mut time.tensor_parallel,
             &mut time.overhead,
             &mut time.head,
         ] {
             *part *= micro_batches;
         }
+        time.exposed_restore = plain * micro_batches;
+        let averaging = average.layer * layers as f64;
+        let exposed_averages = last - plain;
+        let hidden = micro_batches * (travelling - plain) + averaging - exposed_averages;
+        time.slowed = cluster.background_slowdown * hidden.max(0.0);
         let compute = (time.attention + time.experts + time.elementwise + time.waiting) / micro_batches / passes;
-        time.update = self.update_seconds(forward * compute, backward * compute);
+        time.update = exposed_averages + average.after + self.update_seconds(forward * compute, backward * compute);
         time
     }
 
-    /// Seconds of one token All-to-All: it ends when the busiest port ends.
-    fn all_to_all_seconds(&self, load: &LayerLoad) -> f64 {
-        let bytes = self.model.assignments() * self.model.token_bytes();
-        let within = load.intra_node * bytes / self.cluster.constants.intra_node_bytes_per_second;
-        let between = load.inter_node * bytes / self.cluster.node_bytes_per_second();
-        within.max(between)
-    }
-
-    /// Seconds of restoring a layer's weights and of resharding its gradients, both in elements of the model. Experts
-    /// travel in All-to-Alls, attention in all-gathers and reduce-scatters, whose rings cross each node's ports once.
-    fn restore_seconds(&self) -> (f64, f64) {
-        if self.model.weights == WeightPlacement::Owned {
-            return (0.0, 0.0);
-        }
+    /// Forward seconds of a layer and micro-batch: attention, experts' products, elementwise work; and of the output layer.
+    fn compute_seconds(&self) -> [f64; 4] {
         let (cluster, model) = (&self.cluster, &self.model);
-        let (ranks, node) = (cluster.world_size() as f64, cluster.ranks_per_node as f64);
-        let bytes = model.element_bytes as f64;
-        let experts = model.slots_per_rank as f64 * model.expert_parameters() * bytes;
-        let attention = model.attention_parameters() * bytes;
-        let intra = cluster.constants.intra_node_bytes_per_second;
-        let mut within = (experts * (node - 1.0) / ranks) / intra;
-        let mut between = 0.0;
-        if cluster.nodes > 1 {
-            between = node * experts * (ranks - node) / ranks / cluster.node_bytes_per_second();
-            between += attention * (ranks - 1.0) / ranks / cluster.node_bytes_per_second();
-        } else {
-            within += attention * (ranks - 1.0) / ranks / intra;
-        }
-        (within.max(between), within.max(between))
-    }
-
-    /// Seconds of one all-gather or reduce-scatter over the ranks that share a sequence.
-    fn tensor_collective_seconds(&self) -> f64 {
-        let others = self.model.tensor_parallel as f64 - 1.0;
-        let bytes = self.model.tokens() * others * self.model.token_bytes();
-        bytes / self.cluster.constants.intra_node_bytes_per_second
-    }
-
-    /// Seconds of the update. Owned experts: reduce-scatter of gradients behind the last micro-batch's backward pass
-    /// and all-gather of weights behind the next forward pass; copies stand on different nodes where there are several.
-    fn update_seconds(&self, forward: f64, backward: f64) -> f64 {
-        let (cluster, model) = (&self.cluster, &self.model);
-        let ranks = cluster.world_size() as f64;
-        let optimizer = model.parameters() / ranks * OPTIMIZER_BYTES / cluster.memory_bytes_per_second;
-        if model.weights == WeightPlacement::Sharded {
-            return optimizer;
-        }
-        let copies = ranks * model.slots_per_rank as f64 / model.experts as f64;
-        let own = model.layers as f64 * model.slots_per_rank as f64 * model.expert_parameters();
-        let bytes_per_second = if cluster.nodes > 1 {
-            cluster.node_bytes_per_second() / cluster.ranks_per_node as f64
-        } else {
-            cluster.constants.intra_node_bytes_per_second
-        };
-        let seconds = |bytes: f64| own * bytes * (copies - 1.0) / copies / bytes_per_second;
-        let gradients = (seconds(GRADIENT_BYTES) - backward).max(0.0);
-        let weights = (seconds(model.element_bytes as f64) - forward).max(0.0);
-        optimizer + gradients + weights
+        let rate = cluster.constants.matmul_flops_per_second();
+        let memory = cluster.memory_bytes_per_second;
+        let row_bytes = model.tokens() * model.token_bytes();
+        let scores = model.attention_score_flops();
+        let score_rate =
+            if cluster.attention_flops_per_second > 0.0 { cluster.attention_flops_per_second } else { rate };
+        let attention = (model.attention_flops() - scores) / rate
+            + scores / score_rate
+            + (cluster.attention_passes + model.architecture.extra_attention_passes) * row_bytes / memory;
+        let experts = model.assignments() * model.expert_flops() / rate;
+        // Both passes together read and write weights `weight_passes` times: a third of it for each of three passes.
+        let slots = model.slots(self.groups.ranks) as f64 * model.expert_parameters() * model.element_bytes as f64;
+        let elementwise = cluster.elementwise_passes * model.assignments() * model.intermediate_bytes()
+            + cluster.row_passes * model.assignments() * model.token_bytes()
+            + cluster.weight_passes / 3.0 * slots;
+        let logits = model.tokens() * model.vocabulary as f64 * (2.0 * model.element_bytes as f64 + LOGIT_F32_BYTES);
+        // Counted for a forward pass, as the output layer's products are.
+        let head = model.head_flops() / rate + logits / 3.0 / memory;
+        [attention, experts, elementwise / memory, head]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tools::simulator::model::tests::{small_cluster, small_model};
+    use crate::tools::simulator::{
+        WeightPlacement,
+        model::tests::{small_cluster, small_model},
+    };
 
     fn step(model: ModelSpec, imbalance: f64) -> StepTime {
         Simulator::new(small_cluster(), model).unwrap().step_of_imbalance(imbalance).unwrap()
@@ -282,7 +233,7 @@ mod tests {
 
     #[test]
     fn recomputation_is_a_fourth_pass() {
-        let with = step(ModelSpec { recompute: true, ..small_model() }, 1.0);
+        let with = step(ModelSpec { recompute: Recompute::Layers, ..small_model() }, 1.0);
         let without = step(small_model(), 1.0);
         assert!((with.experts / without.experts - 4.0 / 3.0).abs() < 1e-12);
         assert!((with.all_to_all / without.all_to_all - 1.5).abs() < 1e-12);

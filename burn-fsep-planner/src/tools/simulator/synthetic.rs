@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use super::{ClusterSpec, ModelSpec, SimulatorError};
+use super::{ClusterSpec, ModelSpec, Simulator, SimulatorError};
 use crate::{RoutingCounts, SplitMix64, tools::trace::Trace};
 
 /// Correlation of an expert's log-share from one step to the next, as measured in training runs (0.84 to 0.93).
@@ -31,12 +31,7 @@ impl SyntheticRouting {
     /// [`SimulatorError::Setting`] for a negative or infinite `sigma` or no steps, or if the settings of cluster or model
     /// make no sense; [`SimulatorError::Planner`] if a step has more assignments than the counters hold.
     pub fn trace(&self, cluster: &ClusterSpec, model: &ModelSpec) -> Result<Trace, SimulatorError> {
-        if !(0.0..=10.0).contains(&self.sigma) {
-            return Err(SimulatorError::setting("sigma", self.sigma, "a number from 0 to 10"));
-        }
-        if self.steps == 0 {
-            return Err(SimulatorError::setting("steps", self.steps, "at least 1"));
-        }
+        self.check()?;
         cluster.check()?;
         model.check(cluster)?;
         let counts_of_step = model.layers as u128 * cluster.world_size() as u128 * model.experts as u128;
@@ -51,10 +46,7 @@ impl SyntheticRouting {
             let mut logs: Vec<f64> = (0..model.experts).map(|_| rng.normal()).collect();
             for step in 0..self.steps {
                 if step > 0 {
-                    for log in &mut logs {
-                        let fresh = (1.0 - STEP_CORRELATION * STEP_CORRELATION).sqrt() * rng.normal();
-                        *log = STEP_CORRELATION * *log + fresh;
-                    }
+                    drift(&mut logs, &mut rng);
                 }
                 let mut loads = Vec::with_capacity(cluster.world_size() * model.experts);
                 for node in 0..topology.num_nodes() {
@@ -70,6 +62,77 @@ impl SyntheticRouting {
             }
         }
         Ok(Trace::new(counts)?)
+    }
+}
+
+impl SyntheticRouting {
+    /// Draws the trace of one group of ranks, of so many layers: experts are as popular in all groups, up to what differs from node to
+    /// node and what is chance among as many tokens as a rank has. For worlds whose whole trace would not fit memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`SyntheticRouting::trace`].
+    pub fn group_trace(&self, simulator: &Simulator, group: usize, layers: usize) -> Result<Trace, SimulatorError> {
+        self.check()?;
+        let (model, ranks) = (simulator.model(), simulator.groups().ranks);
+        let counts_of_step = (layers * ranks * model.experts) as u128;
+        if counts_of_step * self.steps as u128 > MAX_COUNTS {
+            return Err(SimulatorError::setting("steps", self.steps, "fewer, so that the drawn counts fit memory"));
+        }
+        let node_ranks = simulator.cluster().ranks_per_node;
+        let mut counts = BTreeMap::new();
+        for layer in 0..layers {
+            let mut shared = SplitMix64::new(SplitMix64::at(self.seed, layer as u64));
+            let mut chance = SplitMix64::new(SplitMix64::at(!self.seed, (group * layers + layer) as u64));
+            let mut logs: Vec<f64> = (0..model.experts).map(|_| shared.normal()).collect();
+            for step in 0..self.steps {
+                if step > 0 {
+                    drift(&mut logs, &mut shared);
+                }
+                let mut loads = Vec::with_capacity(ranks * model.experts);
+                let mut node = None;
+                let mut shares = Vec::new();
+                for rank in group * ranks..(group + 1) * ranks {
+                    if node != Some(rank / node_ranks) {
+                        node = Some(rank / node_ranks);
+                        // Equal for all groups of a node.
+                        let at = (rank / node_ranks * self.steps + step) as u64;
+                        let mut rng = SplitMix64::new(SplitMix64::at(self.seed ^ (1 << 63), at * 4096 + layer as u64));
+                        let weight = |log: &f64| (self.sigma * log + NODE_VARIATION * rng.normal()).exp();
+                        shares = capped_shares(&logs.iter().map(weight).collect::<Vec<_>>(), model.topk);
+                    }
+                    let drawn: Vec<f64> = shares
+                        .iter()
+                        .map(|share| {
+                            let mean = share * model.assignments();
+                            (mean + mean.sqrt() * chance.normal()).max(0.0)
+                        })
+                        .collect();
+                    let scale = model.assignments() / drawn.iter().sum::<f64>().max(1.0);
+                    loads.extend(drawn.into_iter().map(|load| load * scale));
+                }
+                counts.insert((layer, step), RoutingCounts::from_loads(ranks, model.experts, &loads)?);
+            }
+        }
+        Ok(Trace::new(counts)?)
+    }
+
+    fn check(&self) -> Result<(), SimulatorError> {
+        if !(0.0..=10.0).contains(&self.sigma) {
+            return Err(SimulatorError::setting("sigma", self.sigma, "a number from 0 to 10"));
+        }
+        if self.steps == 0 {
+            return Err(SimulatorError::setting("steps", self.steps, "at least 1"));
+        }
+        Ok(())
+    }
+}
+
+/// The next step's log-loads.
+fn drift(logs: &mut [f64], rng: &mut SplitMix64) {
+    for log in logs {
+        let fresh = (1.0 - STEP_CORRELATION * STEP_CORRELATION).sqrt() * rng.normal();
+        *log = STEP_CORRELATION * *log + fresh;
     }
 }
 
