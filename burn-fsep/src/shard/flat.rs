@@ -15,9 +15,12 @@ impl FlatParts {
         (len > 1 && ranks > 1).then_some(Self { len, ranks })
     }
 
-    /// Elements of each part, with padding.
+    /// Elements of each part, with padding. Large parts begin where vectors of 16 bytes do, which GPU kernels load.
     pub fn part_len(self) -> usize {
-        self.len.div_ceil(self.ranks)
+        const ALIGN: usize = 8;
+        const LARGE: usize = 1024;
+        let part = self.len.div_ceil(self.ranks);
+        if part < LARGE { part } else { part.next_multiple_of(ALIGN) }
     }
 
     /// The elements of a rank's part, without padding.
@@ -42,13 +45,14 @@ mod tests {
 
     #[test]
     fn parts_cover_a_tensor_once_in_order() {
-        for len in 2..40 {
+        for len in (2..40).chain([2047, 2049, 4099, 12_345]) {
             for ranks in 2..10 {
                 let parts = FlatParts::new(len, ranks).unwrap();
                 let elements: Vec<_> = (0..ranks).flat_map(|rank| parts.range(rank)).collect();
                 assert_eq!(elements, (0..len).collect::<Vec<_>>(), "{parts:?}");
                 assert!((0..ranks).all(|rank| parts.range(rank).len() <= parts.part_len()));
                 assert!(parts.part_len() < len && parts.part_len() * ranks >= len);
+                assert!(parts.part_len() < 1024 || parts.part_len().is_multiple_of(8));
                 assert_eq!(parts.part_shape(3), [1, 1, parts.part_len()]);
             }
         }
