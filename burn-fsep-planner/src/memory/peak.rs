@@ -56,7 +56,13 @@ impl RankMemory {
             ),
             at(
                 Phase::FirstLayer,
-                always + gradients + first + self.restored_experts + self.resharding + self.gradient_buckets,
+                always
+                    + gradients
+                    + self.single_precision_means
+                    + first
+                    + self.restored_experts
+                    + self.resharding
+                    + self.gradient_buckets,
             ),
             at(Phase::Update, always + self.gradients.total() + self.gradient_buckets),
         ]

@@ -53,7 +53,8 @@ pub struct RankMemory {
     pub gradients: ByPlacement,
     /// State of the optimizer, master weights included.
     pub optimizer: ByPlacement,
-    /// Whole experts in slots at their most: what `UnshardedGauge::peak_bytes` counts without repairs. 0 in groups of one rank, where
+    /// Whole experts in slots at their most: what `UnshardedGauge::peak_bytes` counts without repairs. With micro-batches kept layers
+    /// stay from one to the next, and two others come beside them. 0 in groups of one rank, where
     /// experts are as they are.
     pub restored_experts: u64,
     /// Of these, what forward leaves for backward: `kept_layers`.
@@ -66,6 +67,9 @@ pub struct RankMemory {
     pub shard_copies: u64,
     /// Copies of all replicated gradients in buckets, in single precision, while they are averaged.
     pub gradient_buckets: u64,
+    /// What gradients of shards take more until the end of backward: their means over replicas are of single precision, whatever the
+    /// parameters' type.
+    pub single_precision_means: u64,
     /// What was added up of the micro-batches before.
     pub accumulated_gradients: u64,
     /// What is kept for backward.
@@ -141,8 +145,9 @@ impl Counted<'_> {
         )?;
         let restored = if is_sharded && moe.layers > 0 { slots } else { 0 };
         let kept = training.kept_layers.min(moe.layers);
-        // The layer that computes, and the next one's on their way.
-        let alive = (if training.prefetch { 2 } else { 1 }).max(kept).min(moe.layers);
+        // The layer that computes, and the next one's on their way; between micro-batches they come on top of what stays.
+        let passing = if training.prefetch { 2 } else { 1 };
+        let alive = if training.micro_batches > 1 { kept + passing } else { passing.max(kept) }.min(moe.layers);
         let slot_gradients = match moe.layers {
             0 => 0,
             // Groups of one rank have the experts' own gradients: nothing is returned to shards.
@@ -177,6 +182,14 @@ impl Counted<'_> {
             shard_copies,
             gradient_buckets: if split.world_size > 1 {
                 bytes("gradient buckets", [replicated, F32_BYTES])?
+            } else {
+                0
+            },
+            single_precision_means: if split.replicas() > 1 {
+                bytes(
+                    "means of shards' gradients",
+                    [moe.layers, shards, F32_BYTES.saturating_sub(training.parameter_bytes)],
+                )?
             } else {
                 0
             },

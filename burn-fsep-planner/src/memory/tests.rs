@@ -82,6 +82,24 @@ fn the_gauge_counts_two_layers_or_those_kept() {
     let one_layer = 3 * (3 * 6 * 9) * 4;
     assert_eq!([restored(0, false), restored(0, true), restored(1, true)], [one_layer, 2 * one_layer, 2 * one_layer]);
     assert_eq!([restored(3, true), restored(u64::MAX, true)], [3 * one_layer, 4 * one_layer]);
+    let staying = |kept_layers| {
+        let training = TrainingSizes { kept_layers, micro_batches: 2, ..TrainingSizes::f32() };
+        let split = RankSplit { world_size: 2, group_ranks: 2, zero: false };
+        RankMemory::of(&model, &training, split).unwrap().restored_experts / one_layer
+    };
+    assert_eq!([0, 1, 2, 4, u64::MAX].map(staying), [2, 3, 4, 4, 4], "two beside those that stay");
+}
+
+#[test]
+fn means_over_replicas_are_of_single_precision() {
+    let means = |training: TrainingSizes, world_size| {
+        let split = RankSplit { world_size, group_ranks: 4, zero: false };
+        RankMemory::of(&olmoe(17), &training, split).unwrap()
+    };
+    let memory = means(TrainingSizes::bf16(), 8);
+    assert_eq!(memory.single_precision_means, memory.gradients.experts, "4 bytes, not 2");
+    assert_eq!(means(TrainingSizes::bf16(), 4).single_precision_means, 0, "no replicas");
+    assert_eq!(means(TrainingSizes::mixed(), 8).single_precision_means, 0, "so are gradients");
 }
 
 #[test]

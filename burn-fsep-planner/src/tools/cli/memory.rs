@@ -92,6 +92,7 @@ fn rows(memory: &RankMemory, table: &mut String) {
     line("the same on their way to the shards", memory.resharding);
     line("copies of a layer's shards", memory.shard_copies);
     line("buckets of replicated gradients", memory.gradient_buckets);
+    line("means of shards' gradients in f32, besides", memory.single_precision_means);
     line("gradients of earlier micro-batches", memory.accumulated_gradients);
     line("activations, attention and dense networks", memory.activations.attention);
     line("activations, experts", memory.activations.experts);

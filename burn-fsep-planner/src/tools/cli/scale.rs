@@ -56,7 +56,7 @@ pub(super) fn table(args: &ScaleArgs) -> Result<String, CliError> {
     }
     table.push_str(
         "\ngroups: ranks that share the experts; max/mean: largest load of a rank over the mean of its group, mean of all groups, and of \
-         those that were slowest in their step; GiB: a rank's tensors at their most\n",
+         those that were slowest in backward; GiB: a rank's tensors at their most\n",
     );
     Ok(table)
 }

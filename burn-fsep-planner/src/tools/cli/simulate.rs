@@ -45,7 +45,7 @@ pub(super) fn table(args: &SimulateArgs) -> Result<String, CliError> {
         let _ = writeln!(table, " {:>11.0} {share:>11.1}", tokens / time.total());
     }
     table.push_str(
-        "\nmax/mean: largest load of a rank over the mean load, mean over layers and steps, of the slowest group; restore: what prefetching \
+        "\nmax/mean: largest load of a rank over the mean load, mean over layers and steps, of the group that is slowest in backward; restore: what prefetching \
          does not hide; balanced: the router forced to uniform\n",
     );
     Ok(table)

@@ -2,14 +2,16 @@
 
 use super::{DenseParameters, LayerLoad, Simulator, TokenRowsSpec, WeightPlacement, expected_ranks};
 
-/// Bytes of a gradient element that [`WeightPlacement::Owned`] sums over copies, and that buckets of replicated gradients have: f32.
+/// Bytes of a gradient element that [`WeightPlacement::Owned`] sums over copies, and that is averaged, whatever the parameter's type: f32.
 const GRADIENT_BYTES: f64 = 4.0;
 
-/// Seconds of averaging gradients once a step.
+/// Seconds of averaging gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(super) struct Averages {
-    /// Of one layer, behind backward.
-    pub layer: f64,
+    /// Of one layer's shards over their replicas, behind each micro-batch's backward.
+    pub shards: f64,
+    /// Of all else in one layer, behind the last micro-batch's backward.
+    pub dense: f64,
     /// After it: of the embeddings, whose gradients come last.
     pub after: f64,
 }
@@ -107,29 +109,26 @@ impl Simulator {
         self.model.experts as f64 * self.model.expert_parameters() / self.groups.ranks as f64
     }
 
-    /// Seconds of averaging gradients: of replicated parameters over all ranks, of shards over their replicas. With ZeRO they are
-    /// only scattered.
+    /// Seconds of averaging gradients: of replicated parameters over all ranks, of shards over their replicas. All-reduced whole, also
+    /// where the optimizer's state is cut.
     pub(super) fn average_seconds(&self) -> Averages {
         let model = &self.model;
-        let ways = if self.groups.zero { 1.0 } else { 2.0 };
+        // A reduce-scatter and an all-gather.
+        let all_reduce = |elements: f64, ring: &Ring| 2.0 * self.scatter_seconds(elements * GRADIENT_BYTES, ring);
         let shards = match model.weights {
-            WeightPlacement::Sharded => self.shards() * model.training.parameter_bytes as f64,
+            WeightPlacement::Sharded => all_reduce(self.shards(), &self.replicas()),
             // Summed by the update.
             WeightPlacement::Owned => 0.0,
         };
-        let shards = self.scatter_seconds(shards, &self.replicas());
         if model.training.dense_parameters == DenseParameters::Sharded {
-            return Averages { layer: ways * shards, after: 0.0 };
+            return Averages { shards, ..Averages::default() };
         }
         let embedding = (model.vocabulary * model.hidden_size) as f64;
-        let layer = (model.replicated_parameters() - embedding) / model.moe_layers() as f64 * GRADIENT_BYTES;
-        Averages {
-            layer: ways * (shards + self.scatter_seconds(layer, &self.world())),
-            after: ways * self.scatter_seconds(embedding * GRADIENT_BYTES, &self.world()),
-        }
+        let layer = (model.replicated_parameters() - embedding) / model.moe_layers() as f64;
+        Averages { shards, dense: all_reduce(layer, &self.world()), after: all_reduce(embedding, &self.world()) }
     }
 
-    /// Seconds of the update: the optimizer, and with ZeRO the all-gather of what each rank has updated. Owned experts:
+    /// Seconds of the update: the optimizer, and with ZeRO the all-gather of what each rank has updated, behind nothing. Owned experts:
     /// reduce-scatter of gradients behind the last micro-batch's backward pass and all-gather of weights behind the next forward pass;
     /// copies stand on different nodes where there are several.
     pub(super) fn update_seconds(&self, forward: f64, backward: f64) -> f64 {
@@ -192,15 +191,22 @@ mod tests {
         let dense = 2.0 * 1024.0 * 1280.0 + 1024.0 * 8.0 + 1000.0 * 1024.0 / 3.0;
         // Half of what a rank has over the other three of its node, then a node's whole over the link, once.
         let dense = 4.0 * dense * (0.75 / 1e11 + 0.5 / 4e10);
-        let of = |ranks, zero| simulator(ranks, zero).average_seconds().layer;
-        assert!((of(8, false) / (2.0 * dense) - 1.0).abs() < 1e-9, "shards have no replicas");
+        let of = |ranks, zero| {
+            let averages = simulator(ranks, zero).average_seconds();
+            assert!((averages.dense / (2.0 * dense) - 1.0).abs() < 1e-9, "whatever the groups");
+            averages.shards
+        };
+        assert_eq!(of(8, false), 0.0, "shards have no replicas");
         // Groups of a node: each rank's quarter of all experts goes to the other node, all four through the same ports.
         let experts = 4.0 * EXPERTS * 0.5 / 4e10;
-        assert!((of(4, false) / (2.0 * (dense + experts)) - 1.0).abs() < 1e-9);
-        assert!((of(4, true) / (dense + experts) - 1.0).abs() < 1e-9, "they are only scattered");
+        assert!((of(4, false) / (2.0 * experts) - 1.0).abs() < 1e-9);
+        assert_eq!(of(4, true), of(4, false), "whole, also with ZeRO");
         // Groups of two: half of all experts, among two replicas in the node first.
         let within = 4.0 * EXPERTS / 2.0 * 0.5 / 1e11;
-        assert!((of(2, false) / (2.0 * (dense + experts + within)) - 1.0).abs() < 1e-9);
+        assert!((of(2, false) / (2.0 * (experts + within)) - 1.0).abs() < 1e-9);
+        let mut half = simulator(4, false);
+        half.model.training.parameter_bytes = 2;
+        assert_eq!(half.average_seconds(), simulator(4, false).average_seconds(), "in single precision always");
     }
 
     #[test]

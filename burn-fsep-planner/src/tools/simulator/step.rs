@@ -1,5 +1,5 @@
 use super::{
-    ClusterSpec, GroupSpec, LayerLoad, ModelSpec, SimulatorError, StepTime,
+    ClusterSpec, DenseParameters, GroupSpec, LayerLoad, ModelSpec, SimulatorError, StepTime,
     schedule::{Overlap, exposed},
 };
 use crate::memory::{MemoryError, RankMemory, RankSplit, Recompute};
@@ -100,7 +100,9 @@ impl Simulator {
         let balanced = [LayerLoad { max_over_mean: 1.0, intra_node: 0.0, inter_node: 0.0 }];
         let loads = if loads.is_empty() { &balanced } else { loads };
         let mut time = StepTime::default();
-        let mut overlaps = Vec::with_capacity(layers);
+        // Experts that are kept stay for later micro-batches; all else that is cut is gathered anew in each.
+        let stays = model.training.dense_parameters == DenseParameters::Replicated;
+        let (mut first, mut later) = (Vec::with_capacity(layers), Vec::with_capacity(layers));
         for (layer, load) in loads.iter().cycle().take(layers).enumerate() {
             let excess = cluster.straggler_factor * (load.max_over_mean - 1.0);
             let waiting = excess * (experts + elementwise);
@@ -112,27 +114,33 @@ impl Simulator {
             // There and back, forward and backward, and again when the forward pass is computed again.
             time.all_to_all += (4.0 + 2.0 * recompute) * self.all_to_all_seconds(load);
             let is_kept = model.training.kept_layers >= layers - layer;
-            overlaps.push(Overlap {
+            let overlap = Overlap {
                 forward: forward * compute,
                 backward: backward * compute + experts_again * (1.0 + excess),
                 restore,
                 restore_again: if is_kept { 0.0 } else { restore },
                 reshard,
-            });
+            };
+            first.push(overlap);
+            later.push(Overlap { restore: if is_kept && stays { 0.0 } else { restore }, ..overlap });
         }
         // Layers without experts hide nothing that is counted here.
         time.attention += passes * attention * model.architecture.dense_layers as f64;
         let micro_batches = model.micro_batches as f64;
-        let plain = exposed(&overlaps, 3.0 * head);
-        let travelling: f64 = overlaps.iter().map(|layer| layer.restore + layer.restore_again + layer.reshard).sum();
-        // Gradients are averaged behind the last micro-batch's backward pass, as resharded ones travel.
-        let last = exposed(
-            &overlaps
-                .iter()
-                .map(|&layer| Overlap { reshard: layer.reshard + average.layer, ..layer })
-                .collect::<Vec<_>>(),
-            3.0 * head,
-        );
+        // Gradients are averaged behind backward, as resharded ones travel: shards' in each micro-batch, all others' in the last.
+        let exposed_with = |overlaps: &[Overlap], average: f64| {
+            let averaged = |&layer: &Overlap| Overlap { reshard: layer.reshard + average, ..layer };
+            exposed(&overlaps.iter().map(averaged).collect::<Vec<_>>(), 3.0 * head)
+        };
+        let travelling = |overlaps: &[Overlap]| -> f64 {
+            overlaps.iter().map(|layer| layer.restore + layer.restore_again + layer.reshard).sum()
+        };
+        let of_all = |of: &dyn Fn(&[Overlap]) -> f64| of(&first) + (micro_batches - 1.0) * of(&later);
+        let last = if model.micro_batches > 1 { &later } else { &first };
+        let plain = of_all(&|overlaps| exposed_with(overlaps, 0.0));
+        let averaged = of_all(&|overlaps| exposed_with(overlaps, average.shards))
+            + exposed_with(last, average.shards + average.dense)
+            - exposed_with(last, average.shards);
         time.tensor_parallel = model.layers as f64 * (5.0 + 2.0 * recompute) * self.tensor_collective_seconds();
         time.overhead = layers as f64 * (cluster.layer_overhead_seconds + self.exchange_overhead_seconds());
         time.head = 3.0 * head;
@@ -148,14 +156,22 @@ impl Simulator {
         ] {
             *part *= micro_batches;
         }
-        time.exposed_restore = plain * micro_batches;
-        let averaging = average.layer * layers as f64;
-        let exposed_averages = last - plain;
-        let hidden = micro_batches * (travelling - plain) + averaging - exposed_averages;
+        time.exposed_restore = plain;
+        let averaging = (micro_batches * average.shards + average.dense) * layers as f64;
+        let exposed_averages = averaged - plain;
+        let hidden = of_all(&travelling) - plain + averaging - exposed_averages;
         time.slowed = cluster.background_slowdown * hidden.max(0.0);
         let compute = (time.attention + time.experts + time.elementwise + time.waiting) / micro_batches / passes;
         time.update = exposed_averages + average.after + self.update_seconds(forward * compute, backward * compute);
         time
+    }
+
+    /// Forward seconds of a MoE layer in all micro-batches: what the groups of ranks do between two layers' expert loads.
+    pub(super) fn forward_seconds(&self, load: &LayerLoad) -> f64 {
+        let [attention, experts, elementwise, _] = self.compute_seconds();
+        let excess = self.cluster.straggler_factor * (load.max_over_mean - 1.0);
+        let compute = attention + (1.0 + excess) * (experts + elementwise);
+        self.model.micro_batches as f64 * (compute + 2.0 * self.all_to_all_seconds(load))
     }
 
     /// Forward seconds of a layer and micro-batch: attention, experts' products, elementwise work; and of the output layer.
@@ -187,7 +203,7 @@ impl Simulator {
 mod tests {
     use super::*;
     use crate::tools::simulator::{
-        WeightPlacement,
+        TrainingSpec, WeightPlacement,
         model::tests::{small_cluster, small_model},
     };
 
@@ -229,6 +245,47 @@ mod tests {
         assert!((few.experts - many.experts).abs() < 1e-12);
         assert!((many.overhead - 0.12).abs() < 1e-12 && (few.overhead - 0.03).abs() < 1e-12);
         assert!(many.exposed_restore > few.exposed_restore, "each micro-batch restores anew");
+    }
+
+    /// Links so slow that all that travels shows.
+    fn on_slow_links(ranks: usize, training: TrainingSpec, micro_batches: usize) -> (StepTime, Simulator) {
+        let mut cluster = small_cluster();
+        cluster.constants.inter_node_bytes_per_second = 1e3;
+        cluster.constants.intra_node_bytes_per_second = 1e6;
+        let model = ModelSpec { micro_batches, slots_per_rank: 0, training, ..small_model() };
+        let groups = GroupSpec { ranks, zero: false };
+        let simulator = Simulator::new(cluster, model).unwrap().with_groups(groups).unwrap();
+        (simulator.step(&[]), simulator)
+    }
+
+    #[test]
+    fn experts_that_stay_are_restored_once() {
+        let training = |kept_layers| TrainingSpec {
+            kept_layers,
+            dense_parameters: DenseParameters::Replicated,
+            ..TrainingSpec::default()
+        };
+        let restores = |kept_layers| {
+            let (time, simulator) = on_slow_links(8, training(kept_layers), 4);
+            let (restore, reshard) = simulator.restore_seconds();
+            (time.exposed_restore - 4.0 * 3.0 * reshard) / restore
+        };
+        assert!((restores(0) - 24.0).abs() < 0.01, "forward and backward of 3 layers in 4: {}", restores(0));
+        assert!((restores(1) - 17.0).abs() < 0.01, "the last layer's once: {}", restores(1));
+        assert!((restores(3) - 3.0).abs() < 0.01, "all once: {}", restores(3));
+    }
+
+    #[test]
+    fn gradients_of_shards_are_averaged_in_each_micro_batch_and_others_once() {
+        let training =
+            TrainingSpec { dense_parameters: DenseParameters::Replicated, kept_layers: 0, ..TrainingSpec::default() };
+        let of = |micro_batches| {
+            let (time, simulator) = on_slow_links(4, training.clone(), micro_batches);
+            (time.update - simulator.update_seconds(0.0, 0.0), simulator.average_seconds())
+        };
+        let ((one, averages), (four, _)) = (of(1), of(4));
+        assert!((one / (3.0 * (averages.shards + averages.dense) + averages.after) - 1.0).abs() < 0.001, "{one}");
+        assert!(((four - one) / (9.0 * averages.shards) - 1.0).abs() < 0.001, "{four}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ pub struct StepTime {
     pub experts: f64,
     /// Everything else that the mean rank does in memory for its assignments.
     pub elementwise: f64,
-    /// Waiting for the most loaded rank.
+    /// Waiting for the most loaded rank, and in forward for the slowest group.
     pub waiting: f64,
     /// Token All-to-Alls.
     pub all_to_all: f64,

@@ -22,24 +22,61 @@ pub struct TraceRun {
 /// What a strategy makes of a trace.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
-    /// Mean step, each as long as that of its slowest group.
+    /// Mean step: forward each layer as long as its slowest group takes, backward as long as the slowest group's sum. What a group
+    /// waits for others in forward is part of [`StepTime::waiting`].
     pub time: StepTime,
     /// Largest load of a rank over the mean load of its group, mean over layers, steps and groups.
     pub max_over_mean: f64,
-    /// The same of the groups that were slowest.
+    /// The same of the groups that were slowest in backward.
     pub slowest_max_over_mean: f64,
 }
 
 /// A group's step.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct GroupStep {
     time: StepTime,
+    /// Of these, forward by traced layer, for all of the model's layers that it stands for.
+    forward: Vec<f64>,
     max_over_mean: f64,
 }
 
+impl GroupStep {
+    /// All that groups do between two forward passes.
+    fn backward(&self) -> f64 {
+        self.time.total() - self.forward.iter().sum::<f64>()
+    }
+}
+
+/// A step of all groups.
+struct SlowestGroup {
+    /// The one that is slowest in backward.
+    step: GroupStep,
+    /// The slowest in forward, layer by layer.
+    forward: Vec<f64>,
+}
+
+impl SlowestGroup {
+    fn new(step: GroupStep) -> Self {
+        Self { forward: step.forward.clone(), step }
+    }
+
+    fn add(&mut self, other: GroupStep) {
+        self.forward.iter_mut().zip(&other.forward).for_each(|(slowest, &seconds)| *slowest = slowest.max(seconds));
+        if other.backward() > self.step.backward() {
+            self.step = other;
+        }
+    }
+
+    fn time(&self) -> StepTime {
+        let forward: f64 = self.forward.iter().zip(&self.step.forward).map(|(slowest, own)| slowest - own).sum();
+        StepTime { waiting: self.step.time.waiting + forward, ..self.step.time }
+    }
+}
+
 impl Simulator {
-    /// Replays a trace under a strategy and simulates each of its steps, each group for itself: a planner sees its group's load, and
-    /// groups meet where gradients are averaged, at the end of a step. The trace may be of another number of tokens: only shares
+    /// Replays a trace under a strategy and simulates each of its steps, each group for itself: a planner sees its group's load. Groups
+    /// meet in each layer's forward pass, where all wait for all groups' expert loads, and at the end of backward, where gradients are
+    /// averaged. The trace may be of another number of tokens: only shares
     /// count. Traced layers stand for the model's layers in turn.
     ///
     /// # Errors
@@ -73,23 +110,23 @@ impl Simulator {
     ) -> Result<Outcome, SimulatorError> {
         self.check_strategy(strategy)?;
         // The slowest group of each step, and the sum of all groups' imbalances.
-        let mut slowest: Vec<GroupStep> = Vec::new();
+        let mut slowest: Vec<SlowestGroup> = Vec::new();
         let (mut sum, mut count) = (0.0, 0.0);
         for trace in traces {
             for (step, of_group) in self.group_steps(&trace?, run, strategy)?.into_iter().enumerate() {
                 (sum, count) = (sum + of_group.max_over_mean, count + 1.0);
                 match slowest.get_mut(step) {
-                    None => slowest.push(of_group),
-                    Some(slow) if of_group.time.total() > slow.time.total() => *slow = of_group,
-                    Some(_) => {}
+                    None => slowest.push(SlowestGroup::new(of_group)),
+                    Some(slow) => slow.add(of_group),
                 }
             }
         }
-        let times: Vec<StepTime> = slowest.iter().map(|step| step.time).collect();
+        let times: Vec<StepTime> = slowest.iter().map(SlowestGroup::time).collect();
         let time = StepTime::mean(&times).ok_or_else(|| {
             SimulatorError::Empty(format!("no layer of the trace has more than {} step(s)", run.skip_steps))
         })?;
-        let slowest_max_over_mean = slowest.iter().map(|step| step.max_over_mean).sum::<f64>() / slowest.len() as f64;
+        let slowest_max_over_mean =
+            slowest.iter().map(|slow| slow.step.max_over_mean).sum::<f64>() / slowest.len() as f64;
         Ok(Outcome { time, max_over_mean: sum / count, slowest_max_over_mean })
     }
 
@@ -117,7 +154,7 @@ impl Simulator {
             repair,
         };
         // By step, then by layer.
-        let mut loads: Vec<(Vec<LayerLoad>, f64)> = Vec::new();
+        let mut loads: Vec<(Vec<LayerLoad>, Vec<f64>)> = Vec::new();
         replay_each(trace, &config, strategy, |at, plan| {
             if let Some(step) = at.step.checked_sub(run.skip_steps) {
                 if loads.len() <= step {
@@ -125,15 +162,25 @@ impl Simulator {
                 }
                 let (layers, repairs) = &mut loads[step];
                 layers.push(LayerLoad::of_plan(&topology, plan));
-                *repairs += repair.map_or(0.0, |repair| repair.transfer_seconds(&topology, &at.repaired_slots));
+                repairs.push(repair.map_or(0.0, |repair| repair.transfer_seconds(&topology, &at.repaired_slots)));
             }
         })?;
-        let layers = (self.model.moe_layers() * self.model.micro_batches) as f64;
-        let of_step = |(loads, repairs): &(Vec<LayerLoad>, f64)| {
+        let micro_batches = self.model.micro_batches as f64;
+        let of_step = |(loads, repairs): &(Vec<LayerLoad>, Vec<f64>)| {
             let traced = loads.len() as f64;
+            let layers = self.model.moe_layers() as f64 / traced;
             let mut time = self.step(loads);
-            time.exposed_restore += repairs / traced * layers;
-            GroupStep { time, max_over_mean: loads.iter().map(|load| load.max_over_mean).sum::<f64>() / traced }
+            time.exposed_restore += repairs.iter().sum::<f64>() * layers * micro_batches;
+            let forward = loads
+                .iter()
+                .zip(repairs)
+                .map(|(load, repair)| layers * (self.forward_seconds(load) + repair * micro_batches))
+                .collect();
+            GroupStep {
+                time,
+                forward,
+                max_over_mean: loads.iter().map(|load| load.max_over_mean).sum::<f64>() / traced,
+            }
         };
         Ok(loads.iter().map(of_step).collect())
     }
@@ -215,6 +262,21 @@ mod tests {
         assert!(two.slowest_max_over_mean > two.max_over_mean || two.max_over_mean == 1.0, "two groups differ");
         let alone = outcome(1, PlannerStrategy::MinMax);
         assert_eq!((alone.max_over_mean, alone.time.all_to_all), (1.0, 0.0));
+    }
+
+    #[test]
+    fn groups_meet_in_each_layers_forward_pass() {
+        let step = |waiting, forward: [f64; 2]| GroupStep {
+            time: StepTime { waiting, ..StepTime::default() },
+            forward: forward.to_vec(),
+            max_over_mean: 1.0,
+        };
+        let mut slowest = SlowestGroup::new(step(10.0, [1.0, 3.0]));
+        slowest.add(step(9.0, [3.0, 1.0]));
+        // Forward 3 and 3, where each group alone has 4; backward 6.
+        assert_eq!(slowest.time().total(), 12.0);
+        slowest.add(step(10.0, [1.0, 2.0]));
+        assert_eq!(slowest.time().total(), 13.0);
     }
 
     #[test]
