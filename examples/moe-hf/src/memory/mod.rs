@@ -7,6 +7,6 @@ mod estimate;
 mod peak;
 
 pub(crate) use advice::{gib, misfit};
-pub(crate) use check::{Estimated, check};
+pub(crate) use check::check;
 pub(crate) use estimate::{Batch, JobSizes, components};
 pub(crate) use peak::PeakMemory;
