@@ -7,13 +7,13 @@ use burn_fsep::{
     hub::ModelConfig,
     launch::Rank,
     planner::{PlannerStrategy, SplitMix64},
-    train::{FusedAdamWConfig, PlannerConfig, TrainerConfig},
+    train::{FusedAdamWConfig, PlannerConfig, ShardedOptimizer, TrainOptimizer, TrainerConfig},
 };
 
 use crate::{
     BenchArgs, MoeHfError, TokenBatch,
     inspect::ParameterCounts,
-    memory::PeakMemory,
+    memory::{self, JobSizes, PeakMemory, components, gib},
     model::{CausalLm, DecoderConfig},
     ranks,
 };
@@ -26,69 +26,119 @@ use crate::{
 pub fn bench(args: &BenchArgs) -> Result<(), MoeHfError> {
     args.check()?;
     let ranks = args.parallel.init(1)?;
-    let mut config = DecoderConfig::from_hub(&ModelConfig::open(&args.config_only)?)?;
-    if let Some(layers) = args.layers {
-        let most = config.feed_forwards.len();
-        if layers > most {
-            return Err(MoeHfError::Option(format!("--layers {layers}: the model has only {most}")));
-        }
-        config.feed_forwards.truncate(layers);
-        config.sliding_windows.truncate(layers);
-    }
-    let line = ranks.run(|rank| run(args, &config, &rank))?;
+    let config = DecoderConfig::from_hub(&ModelConfig::open(&args.config_only)?)?.with_layers(args.layers)?;
+    let is_thread = ranks.environment().is_none();
+    let line = ranks.run(|rank| run(args, &config, &rank, is_thread))?;
     if ranks.has_first() {
         println!("{line}");
     }
     Ok(())
 }
 
-fn run(args: &BenchArgs, config: &DecoderConfig, rank: &Rank) -> Result<serde_json::Value, MoeHfError> {
+fn run(
+    args: &BenchArgs,
+    config: &DecoderConfig,
+    rank: &Rank,
+    is_thread: bool,
+) -> Result<serde_json::Value, MoeHfError> {
     ranks::check_equal(rank.comm.as_ref(), "options or models", &format!("{config:?} {args:?}"))?;
+    let job = JobSizes::of_bench(args, rank.comm.size());
+    let estimated = memory::check(&job, config, rank, (&args.parallel.ranks, args.memory), is_thread)?;
     let text = args.text.as_ref().map(|path| read_text(path, args.seq_len, config.vocab_size)).transpose()?;
     let memory = PeakMemory::start(rank.gpu);
     let (runtime, device) = ranks::start(rank, &args.parallel, args.seed)?;
     let device = device.autodiff();
     let config = config.clone().with_parallel(&args.parallel);
     let model = CausalLm::new(&config, args.parallel.dtype.compute(), &runtime, &device)?;
-    // Every rank uses every layer. Gradients are not looked at: the peer in benches/hf_finetune_step.py does not, either.
-    let mut training = TrainerConfig::new()
-        .with_connect(false)
-        .with_check_gradients(false)
-        .with_gradient_buckets(model.buckets().clone());
-    if runtime.world_size() > 1 && !args.parallel.no_planner {
-        training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
-    }
-    let mut trainer = training.init(&runtime, model, FusedAdamWConfig::new().init())?;
-    let (mut times, mut losses, mut imbalance) = (Vec::new(), Vec::new(), [0.0; 2]);
-    for step in 0..args.warmup + args.steps {
-        let batch = batch(args, text.as_deref(), &config, step, &runtime, &device);
-        runtime.comm().barrier(Operation::new("step"))?;
-        let start = Instant::now();
-        let done = trainer.step(1e-5, |model| model.loss(&batch, config.router_aux_loss_coef, &runtime))?;
-        synchronize(&device, rank.gpu)?;
-        if step >= args.warmup {
-            times.push(start.elapsed().as_secs_f64());
-            let stats = runtime.stats();
-            imbalance[0] += stats.imbalance_static() / args.steps as f64;
-            imbalance[1] += stats.imbalance() / args.steps as f64;
-        }
-        losses.push(trainer.mean_loss(&done)?);
-    }
-    times.sort_unstable_by(f64::total_cmp);
-    let mut slowest = [times[times.len() / 2]];
-    runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
-    let mut peak = [memory.gib()];
-    runtime.comm().all_reduce(Operation::new("memory"), ReduceBuffer::F64(&mut peak), ReduceOp::Max)?;
+    let optimizer = FusedAdamWConfig::new().init();
+    let bench = Bench { args, config: &config, text: text.as_deref(), runtime: &runtime, gpu: rank.gpu };
+    let Measured { step_s, losses, imbalance, peak_gib, state_bytes } = if args.memory.sharded_optimizer {
+        let optimizer = ShardedOptimizer::new(&runtime, optimizer, &model)?;
+        bench.measure(model, optimizer, memory, &device, |optimizer| optimizer.state_bytes().map(Some))?
+    } else {
+        bench.measure(model, optimizer, memory, &device, |_| Ok(None))?
+    };
     let tokens = runtime.world_size() * args.batch * args.seq_len;
     let counts = ParameterCounts::of(&config);
+    let parts = components(&estimated.memory);
+    let parts: serde_json::Map<_, _> =
+        parts.into_iter().map(|(name, bytes)| (name.into(), gib(bytes).into())).collect();
     Ok(serde_json::json!({
-        "tokens_per_s": tokens as f64 / slowest[0], "step_ms": slowest[0] * 1e3, "peak_gib": peak[0],
+        "tokens_per_s": tokens as f64 / step_s, "step_ms": step_s * 1e3,
+        "peak_gib": peak_gib, "estimated_peak_gib": estimated.peak_gib(), "estimated_rank_gib": parts,
+        "restored_experts_gib": gib(runtime.unsharded_gauge().peak_bytes() as u64),
+        "optimizer_state_gib": state_bytes.map(|bytes| gib(bytes as u64)),
         "dtype": format!("{:?}", args.parallel.dtype).to_lowercase(), "ranks": runtime.world_size(),
         "layers": config.feed_forwards.len(), "batch": args.batch, "seq_len": args.seq_len, "steps": args.steps,
         "parameters": counts.total(), "parameters_per_token": counts.active(),
         "imbalance_static": imbalance[0], "imbalance_planned": imbalance[1],
         "first_loss": losses[0], "last_loss": losses[losses.len() - 1], "losses": losses,
     }))
+}
+
+/// What a rank measures steps with.
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    config: &'a DecoderConfig,
+    text: Option<&'a [u8]>,
+    runtime: &'a FsepRuntime,
+    gpu: Option<usize>,
+}
+
+/// What was measured; equal on all ranks, except for the state.
+struct Measured {
+    step_s: f64,
+    losses: Vec<f64>,
+    /// Without and with the planner.
+    imbalance: [f64; 2],
+    peak_gib: f64,
+    /// Of this rank's optimizer, if it tells.
+    state_bytes: Option<usize>,
+}
+
+impl Bench<'_> {
+    fn measure<O: TrainOptimizer>(
+        &self,
+        model: CausalLm,
+        optimizer: O,
+        memory: PeakMemory,
+        device: &Device,
+        state_bytes: impl Fn(&O) -> Result<Option<usize>, FsepError>,
+    ) -> Result<Measured, MoeHfError> {
+        let Self { args, config, text, runtime, gpu } = *self;
+        // Every rank uses every layer. Gradients are not looked at: the peer in benches/hf_finetune_step.py does not, either.
+        let mut training = TrainerConfig::new()
+            .with_connect(false)
+            .with_check_gradients(false)
+            .with_gradient_buckets(model.buckets().clone());
+        if runtime.world_size() > 1 && !args.parallel.no_planner {
+            training = training.with_planner(PlannerConfig::new(PlannerStrategy::MinMax));
+        }
+        let mut trainer = training.init(runtime, model, optimizer)?;
+        let (mut times, mut losses, mut imbalance) = (Vec::new(), Vec::new(), [0.0; 2]);
+        for step in 0..args.warmup + args.steps {
+            let batch = batch(args, text, config, step, runtime, device);
+            runtime.comm().barrier(Operation::new("step"))?;
+            let start = Instant::now();
+            let done = trainer.step(1e-5, |model| model.loss(&batch, config.router_aux_loss_coef, runtime))?;
+            synchronize(device, gpu)?;
+            if step >= args.warmup {
+                times.push(start.elapsed().as_secs_f64());
+                let stats = runtime.stats();
+                imbalance[0] += stats.imbalance_static() / args.steps as f64;
+                imbalance[1] += stats.imbalance() / args.steps as f64;
+            }
+            losses.push(trainer.mean_loss(&done)?);
+        }
+        times.sort_unstable_by(f64::total_cmp);
+        let mut slowest = [times[times.len() / 2]];
+        runtime.comm().all_reduce(Operation::new("time"), ReduceBuffer::F64(&mut slowest), ReduceOp::Max)?;
+        let mut peak = [memory.gib()];
+        runtime.comm().all_reduce(Operation::new("memory"), ReduceBuffer::F64(&mut peak), ReduceOp::Max)?;
+        // After the peak was read: this copies the state.
+        let state_bytes = state_bytes(trainer.optimizer())?;
+        Ok(Measured { step_s: slowest[0], losses, imbalance, peak_gib: peak[0], state_bytes })
+    }
 }
 
 /// The bytes of a text.

@@ -5,6 +5,7 @@ use burn_fsep::{
     comm::CommError,
     hub::HubError,
     launch::{LaunchError, RunError},
+    planner::memory::Phase,
 };
 use thiserror::Error;
 
@@ -50,6 +51,21 @@ pub enum MoeHfError {
     NoScore {
         /// Its place in the text.
         token: usize,
+    },
+    /// A job that takes more memory than there is.
+    #[error(
+        "the job does not fit: a rank is estimated to take {needed_gib:.2} GiB at its peak ({phase}), and {limit_gib:.2} GiB is what it \
+         has. {advice}"
+    )]
+    DoesNotFit {
+        /// GiB of a rank.
+        needed_gib: f64,
+        /// When it takes them.
+        phase: Phase,
+        /// GiB that it may take.
+        limit_gib: f64,
+        /// What would fit.
+        advice: String,
     },
     /// The computation failed.
     #[error(transparent)]

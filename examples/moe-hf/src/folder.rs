@@ -146,6 +146,22 @@ impl DecoderConfig {
         })
     }
 
+    /// Only the first layers, where a number of them is given.
+    ///
+    /// # Errors
+    ///
+    /// [`MoeHfError::Option`] for more than there are.
+    pub(crate) fn with_layers(mut self, layers: Option<usize>) -> Result<Self, MoeHfError> {
+        let most = self.feed_forwards.len();
+        let layers = layers.unwrap_or(most);
+        if layers > most {
+            return Err(MoeHfError::Option(format!("--layers {layers}: the model has only {most}")));
+        }
+        self.feed_forwards.truncate(layers);
+        self.sliding_windows.truncate(layers);
+        Ok(self)
+    }
+
     /// The same with a rank's slots and types.
     pub(crate) fn with_parallel(mut self, parallel: &ParallelArgs) -> Self {
         let (compute, parameters) = (parallel.dtype.compute(), parallel.dtype.parameters());

@@ -1,10 +1,14 @@
 use std::fmt::Write as _;
 
-use burn_fsep::{FSEPMoEConfig, hub::ModelConfig};
+use burn_fsep::{
+    FSEPMoEConfig,
+    hub::ModelConfig,
+    planner::memory::{Phase, RankMemory},
+};
 
 use crate::{
     InspectArgs, MoeHfError,
-    args::check_positive,
+    memory::{Batch, JobSizes, components, gib, misfit},
     model::{DecoderConfig, FeedForwardConfig, QkNorm},
 };
 
@@ -12,14 +16,15 @@ use crate::{
 ///
 /// # Errors
 ///
-/// [`MoeHfError`] if config.json cannot be read, or is of a model that this program does not run.
+/// [`MoeHfError`] if an option cannot work, or config.json cannot be read or is of a model that this program does not run;
+/// [`MoeHfError::DoesNotFit`], after the report, if `--memory-gib` is not enough for any of the numbers of ranks.
 pub fn inspect(args: &InspectArgs) -> Result<(), MoeHfError> {
-    for &ranks in &args.ranks {
-        check_positive([("--ranks", ranks)])?;
-    }
+    args.check()?;
     let config = ModelConfig::open(&args.model)?;
-    print!("{}", report(&config, &DecoderConfig::from_hub(&config)?, &args.ranks));
-    Ok(())
+    let decoder = DecoderConfig::from_hub(&config)?.with_layers(args.layers)?;
+    let jobs = Jobs::of(args, decoder)?;
+    print!("{}\n{}", sizes(&config, &jobs.decoder), jobs.table());
+    jobs.fit()
 }
 
 /// Parameters of a model, by how ranks hold them.
@@ -81,7 +86,8 @@ fn expert(moe: &FSEPMoEConfig) -> usize {
     3 * moe.hidden_size * moe.moe_ffn_hidden_size
 }
 
-fn report(config: &ModelConfig, decoder: &DecoderConfig, ranks: &[usize]) -> String {
+/// What a model is.
+fn sizes(config: &ModelConfig, decoder: &DecoderConfig) -> String {
     let counts = ParameterCounts::of(decoder);
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
@@ -121,65 +127,96 @@ fn report(config: &ModelConfig, decoder: &DecoderConfig, ranks: &[usize]) -> Str
     line("vocabulary", decoder.vocab_size.to_string());
     line("parameters", format!("{} ({:.3} billion)", counts.total(), counts.total() as f64 / 1e9));
     line("parameters a token", format!("{} ({:.3} billion)", counts.active(), counts.active() as f64 / 1e9));
-    let _ = writeln!(text, "\nmemory of a rank that trains with AdamW, without activations, in GiB:");
-    let _ = writeln!(
-        text,
-        "{:>6} {:>6} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
-        "ranks", "type", "weights", "gradients", "AdamW", "unsharded", "sum", "full copy"
-    );
-    for &ranks in ranks {
-        for (name, parameter, compute) in [("f32", 4, 4), ("mixed", 4, 2), ("bf16", 2, 2)] {
-            let memory = Memory::of(decoder, counts, ranks, parameter, compute);
-            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
-            let _ = writeln!(
-                text,
-                "{ranks:>6} {name:>6} {:>10.3} {:>10.3} {:>10.3} {:>10.3} {:>10.3} {:>10.3}",
-                gib(memory.weights),
-                gib(memory.gradients),
-                gib(memory.optimizer),
-                gib(memory.unsharded),
-                gib(memory.weights + memory.gradients + memory.optimizer + memory.unsharded),
-                gib(4 * counts.total() * parameter),
-            );
-        }
-    }
-    text.push_str(
-        "unsharded: the experts of two layers, that computes and that is on its way, and as many gradients\n",
-    );
     text
 }
 
-/// Bytes that a rank holds.
-struct Memory {
-    weights: usize,
-    gradients: usize,
-    optimizer: usize,
-    unsharded: usize,
+/// The same training by different numbers of ranks.
+struct Jobs {
+    decoder: DecoderConfig,
+    /// What is equal.
+    description: String,
+    jobs: Vec<(JobSizes, RankMemory)>,
+    /// Bytes of a rank.
+    limit: Option<u64>,
 }
 
-impl Memory {
-    fn of(config: &DecoderConfig, counts: ParameterCounts, ranks: usize, parameter: usize, compute: usize) -> Self {
-        let held = counts.replicated + counts.experts.div_ceil(ranks);
-        let slots = |moe: &FSEPMoEConfig| {
-            let experts = moe.num_moe_experts;
-            moe.slots_per_rank.unwrap_or((experts.div_ceil(ranks) + 1).min(experts)) * expert(moe)
+impl Jobs {
+    fn of(args: &InspectArgs, decoder: DecoderConfig) -> Result<Self, MoeHfError> {
+        let job = |ranks| JobSizes {
+            ranks,
+            expert_parallel_size: args.expert_parallel_size,
+            slots: args.slots,
+            kept_layers: args.kept_layers,
+            dtype: args.dtype,
+            sharded_optimizer: args.sharded_optimizer,
+            batch: Batch::OfRank(args.batch),
+            seq_len: args.seq_len,
+            backend: args.backend,
         };
-        let mut layers: Vec<usize> = config
-            .feed_forwards
-            .iter()
-            .map(|layer| match layer {
-                FeedForwardConfig::Sparse(moe) => slots(moe),
-                FeedForwardConfig::Dense(_) => 0,
-            })
-            .collect();
-        layers.sort_unstable_by(|a, b| b.cmp(a));
-        let two: usize = layers.iter().take(2).sum();
-        Self {
-            weights: held * parameter,
-            gradients: held * parameter,
-            optimizer: 2 * held * parameter,
-            // One rank has whole experts as they are.
-            unsharded: if ranks == 1 { 0 } else { 2 * two * compute },
+        let ranks = args.numbers_of_ranks();
+        let jobs = ranks.into_iter().map(job).map(|job| Ok((job, job.memory(&decoder)?)));
+        let jobs = jobs.collect::<Result<_, MoeHfError>>()?;
+        let description = format!(
+            "{} x {} tokens, {}, AdamW{}",
+            args.batch,
+            args.seq_len,
+            format!("{:?}", args.dtype).to_lowercase(),
+            if args.sharded_optimizer { " with its state cut over ranks" } else { "" }
+        );
+        Ok(Self { decoder, description, jobs, limit: args.memory_gib.map(|gib| (gib * (1u64 << 30) as f64) as u64) })
+    }
+
+    /// A row a component, a column a number of ranks.
+    fn table(&self) -> String {
+        let mut text = format!("memory of a rank in a training step, in GiB: {}\n", self.description);
+        let mut row = |name: &str, cells: Vec<String>| {
+            let cells: String = cells.iter().map(|cell| format!(" {cell:>9}")).collect();
+            let _ = writeln!(text, "{name:<32}{cells}");
+        };
+        let cells = |cell: &dyn Fn(&JobSizes, &RankMemory) -> String| -> Vec<String> {
+            self.jobs.iter().map(|(job, memory)| cell(job, memory)).collect()
+        };
+        row("ranks", cells(&|job, _| job.ranks.to_string()));
+        row("ranks that share experts", cells(&|job, _| job.group_ranks().to_string()));
+        let names = self.jobs.first().map(|(_, memory)| components(memory)).unwrap_or_default();
+        for (place, (name, _)) in names.into_iter().enumerate() {
+            row(name, cells(&|_, memory| format!("{:.3}", gib(components(memory)[place].1))));
+        }
+        row("peak", cells(&|_, memory| format!("{:.3}", gib(memory.peak().bytes))));
+        // In a word: the table's columns are narrow.
+        row(
+            "when",
+            cells(&|_, memory| match memory.peak().phase {
+                Phase::Loss => "loss".into(),
+                Phase::LastLayer => "last bwd".into(),
+                Phase::FirstLayer => "first bwd".into(),
+                Phase::Update => "update".into(),
+            }),
+        );
+        if let Some(limit) = self.limit {
+            let fits = |bytes| if bytes <= limit { "yes" } else { "no" };
+            row(&format!("fits into {:.3}", gib(limit)), cells(&|_, memory| fits(memory.peak().bytes).into()));
+        }
+        text.push_str(
+            "Not all of it is there at once: the peak is that of the loss, of backward of the last or of the first layer, or of the \
+             update. docs/memory.md has the formulae.\n",
+        );
+        text
+    }
+
+    /// Whether there is a number of ranks with which the job fits.
+    fn fit(self) -> Result<(), MoeHfError> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let misfits = self.jobs.iter().map(|(job, memory)| misfit(job, &self.decoder, memory, limit));
+        // Of several numbers of ranks the one that comes nearest.
+        let nearest = |error: &MoeHfError| match error {
+            MoeHfError::DoesNotFit { needed_gib, .. } => *needed_gib,
+            _ => f64::INFINITY,
+        };
+        let errors: Option<Vec<MoeHfError>> = misfits.collect();
+        match errors.and_then(|errors| errors.into_iter().min_by(|a, b| nearest(a).total_cmp(&nearest(b)))) {
+            Some(error) => Err(error),
+            None => Ok(()),
         }
     }
 }

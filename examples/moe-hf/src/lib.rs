@@ -23,7 +23,7 @@ mod text;
 
 pub use args::{
     BenchArgs, Cli, Command, Dtype, FinetuneArgs, GenerateArgs, InspectArgs, LogitsArgs, MakeArgs, MakeFamily,
-    OptimizerArgs, ParallelArgs,
+    MemoryArgs, OptimizerArgs, ParallelArgs,
 };
 pub use batch::TokenBatch;
 pub use corpus::Corpus;

@@ -279,13 +279,48 @@ fn a_configuration_is_enough_to_inspect_and_to_measure() {
     let folder = tempfile::tempdir().unwrap();
     let model = tiny(folder.path(), &["--family", "olmoe"]);
     std::fs::remove_file(model.join("model.safetensors")).unwrap();
-    let sizes = ["--layers", "1", "--batch", "2", "--seq-len", "16", "--warmup", "1", "--steps", "2", "--ranks", "2"];
+    let sizes = [
+        "--layers",
+        "1",
+        "--batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--warmup",
+        "1",
+        "--steps",
+        "2",
+        "--ranks",
+        "2",
+        "--sharded-optimizer",
+    ];
     let args: Vec<&str> = ["bench", "--config-only", text(&model)].into_iter().chain(sizes).collect();
     let line: Value = serde_json::from_str(&printed(&moe_hf(&args))).unwrap();
     assert_eq!((&line["ranks"], &line["layers"], &line["steps"]), (&2.into(), &1.into(), &2.into()));
-    for number in ["tokens_per_s", "step_ms", "peak_gib", "first_loss"] {
+    for number in ["tokens_per_s", "step_ms", "peak_gib", "estimated_peak_gib", "optimizer_state_gib", "first_loss"] {
         assert!(line[number].as_f64().unwrap() > 0.0, "{number}: {line}");
     }
+}
+
+/// A job that cannot fit is refused before it starts, with options that would.
+#[test]
+fn what_does_not_fit_is_said_before_it_starts() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/olmoe-1b-7b");
+    let inspect = |gib| {
+        let job = ["--ranks", "8", "--expert-parallel-size", "4", "--dtype", "bf16", "--memory-gib", gib];
+        moe_hf(&["inspect", "--model", text(&configs)].into_iter().chain(job).collect::<Vec<_>>())
+    };
+    assert!(printed(&inspect("1000")).contains("yes"));
+    let output = inspect("1");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("does not fit") && error.contains("1.00 GiB"), "{error}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("peak"));
+    // More tokens than any machine holds.
+    let sizes = ["--batch", "1000000", "--seq-len", "1024", "--ranks", "2"];
+    let args: Vec<&str> = ["bench", "--config-only", text(&configs)].into_iter().chain(sizes).collect();
+    let error = refused(&args);
+    assert!(error.contains("does not fit") || !cfg!(target_os = "linux"), "{error}");
 }
 
 #[test]

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ParallelArgs, command::check_positive};
+use super::{MemoryArgs, ParallelArgs, command::check_positive};
 use crate::MoeHfError;
 
 /// Options of `bench`.
@@ -32,6 +32,9 @@ pub struct BenchArgs {
     /// Seed of values and tokens.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
+    /// Of what memory is taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Where it is done.
     #[command(flatten)]
     pub parallel: ParallelArgs,

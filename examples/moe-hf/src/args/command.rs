@@ -1,8 +1,6 @@
-use std::path::PathBuf;
+use clap::{Parser, Subcommand};
 
-use clap::{Args, Parser, Subcommand};
-
-use super::{BenchArgs, FinetuneArgs, GenerateArgs, LogitsArgs, MakeArgs};
+use super::{BenchArgs, FinetuneArgs, GenerateArgs, InspectArgs, LogitsArgs, MakeArgs};
 use crate::MoeHfError;
 
 /// Runs and fine-tunes Mixture-of-Experts models of the Hugging Face hub: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE.
@@ -23,23 +21,12 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Computes the logits of given token ids.
     Logits(LogitsArgs),
-    /// Says what a model is: sizes, parameters, and the memory that training takes on each of N ranks.
-    Inspect(InspectArgs),
+    /// Says what a model is: sizes, parameters, and the memory that training takes on each of N ranks; whether it fits.
+    Inspect(Box<InspectArgs>),
     /// Makes a tiny model of bytes with random values.
     Make(MakeArgs),
     /// Measures training steps of a model with random values, and prints one line of JSON.
     Bench(BenchArgs),
-}
-
-/// Options of `inspect`.
-#[derive(Args, Debug, Clone)]
-pub struct InspectArgs {
-    /// The model's folder; its config.json is enough.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
-    /// Numbers of ranks.
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16, 32, 64])]
-    pub ranks: Vec<usize>,
 }
 
 /// The error of an option.

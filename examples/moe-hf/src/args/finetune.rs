@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{
-    ParallelArgs,
+    MemoryArgs, ParallelArgs,
     command::{check_positive, refuse},
 };
 use crate::MoeHfError;
@@ -32,6 +32,9 @@ pub struct FinetuneArgs {
     /// Tokens of text to generate at the end.
     #[arg(long, value_name = "TOKENS", default_value_t = 160)]
     pub sample: usize,
+    /// Of what memory is taken.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Where it is done.
     #[command(flatten)]
     pub parallel: ParallelArgs,

@@ -23,7 +23,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
         file.as_deref().map_or(Ok(()), |file| check_output(option, file))?;
     }
     let ranks = args.parallel.init(THREADS)?;
-    let shared = Mutex::new(None);
+    let (shared, is_thread) = (Mutex::new(None), ranks.environment().is_none());
     let Finetuned { summary, sample } = ranks.run(|rank| {
         let files = Files::shared(args, &rank, &shared)?;
         ranks::check_equal(rank.comm.as_ref(), "options, texts or models", &(options(args), &files))?;
@@ -31,7 +31,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<(), MoeHfError> {
         if rank.is_first() {
             println!("{}", describe(args, &files, rank.comm.size()));
         }
-        Job { args, folder, text: text.as_ref() }.run(&rank)
+        Job { args, folder, text: text.as_ref(), is_thread }.run(&rank)
     })?;
     if !ranks.has_first() {
         return Ok(());
@@ -89,9 +89,10 @@ impl Files {
 fn options(args: &FinetuneArgs) -> String {
     let parallel = &args.parallel;
     format!(
-        "{:?} {} {:?} {:?} {} {}",
+        "{:?} {} {:?} {:?} {:?} {} {}",
         args.optimizer,
         args.sample,
+        args.memory,
         parallel.dtype,
         parallel.ranks.slots,
         parallel.no_planner,

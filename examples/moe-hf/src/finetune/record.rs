@@ -28,6 +28,10 @@ pub(crate) struct Summary {
     pub valid_loss_before: Option<f64>,
     /// The same after the last step.
     pub valid_loss_after: Option<f64>,
+    /// The most memory of a GPU or a process in training, in GiB.
+    pub peak_gib: Option<f64>,
+    /// What was estimated before, without what a process or a GPU's context takes by itself.
+    pub estimated_peak_gib: Option<f64>,
     /// All ranks together.
     pub tokens_per_second: f64,
     /// Seconds of training.
@@ -119,6 +123,9 @@ impl Summary {
         if !self.losses.is_empty() {
             line("expert imbalance, static EP", format!("{:.3} max/mean", mean(&self.imbalance_static)));
             line("expert imbalance, as planned", format!("{:.3} max/mean", mean(&self.imbalance_planned)));
+            if let (Some(peak), Some(estimated)) = (self.peak_gib, self.estimated_peak_gib) {
+                line("peak memory", format!("{peak:.2} GiB, estimated {estimated:.2}"));
+            }
             line("speed", format!("{:.0} tokens/s", self.tokens_per_second));
             line("training time", format!("{:.1} s for {} steps", self.seconds, self.steps));
         }

@@ -6,13 +6,17 @@ use burn_fsep::{
     comm::{Operation, ReduceBuffer, ReduceOp},
     launch::Rank,
     planner::PlannerStrategy,
-    train::{FusedAdamWConfig, PlannerConfig, TrainerConfig},
+    train::{FusedAdamWConfig, PlannerConfig, ShardedOptimizer, TrainOptimizer, Trainer, TrainerConfig},
 };
 
 use super::record::{Recorder, Summary};
 use crate::{
-    Corpus, FinetuneArgs, ModelFolder, MoeHfError, TextCodec, TokenBatch, files::check_output_folder,
-    generate::Sampling, model::CausalLm, ranks,
+    Corpus, FinetuneArgs, ModelFolder, MoeHfError, TextCodec, TokenBatch,
+    files::check_output_folder,
+    generate::Sampling,
+    memory::{self, JobSizes, PeakMemory},
+    model::CausalLm,
+    ranks,
 };
 
 /// What the ranks of a process share.
@@ -21,6 +25,8 @@ pub(super) struct Job<'a> {
     pub folder: &'a ModelFolder,
     /// `None` if no step is made.
     pub text: Option<&'a (TextCodec, Corpus)>,
+    /// All ranks are threads of this process.
+    pub is_thread: bool,
 }
 
 /// What a rank has at the end; equal on all ranks.
@@ -40,6 +46,11 @@ impl Job<'_> {
         if rank.is_first() {
             check_output_folder(&args.output())?;
         }
+        let estimated = self.text.map(|_| {
+            let job = JobSizes::of_finetune(args, rank.comm.size());
+            memory::check(&job, self.folder.decoder(), rank, (&args.parallel.ranks, args.memory), self.is_thread)
+        });
+        let (estimated, memory) = (estimated.transpose()?, PeakMemory::start(rank.gpu));
         let (runtime, device) = ranks::start(rank, &args.parallel, options.seed)?;
         let device = device.autodiff();
         let model = self.folder.load(&args.parallel, &runtime, &device)?;
@@ -51,6 +62,9 @@ impl Job<'_> {
         let held_out = corpus.held_out(HELD_OUT, options.seq_len);
         let before = validate(&model, &held_out, options.batch, &runtime, &device)?;
         let (model, mut recorder) = self.train(model, corpus, &runtime, &device)?;
+        // Of training: what comes after is done once.
+        recorder.summary.peak_gib = largest(memory.gib(), &runtime)?;
+        recorder.summary.estimated_peak_gib = estimated.map(|estimated| estimated.peak_gib());
         recorder.summary.valid_loss_before = Some(before);
         recorder.summary.valid_loss_after = Some(validate(&model, &held_out, options.batch, &runtime, &device)?);
         self.save(&model, &runtime)?;
@@ -100,7 +114,22 @@ impl Job<'_> {
         }
         let optimizer =
             FusedAdamWConfig::new().with_epsilon(1e-8).with_weight_decay(options.weight_decay as f32).init();
-        let mut trainer = config.init(runtime, model, optimizer)?;
+        if args.memory.sharded_optimizer {
+            let optimizer = ShardedOptimizer::new(runtime, optimizer, &model)?;
+            return self.steps(config.init(runtime, model, optimizer)?, coeff, corpus, runtime, device);
+        }
+        self.steps(config.init(runtime, model, optimizer)?, coeff, corpus, runtime, device)
+    }
+
+    fn steps<O: TrainOptimizer>(
+        &self,
+        mut trainer: Trainer<CausalLm, O>,
+        coeff: f64,
+        corpus: &Corpus,
+        runtime: &FsepRuntime,
+        device: &Device,
+    ) -> Result<(CausalLm, Recorder), MoeHfError> {
+        let (args, options) = (self.args, &self.args.optimizer);
         let mut recorder = Recorder::new(runtime, options.steps, args.record_trace.is_some());
         for step in 0..options.steps {
             let texts = corpus.batch(options.seed, step, options.batch, options.seq_len);
@@ -129,6 +158,13 @@ impl Job<'_> {
         let tokens = sampling.continue_text(&model.valid(), prompt, runtime, &device.clone().inner())?;
         Ok(Some([codec.decode(prompt)?, codec.decode_after(prompt, &tokens)?]))
     }
+}
+
+/// The most GiB of all ranks; `None` where the system does not tell. Collective.
+fn largest(gib: f64, runtime: &FsepRuntime) -> Result<Option<f64>, MoeHfError> {
+    let mut most = [gib];
+    runtime.comm().all_reduce(Operation::new("memory"), ReduceBuffer::F64(&mut most), ReduceOp::Max)?;
+    Ok(Some(most[0]).filter(|gib| gib.is_finite()))
 }
 
 /// Removes a folder, if it is there.
