@@ -129,6 +129,15 @@ pub enum FsepError {
         /// What was seen.
         reason: String,
     },
+    /// An optimizer that cannot step experts matrix by matrix
+    /// ([`WholeMatrixOptimizer`](crate::train::WholeMatrixOptimizer)).
+    #[error("the experts `{parameter}` cannot be stepped matrix by matrix: {reason}")]
+    WholeMatrixOptimizer {
+        /// The experts' parameter, by its path in the model.
+        parameter: String,
+        /// What was seen.
+        reason: String,
+    },
     /// The step panicked, for a reason of its own.
     #[error("the step panicked: {0}")]
     Panicked(String),

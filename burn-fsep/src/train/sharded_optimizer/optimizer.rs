@@ -178,7 +178,14 @@ pub(in super::super) fn check_experts<M: Module>(
     if experts.is_empty() {
         return Ok(());
     }
-    probe::check(optimizer, model, &experts).inspect_err(|error| runtime.comm().abort(&error.to_string()))
+    let checked = probe::check(optimizer, model, &experts).map_err(|error| match error {
+        FsepError::ShardedOptimizer { parameter, reason } => {
+            let reason = format!("{reason}; `WholeMatrixOptimizer` steps experts matrix by matrix");
+            FsepError::ShardedOptimizer { parameter, reason }
+        }
+        other => other,
+    });
+    checked.inspect_err(|error| runtime.comm().abort(&error.to_string()))
 }
 
 /// The trained parameters of some placements.
