@@ -93,7 +93,8 @@ pub(super) fn states_of_shards<'a>(
     let checked = serde_json::from_slice::<Vec<Option<Fields>>>(&first)
         .map_err(|error| CheckpointError::Unsupported { what: "optimizer".into(), reason: error.to_string() })
         .and_then(|first| {
-            let differs = |(own, first): &(&OwnExperts<'_>, &Option<Fields>)| own.fields.is_some() && own.fields != **first;
+            let differs =
+                |(own, first): &(&OwnExperts<'_>, &Option<Fields>)| own.fields.is_some() && own.fields != **first;
             match own.iter().zip(&first).find(differs) {
                 _ if own.len() != first.len() => {
                     Err(CheckpointError::Config("ranks have models of different numbers of layers with experts".into()))

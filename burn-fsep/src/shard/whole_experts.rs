@@ -36,9 +36,7 @@ impl WholeExperts {
         let ours = self.of_rank(rank).len();
         ExchangePlan {
             sends: (0..experts).map(|expert| block(expert / self.run(), expert)).collect(),
-            recvs: (0..ranks)
-                .flat_map(|peer| (0..ours).map(move |row| block(peer, row * ranks + peer)))
-                .collect(),
+            recvs: (0..ranks).flat_map(|peer| (0..ours).map(move |row| block(peer, row * ranks + peer))).collect(),
             recv_len: ours * ranks * shard_len,
             send_len: experts * shard_len,
         }
@@ -58,7 +56,8 @@ impl ExpertShape {
     /// The matrices of an expert (gate, up `[F, D]`, down `[D, F]`), then its biases, as they follow each other in its flat vector.
     pub(crate) fn parts(&self) -> Vec<ExpertPart> {
         let Self { hidden, ffn, gated, bias } = *self;
-        let outs = if gated { vec![(ffn, hidden), (ffn, hidden), (hidden, ffn)] } else { vec![(ffn, hidden), (hidden, ffn)] };
+        let outs =
+            if gated { vec![(ffn, hidden), (ffn, hidden), (hidden, ffn)] } else { vec![(ffn, hidden), (hidden, ffn)] };
         let matrices = outs.iter().map(|&(rows, columns)| vec![rows, columns]);
         let biases = outs.iter().filter(|_| bias).map(|&(rows, _)| vec![rows]);
         let mut start = 0;

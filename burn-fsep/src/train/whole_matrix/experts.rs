@@ -74,13 +74,7 @@ impl ModuleMapper for StepExperts<'_> {
 
 impl StepExperts<'_> {
     /// The next values of this rank's part of a layer's experts, `[E * S]`, or `[E / N * P]` of whole ones.
-    fn step_layer(
-        &mut self,
-        info: &ExpertsInfo,
-        id: ParamId,
-        values: Tensor<1>,
-        gradients: Tensor<1>,
-    ) -> Tensor<1> {
+    fn step_layer(&mut self, info: &ExpertsInfo, id: ParamId, values: Tensor<1>, gradients: Tensor<1>) -> Tensor<1> {
         let comm = self.runtime.groups().experts();
         let (rank, ranks) = (comm.rank(), comm.size());
         let whole = WholeExperts { experts: info.num_experts, ranks };
@@ -128,13 +122,7 @@ pub(super) struct Part<'a> {
 
 impl Part<'_> {
     /// The next values, flat as the values and the gradient.
-    pub fn step(
-        &self,
-        optimizer: &mut ModuleOptimizer,
-        lr: f64,
-        values: Tensor<1>,
-        gradient: Tensor<1>,
-    ) -> Tensor<1> {
+    pub fn step(&self, optimizer: &mut ModuleOptimizer, lr: f64, values: Tensor<1>, gradient: Tensor<1>) -> Tensor<1> {
         match *self.dims {
             [rows, columns] => self.step_as(optimizer, lr, values, gradient, [rows, columns]),
             _ => {

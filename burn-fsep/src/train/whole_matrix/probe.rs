@@ -70,7 +70,9 @@ impl Experts<'_> {
             Ok(Ok(bias)) if bias.as_ref().is_none_or(|bias| bias.1 == matrix.1) => Ok(()),
             Ok(Ok(_)) => Err("their biases get a state of other fields than their matrices".into()),
             Ok(Err(reason)) => Err(reason),
-            Err(message) => Err(format!("they have biases, which are vectors, and at one of these the optimizer panics: {message}")),
+            Err(message) => {
+                Err(format!("they have biases, which are vectors, and at one of these the optimizer panics: {message}"))
+            }
         }
     }
 

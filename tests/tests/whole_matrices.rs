@@ -1,0 +1,494 @@
+//! Muon for experts: steps are those of the dense model whose matrices are stepped one by one, checkpoints go on with any number of ranks
+//! and groups, and what cannot be stepped or saved is refused.
+
+use std::{collections::HashMap, fs, path::Path, time::Duration};
+
+use burn::{
+    data::dataloader::batcher::Batcher,
+    lr_scheduler::module_lr_scheduler::ModuleLearningRate,
+    module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup},
+    optim::{
+        AdafactorConfig, AdamWConfig, GradientsParams, LambConfig, ModuleOptimizer, MuonConfig, SgdConfig,
+        momentum::MomentumConfig,
+    },
+    tensor::{Tensor, TensorData},
+};
+use burn_fsep::{
+    ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
+    checkpoint::{self, CheckpointError, CheckpointedOptimizer, TrainingProgress, list},
+    comm::local::LaunchConfig,
+    train::{TrainOptimizer, Trainer, TrainerConfig, WholeMatrixOptimizer, clip_grad_norm, sync_gradients},
+};
+use burn_fsep_tests::{SmallMoe, TaskBatcher, TaskItem, device, launch, task_items};
+
+const SEED: u64 = 3;
+const BATCH: usize = 24;
+const LR: f64 = 2e-3;
+const CLIP: f64 = 0.5;
+const EXPERTS: usize = 6;
+const HIDDEN: usize = 7;
+const FFN: usize = 11;
+const PARAMS: usize = 3 * HIDDEN * FFN;
+
+/// Six experts of 231 parameters: four ranks divide neither.
+fn config() -> FSEPMoEConfig {
+    FSEPMoEConfig::new(HIDDEN, FFN, EXPERTS).with_slots_per_rank(Some(EXPERTS))
+}
+
+fn on_ranks<T: Send>(
+    (world, shared_by): (usize, usize),
+    program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync,
+) -> Vec<T> {
+    let launched = LaunchConfig::new(world).with_timeout(Duration::from_secs(60));
+    let config = FsepRuntimeConfig::new().with_seed(SEED).with_expert_parallel_size(shared_by);
+    let results = launch(&launched, |comm| program(&config.init(comm)?));
+    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+}
+
+type MakeOptimizer = fn() -> ModuleOptimizer;
+
+fn adamw() -> AdamWConfig {
+    AdamWConfig::new().with_epsilon(1e-6).with_weight_decay(0.01)
+}
+
+/// Muon for the experts, AdamW for everything else.
+fn muon_for_experts() -> ModuleOptimizer {
+    let adamw = ModuleOptimizer::from(adamw().build());
+    adamw.with_group(ParamGroup::from_predicate("experts.weight"), MuonConfig::new().build(), None)
+}
+
+/// Names of fields and values of all parameters whose path ends so, as rows.
+struct Rows<'a> {
+    path: Vec<String>,
+    end: &'a str,
+    rows: Vec<Vec<Vec<f32>>>,
+}
+
+impl ModuleVisitor for Rows<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.path.join(".").ends_with(self.end) {
+            let rows = param.shape()[0];
+            let values: Vec<f32> = param.val().into_data().iter().collect();
+            self.rows.push(values.chunks(values.len() / rows).map(<[f32]>::to_vec).collect());
+        }
+    }
+}
+
+/// `[layers, rows, ..]`
+fn rows<M: Module>(model: &M, end: &str) -> Vec<Vec<Vec<f32>>> {
+    let mut rows = Rows { path: Vec::new(), end, rows: Vec::new() };
+    model.visit(&mut rows);
+    rows.rows
+}
+
+/// The experts of a group, whole, from those of its ranks: `[layers, E, P]`.
+fn whole(ranks: &[Vec<Vec<Vec<f32>>>]) -> Vec<Vec<Vec<f32>>> {
+    let expert = |layer: usize, expert: usize| {
+        let mut params: Vec<f32> = ranks.iter().flat_map(|rank| rank[layer][expert].clone()).collect();
+        assert!(params[PARAMS..].iter().all(|&padding| padding == 0.0), "padding stays zero");
+        params.truncate(PARAMS);
+        params
+    };
+    (0..ranks[0].len()).map(|layer| (0..EXPERTS).map(|e| expert(layer, e)).collect()).collect()
+}
+
+fn batch(items: &[TaskItem], step: usize, [rank, ranks]: [usize; 2]) -> burn_fsep_tests::TaskBatch {
+    let share = BATCH / ranks;
+    let start = step * BATCH % items.len() + rank * share;
+    TaskBatcher.batch(items[start..start + share].to_vec(), &device())
+}
+
+fn of(runtime: &FsepRuntime) -> [usize; 2] {
+    [runtime.rank(), runtime.world_size()]
+}
+
+/// What a rank has after training: losses, its experts, and the replicated parameters.
+type Trained = (Vec<f64>, Vec<Vec<Vec<f32>>>, Vec<f32>);
+
+fn train<O: TrainOptimizer>(
+    trainer: &mut Trainer<SmallMoe, O>,
+    runtime: &FsepRuntime,
+    items: &[TaskItem],
+    steps: usize,
+) -> Result<Trained, FsepError> {
+    let mut losses = Vec::new();
+    for _ in 0..steps {
+        let batch = batch(items, trainer.progress().step as usize, of(runtime));
+        let step = trainer.step(LR, |model| model.loss(&batch))?;
+        losses.push(trainer.mean_loss(&step)?);
+    }
+    Ok((losses, rows(trainer.model(), "experts.weight"), trainer.model().replicated()))
+}
+
+fn trainer<O: TrainOptimizer>(
+    runtime: &FsepRuntime,
+    config: &FSEPMoEConfig,
+    optimizer: impl FnOnce(&SmallMoe) -> Result<O, FsepError>,
+) -> Result<Trainer<SmallMoe, O>, FsepError> {
+    let model = SmallMoe::fsep_of(config, runtime, &device())?;
+    let optimizer = optimizer(&model)?;
+    TrainerConfig::new().with_max_grad_norm(CLIP).init(runtime, model, optimizer)
+}
+
+/// A matrix as a model of its own.
+#[derive(Module, Debug)]
+struct Matrix {
+    weight: Param<Tensor<2>>,
+}
+
+/// Steps the dense model's experts matrix by matrix with Burn's optimizer.
+struct StepMatrices<'a> {
+    path: Vec<String>,
+    grads: &'a mut GradientsParams,
+    optimizer: &'a mut ModuleOptimizer,
+    /// By layer, expert and place.
+    matrices: &'a mut HashMap<(String, usize, usize), Matrix>,
+}
+
+impl ModuleMapper for StepMatrices<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let path = self.path.join(".");
+        if !path.ends_with("Dense.weight") {
+            return param;
+        }
+        let gradients = self.grads.remove::<D>(param.id).unwrap().inner().reshape([EXPERTS, PARAMS]);
+        param.map(|tensor| {
+            let values = tensor.inner().reshape([EXPERTS, PARAMS]);
+            let mut stepped = Vec::new();
+            for expert in 0..EXPERTS {
+                for (place, dims) in [[FFN, HIDDEN], [FFN, HIDDEN], [HIDDEN, FFN]].into_iter().enumerate() {
+                    let (start, len) = (place * HIDDEN * FFN, HIDDEN * FFN);
+                    let of = |tensor: &Tensor<2>| {
+                        tensor.clone().slice([expert..expert + 1, start..start + len]).reshape(dims)
+                    };
+                    let values = || Param::from_tensor(Tensor::<2>::from_inner(of(&values)).require_grad());
+                    let key = (path.clone(), expert, place);
+                    let matrix = self.matrices.remove(&key).unwrap_or_else(|| Matrix { weight: values() });
+                    let mut grads = GradientsParams::new();
+                    grads.register(matrix.weight.id, of(&gradients));
+                    let matrix = self.optimizer.step(LR, matrix, grads);
+                    stepped.push(matrix.weight.val().inner().reshape([len]));
+                    self.matrices.insert(key, matrix);
+                }
+            }
+            let [values] = [Tensor::cat(stepped, 0)];
+            Tensor::from_inner(values.reshape(tensor_dims::<D>())).require_grad()
+        })
+    }
+}
+
+fn tensor_dims<const D: usize>() -> [usize; D] {
+    let mut dims = [1; D];
+    (dims[D - 2], dims[D - 1]) = (EXPERTS, PARAMS);
+    dims
+}
+
+/// The golden reference: one rank, the dense model, its matrices stepped by one optimizer and everything else by another.
+fn dense(items: &[TaskItem], steps: usize, matrices: MakeOptimizer, rest: MakeOptimizer) -> Trained {
+    let mut model = SmallMoe::dense_of(&config(), SEED, &device()).unwrap();
+    let (mut matrix_optimizer, mut optimizer, mut known) = (matrices(), rest(), HashMap::new());
+    let mut losses = Vec::new();
+    for step in 0..steps {
+        let loss = model.loss(&batch(items, step, [0, 1]));
+        losses.push(f64::from(loss.clone().into_scalar::<f32>()));
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        clip_grad_norm(&FsepRuntime::single(), &model, &mut grads, CLIP).unwrap();
+        model = model.map(&mut StepMatrices {
+            path: Vec::new(),
+            grads: &mut grads,
+            optimizer: &mut matrix_optimizer,
+            matrices: &mut known,
+        });
+        model = optimizer.step(LR, model, grads);
+    }
+    (losses, rows(&model, "Dense.weight"), model.replicated())
+}
+
+fn largest_difference<'a>(a: impl IntoIterator<Item = &'a f32>, b: impl IntoIterator<Item = &'a f32>) -> f32 {
+    a.into_iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+const STEPS: usize = 100;
+
+#[test]
+fn a_hundred_steps_are_those_of_the_dense_model_matrix_by_matrix() {
+    let items = task_items(STEPS * BATCH, 1);
+    let muon: MakeOptimizer = || MuonConfig::new().init();
+    let adamw_for_all: MakeOptimizer = || adamw().init();
+    let cases: [(&str, MakeOptimizer, MakeOptimizer, MakeOptimizer); 4] = [
+        ("Muon for experts", muon_for_experts, muon, adamw_for_all),
+        ("Muon for all matrices", muon, muon, muon),
+        ("LAMB for all", || LambConfig::new().init(), || LambConfig::new().init(), || LambConfig::new().init()),
+        ("AdamW for all", adamw_for_all, adamw_for_all, adamw_for_all),
+    ];
+    for (name, optimizer, matrices, rest) in cases {
+        let expected = dense(&items, STEPS, matrices, rest);
+        assert!(expected.0[STEPS - 1] < 0.9 * expected.0[0], "{name}: {:?}", expected.0);
+        for (world, shared_by) in [(1, 1), (2, 2), (4, 4), (8, 8), (8, 4), (8, 2), (4, 1)] {
+            let trained = on_ranks((world, shared_by), |runtime| {
+                let mut trainer =
+                    trainer(runtime, &config(), |model| WholeMatrixOptimizer::new(runtime, optimizer(), model))?;
+                train(&mut trainer, runtime, &items, STEPS)
+            });
+            let what = format!("{name}, {world} ranks in groups of {shared_by}");
+            for (step, (ours, dense)) in trained[0].0.iter().zip(&expected.0).enumerate() {
+                assert!((ours - dense).abs() / dense <= 1e-4, "{what}, step {step}: {ours} instead of {dense}");
+            }
+            let mut worst = largest_difference(&trained[0].2, &expected.2);
+            for group in trained.chunks(shared_by) {
+                let experts = whole(&group.iter().map(|rank| rank.1.clone()).collect::<Vec<_>>());
+                let [ours, dense] = [&experts, &expected.1].map(|layers| layers.iter().flatten().flatten());
+                worst = worst.max(largest_difference(ours, dense));
+                assert_eq!(group[0].1, trained[0].1, "{what}: groups have the same shards");
+            }
+            println!("{what}: values within {worst:e}");
+            assert!(worst <= 1e-5, "{what}: {worst}");
+        }
+    }
+}
+
+/// Whole experts with fixed owners, and biases beside the matrices.
+#[test]
+fn an_optimizer_that_works_element_by_element_makes_the_same_steps_bit_for_bit() {
+    let items = task_items(20 * BATCH, 2);
+    let is_static = config().with_expert_parallelism(ExpertParallelism::Static).with_slots_per_rank(None);
+    for (config, world, shared_by) in [
+        (config(), 4, 4),
+        (config().with_add_bias_linear(true), 3, 3),
+        (config().with_add_bias_linear(true), 4, 2),
+        (is_static, 2, 2),
+    ] {
+        let train = |is_whole: bool| {
+            on_ranks((world, shared_by), |runtime| {
+                let lr = |trainer: &mut Trainer<_, _>| train(trainer, runtime, &items, 20);
+                let lr_unwrapped = |trainer: &mut Trainer<_, _>| train(trainer, runtime, &items, 20);
+                match is_whole {
+                    true => lr(&mut trainer(runtime, &config, |model| {
+                        WholeMatrixOptimizer::new(runtime, adamw().init(), model)
+                    })?),
+                    false => lr_unwrapped(&mut trainer(runtime, &config, |_| Ok(adamw().init()))?),
+                }
+            })
+        };
+        assert_eq!(train(true), train(false), "{world} ranks in groups of {shared_by}");
+    }
+}
+
+/// What was saved, and what came of going on.
+fn save<O: TrainOptimizer>(
+    runtime: &FsepRuntime,
+    folder: &Path,
+    optimizer: impl FnOnce(&SmallMoe) -> Result<O, FsepError>,
+) -> Result<Trained, FsepError> {
+    let items = task_items(40 * BATCH, 5);
+    let mut trainer = trainer(runtime, &config(), optimizer)?;
+    train(&mut trainer, runtime, &items, 6)?;
+    checkpoint::save(folder, runtime, trainer.model(), trainer.optimizer(), trainer.progress())?;
+    train(&mut trainer, runtime, &items, 20)
+}
+
+fn load<O: TrainOptimizer>(
+    runtime: &FsepRuntime,
+    path: &Path,
+    optimizer: impl FnOnce(&SmallMoe) -> Result<O, FsepError>,
+) -> Result<Trained, FsepError> {
+    let items = task_items(40 * BATCH, 5);
+    let model = SmallMoe::fsep_of(&config(), runtime, &device())?;
+    let optimizer = optimizer(&model)?;
+    let loaded = checkpoint::load(path, runtime, &model, &optimizer)?;
+    let config = TrainerConfig::new().with_max_grad_norm(CLIP).with_start(loaded.progress);
+    train(&mut config.init(runtime, loaded.model, loaded.optimizer)?, runtime, &items, 20)
+}
+
+fn newest(folder: &Path) -> std::path::PathBuf {
+    list(folder).unwrap().pop().unwrap()
+}
+
+#[test]
+fn any_ranks_and_groups_go_on_from_any_others() {
+    let worlds = [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (4, 2), (8, 2)];
+    for saving in worlds {
+        let folder = tempfile::tempdir().unwrap();
+        let wrapped =
+            |runtime: &FsepRuntime, model: &SmallMoe| WholeMatrixOptimizer::new(runtime, muon_for_experts(), model);
+        let saved = on_ranks(saving, |runtime| save(runtime, folder.path(), |model| wrapped(runtime, model)));
+        let path = newest(folder.path());
+        for loading in worlds {
+            let resumed = on_ranks(loading, |runtime| load(runtime, &path, |model| wrapped(runtime, model)));
+            if loading == saving {
+                assert_eq!(resumed, saved, "{saving:?}: bit for bit");
+            }
+            for (step, (ours, expected)) in resumed[0].0.iter().zip(&saved[0].0).enumerate() {
+                let error = (ours - expected).abs() / expected;
+                assert!(error <= 1e-5, "{saving:?} to {loading:?}, step {step}: {ours} instead of {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_those_of_an_optimizer_that_works_element_by_element() {
+    for ranks in [(1, 1), (4, 4), (8, 8), (4, 2)] {
+        let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let plain = on_ranks(ranks, |runtime| save(runtime, folders[0].path(), |_| Ok(adamw().init())));
+        let whole = |runtime: &FsepRuntime, model: &SmallMoe| WholeMatrixOptimizer::new(runtime, adamw().init(), model);
+        let saved = on_ranks(ranks, |runtime| save(runtime, folders[1].path(), |model| whole(runtime, model)));
+        assert_eq!(plain, saved);
+        let [plain_path, path] = folders.each_ref().map(|folder| newest(folder.path()));
+        for file in fs::read_dir(&plain_path).unwrap() {
+            let name = file.unwrap().file_name();
+            let [plain, whole] = [&plain_path, &path].map(|path| fs::read(path.join(&name)).unwrap());
+            assert!(plain == whole, "{ranks:?}: {name:?} is another file");
+        }
+        assert_eq!(on_ranks(ranks, |runtime| load(runtime, &path, |_| Ok(adamw().init()))), saved);
+        assert_eq!(on_ranks(ranks, |runtime| load(runtime, &plain_path, |model| whole(runtime, model))), saved);
+    }
+}
+
+#[test]
+fn learning_rates_by_module_reach_experts() {
+    on_ranks((2, 2), |runtime| {
+        let model = SmallMoe::fsep_of(&config(), runtime, &device())?;
+        let mut optimizer = WholeMatrixOptimizer::new(runtime, muon_for_experts(), &model)?;
+        let loss = model.loss(&batch(&task_items(BATCH, 1), 0, of(runtime)));
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        sync_gradients(runtime, &model, &mut grads)?;
+        let (experts, rest) = (rows(&model, "experts.weight"), model.replicated());
+        let frozen = burn::lr_scheduler::module_lr_scheduler::ModuleLrSchedulerConfig::new(1e-2.into())
+            .with_group(ParamGroup::from_predicate("experts"), 0.0);
+        let lr: ModuleLearningRate = frozen.init().unwrap().step();
+        let model = optimizer.step(lr, model, grads)?;
+        assert_eq!(rows(&model, "experts.weight"), experts);
+        assert_ne!(model.replicated(), rest);
+        Ok(())
+    });
+}
+
+#[test]
+fn what_cannot_be_stepped_or_saved_is_refused() {
+    let biases = config().with_add_bias_linear(true);
+    let refused: [(&str, FSEPMoEConfig, MakeOptimizer, &str); 4] = [
+        ("Adafactor", config(), || AdafactorConfig::new().init(), "checkpoints, which any number of ranks loads"),
+        ("Muon and biases", biases.clone(), muon_for_experts, "they have biases, which are vectors"),
+        ("Adafactor and biases", biases, || AdafactorConfig::new().init(), "checkpoints, which any"),
+        ("SGD", config(), || SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init(), ""),
+    ];
+    for (name, config, optimizer, expected) in refused {
+        for ranks in [1, 2] {
+            on_ranks((ranks, ranks), |runtime| {
+                let model = SmallMoe::fsep_of(&config, runtime, &device())?;
+                match WholeMatrixOptimizer::new(runtime, optimizer(), &model).err() {
+                    Some(FsepError::WholeMatrixOptimizer { parameter, reason }) => {
+                        assert!(!expected.is_empty() && reason.contains(expected), "{name}: {reason}");
+                        assert_eq!(parameter, "layers.0.Fsep.experts.weight");
+                    }
+                    other => assert!(other.is_none() && expected.is_empty(), "{name}: {other:?}"),
+                }
+                Ok(())
+            });
+        }
+    }
+    on_ranks((2, 2), |runtime| {
+        let model = SmallMoe::fsep_of(&config(), runtime, &device())?;
+        // A group by ids, which matrices do not have.
+        let optimizer = ModuleOptimizer::from(adamw().build()).with_group(
+            ParamGroup::ids_from_module(model.clone()),
+            MuonConfig::new().build(),
+            None,
+        );
+        let error = WholeMatrixOptimizer::new(runtime, optimizer, &model).err().unwrap().to_string();
+        assert!(error.contains("make the group by path"), "{error}");
+        // State that is none of matrices.
+        let mut optimizer = WholeMatrixOptimizer::new(runtime, muon_for_experts(), &model)?;
+        let loss = model.loss(&batch(&task_items(BATCH, 1), 0, of(runtime)));
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        sync_gradients(runtime, &model, &mut grads)?;
+        let model = optimizer.step(LR, model, grads)?;
+        let error = WholeMatrixOptimizer::new(runtime, optimizer.module_optimizer().clone(), &model).err();
+        assert!(matches!(error, Some(FsepError::Config(_))), "{error:?}");
+        // Its optimizer alone has a state that is of no parameter.
+        let folder = tempfile::tempdir().unwrap();
+        let (inner, progress) = (optimizer.module_optimizer(), TrainingProgress::new(1));
+        let error = checkpoint::save(folder.path(), runtime, &model, inner, &progress).unwrap_err();
+        assert!(matches!(error, CheckpointError::Unsupported { .. }), "{error}");
+        Ok(())
+    });
+    // What a rank has of experts is still no matrix, and the error says what to do.
+    on_ranks((2, 2), |runtime| {
+        let error = trainer(runtime, &config(), |_| Ok(muon_for_experts())).err().unwrap().to_string();
+        assert!(error.contains("`WholeMatrixOptimizer` steps experts"), "{error}");
+        Ok(())
+    });
+}
+
+#[test]
+fn ranks_that_do_otherwise_are_an_error_on_all_ranks() {
+    let config = LaunchConfig::new(2).with_timeout(Duration::from_secs(20));
+    let small = || FSEPMoEConfig::new(HIDDEN, FFN, EXPERTS).with_slots_per_rank(Some(4));
+    let results = launch(&config, |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        match runtime.rank() {
+            0 => trainer(&runtime, &small(), |_| Ok(adamw().init())).map(drop),
+            _ => trainer(&runtime, &small(), |model| WholeMatrixOptimizer::new(&runtime, adamw().init(), model))
+                .map(drop),
+        }
+    });
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("whole-matrix optimizer"), "{error}");
+    }
+    // A rank that steps without gradients.
+    let results = launch(&config, |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let model = SmallMoe::fsep_of(&small(), &runtime, &device())?;
+        let mut optimizer = WholeMatrixOptimizer::new(&runtime, muon_for_experts(), &model)?;
+        let loss = model.loss(&batch(&task_items(BATCH, 1), 0, of(&runtime)));
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        if runtime.rank() == 1 {
+            grads = GradientsParams::new();
+        }
+        optimizer.step(LR, model, grads).map(drop)
+    });
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("rank 1 has gradients of the experts of other layers"), "{error}");
+    }
+    // States of another number of steps, of which the checkpoint would keep one.
+    let folder = tempfile::tempdir().unwrap();
+    let results = launch(&config, |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntime::new(comm)?;
+        let model = SmallMoe::fsep_of(&small(), &runtime, &device())?;
+        let mut optimizer = WholeMatrixOptimizer::new(&runtime, adamw().init(), &model)?;
+        let loss = model.loss(&batch(&task_items(BATCH, 1), 0, of(&runtime)));
+        let mut grads = GradientsParams::from_grads(loss.backward(), &model);
+        sync_gradients(&runtime, &model, &mut grads)?;
+        let mut model = optimizer.step(LR, model, grads)?;
+        if runtime.rank() == 1 {
+            let fresh = WholeMatrixOptimizer::new(&runtime, adamw().init(), &model)?;
+            (model, optimizer) = (model, fresh);
+        }
+        let error =
+            checkpoint::save(folder.path(), &runtime, &model, &optimizer, &TrainingProgress::new(1)).unwrap_err();
+        assert!(error.to_string().contains("differ between ranks"), "{error}");
+        Ok(())
+    });
+    results.into_iter().for_each(|result| result.unwrap());
+    assert!(list(folder.path()).unwrap().is_empty());
+    let _ = TensorData::from([0.0f32]);
+}
