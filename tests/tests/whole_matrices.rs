@@ -390,7 +390,7 @@ fn what_cannot_be_stepped_is_refused_on_all_ranks() {
     type OptimizerOf = fn(&SmallMoe) -> ModuleOptimizer;
     let adafactor: OptimizerOf = |_| AdafactorConfig::new().init();
     let refused: [(FSEPMoEConfig, OptimizerOf, &str); 3] = [
-        (config(), adafactor, "has the shape [2, 1], and checkpoints, which any number of ranks loads"),
+        (config(), adafactor, "has the shape [1, 3], and checkpoints, which any number of ranks loads"),
         (biases, |_| muon_for_experts(), "they have biases, which are vectors"),
         (config(), by_ids, "make the group by path"),
     ];

@@ -93,8 +93,8 @@ mod tests {
             for (rank, plan) in plans.iter().enumerate() {
                 plan.check(Operation::new("whole experts"), ranks).unwrap();
                 let mut received = vec![None; plan.recv_len];
-                for peer in 0..ranks {
-                    let sends = plans[peer].sends.iter().filter(|block| block.peer == rank);
+                for (peer, theirs) in plans.iter().enumerate() {
+                    let sends = theirs.sends.iter().filter(|block| block.peer == rank);
                     let recvs = plan.recvs.iter().filter(|block| block.peer == peer);
                     for (send, recv) in sends.zip(recvs) {
                         for (to, from) in recv.range().zip(send.range()) {

@@ -96,13 +96,13 @@ impl StepExperts<'_> {
                 for (row, expert) in experts.enumerate() {
                     let start = row * row_len;
                     for (place, ExpertPart { range, dims }) in parts.iter().enumerate() {
-                        let of = |tensor: &Tensor<1>| tensor.clone().slice([start + range.start..start + range.end]);
+                        let of = |tensor: &Tensor<1>| tensor.clone().slice(start + range.start..start + range.end);
                         let part = Part { path: &path, id: part_id(id, expert, place), dims };
                         stepped.push(part.step(self.optimizer, lr, of(&values), of(&gradients)));
                     }
                     let padding = start + info.shape.num_params()..start + row_len;
                     if !padding.is_empty() {
-                        stepped.push(values.clone().slice([padding]));
+                        stepped.push(values.clone().slice(padding));
                     }
                 }
                 Tensor::cat(stepped, 0)

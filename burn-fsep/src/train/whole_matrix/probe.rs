@@ -79,7 +79,7 @@ impl Experts<'_> {
     fn step(&self, optimizer: &ModuleOptimizer, id: ParamId, dims: &[usize]) -> Result<Stepped, String> {
         let mut optimizer = optimizer.clone();
         let values = Tensor::<1>::from_data([0.5, -1.25, 2.0, -0.3, 0.1, -0.2], (&self.device, DType::F32));
-        let values = values.slice([0..dims.iter().product::<usize>()]);
+        let values = values.slice(0..dims.iter().product::<usize>());
         let part = Part { path: self.path, id, dims };
         let stepped = part.step(&mut optimizer, 0.1, values.clone(), values);
         let state = states_of(optimizer.to_record())?.remove(&id.val()).unwrap_or_default();
@@ -88,7 +88,7 @@ impl Experts<'_> {
                 return Err(format!(
                     "its `{field}` of a parameter {dims:?} has the shape {:?}, and checkpoints, which any number of ranks loads, have \
                      state of the parameter's shape only: use one whose state has it (Muon, LAMB, SGD, Adam, AdamW)",
-                    tensor.shape()
+                    tensor.shape().to_vec()
                 ));
             }
         }
