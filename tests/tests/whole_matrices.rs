@@ -355,6 +355,28 @@ fn files_are_those_of_an_optimizer_that_works_element_by_element() {
 }
 
 #[test]
+fn state_of_another_optimizer_is_not_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    on_ranks((2, 2), |runtime| save(runtime, folder.path(), |_| Ok(adamw().init())));
+    let path = newest(folder.path());
+    for ranks in [(2, 2), (8, 8)] {
+        on_ranks(ranks, |runtime| {
+            let model = SmallMoe::fsep_of(&config(), runtime, &device())?;
+            let optimizer = WholeMatrixOptimizer::new(runtime, muon_for_experts(), &model)?;
+            let error = checkpoint::load(&path, runtime, &model, &optimizer).unwrap_err();
+            // The last two of eight ranks have none of six experts, and learn it from the others.
+            match &error {
+                CheckpointError::Optimizer { parameter, .. } => {
+                    assert!(parameter.ends_with("experts.weight"), "{error}")
+                }
+                other => assert!(matches!(other, CheckpointError::Peer { .. }) && runtime.rank() >= 6, "{other}"),
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
 fn learning_rates_by_module_reach_experts() {
     on_ranks((2, 2), |runtime| {
         let model = SmallMoe::fsep_of(&config(), runtime, &device())?;
