@@ -1,17 +1,16 @@
 //! Muon for experts: steps are those of the dense model whose matrices are stepped one by one, checkpoints go on with any number of ranks
 //! and groups, and what cannot be stepped or saved is refused.
 
-use std::{collections::HashMap, fs, path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use burn::{
     data::dataloader::batcher::Batcher,
     lr_scheduler::module_lr_scheduler::ModuleLearningRate,
-    module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup},
+    module::ParamGroup,
     optim::{
         AdafactorConfig, AdamWConfig, GradientsParams, LambConfig, ModuleOptimizer, MuonConfig, SgdConfig,
         momentum::MomentumConfig,
     },
-    tensor::Tensor,
 };
 use burn_fsep::{
     ExpertParallelism, FSEPMoEConfig, FsepError, FsepRuntime, FsepRuntimeConfig,
@@ -19,7 +18,9 @@ use burn_fsep::{
     comm::local::LaunchConfig,
     train::{TrainOptimizer, Trainer, TrainerConfig, WholeMatrixOptimizer, clip_grad_norm, sync_gradients},
 };
-use burn_fsep_tests::{SmallMoe, TaskBatcher, TaskItem, device, launch, task_items};
+use burn_fsep_tests::{
+    DenseMatrices, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, parameter_rows, task_items,
+};
 
 const SEED: u64 = 3;
 const BATCH: usize = 24;
@@ -57,38 +58,6 @@ fn muon_for_experts() -> ModuleOptimizer {
     adamw.with_group(ParamGroup::from_predicate("experts.weight"), MuonConfig::new().build(), None)
 }
 
-/// Names of fields and values of all parameters whose path ends so, as rows.
-struct Rows<'a> {
-    path: Vec<String>,
-    end: &'a str,
-    rows: Vec<Vec<Vec<f32>>>,
-}
-
-impl ModuleVisitor for Rows<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.path.join(".").ends_with(self.end) {
-            let rows = param.shape()[0];
-            let values: Vec<f32> = param.val().into_data().iter().collect();
-            self.rows.push(values.chunks(values.len() / rows).map(<[f32]>::to_vec).collect());
-        }
-    }
-}
-
-/// `[layers, rows, ..]`
-fn rows<M: Module>(model: &M, end: &str) -> Vec<Vec<Vec<f32>>> {
-    let mut rows = Rows { path: Vec::new(), end, rows: Vec::new() };
-    model.visit(&mut rows);
-    rows.rows
-}
-
 /// The experts of a group, whole, from those of its ranks: `[layers, E, P]`.
 fn whole(ranks: &[Vec<Vec<Vec<f32>>>]) -> Vec<Vec<Vec<f32>>> {
     let expert = |layer: usize, expert: usize| {
@@ -100,7 +69,7 @@ fn whole(ranks: &[Vec<Vec<Vec<f32>>>]) -> Vec<Vec<Vec<f32>>> {
     (0..ranks[0].len()).map(|layer| (0..EXPERTS).map(|e| expert(layer, e)).collect()).collect()
 }
 
-fn batch(items: &[TaskItem], step: usize, [rank, ranks]: [usize; 2]) -> burn_fsep_tests::TaskBatch {
+fn batch(items: &[TaskItem], step: usize, [rank, ranks]: [usize; 2]) -> TaskBatch {
     let share = BATCH / ranks;
     let start = step * BATCH % items.len() + rank * share;
     TaskBatcher.batch(items[start..start + share].to_vec(), &device())
@@ -125,7 +94,7 @@ fn train<O: TrainOptimizer>(
         let step = trainer.step(LR, |model| model.loss(&batch))?;
         losses.push(trainer.mean_loss(&step)?);
     }
-    Ok((losses, rows(trainer.model(), "experts.weight"), trainer.model().replicated()))
+    Ok((losses, parameter_rows(trainer.model(), "experts.weight"), trainer.model().replicated()))
 }
 
 fn trainer<O: TrainOptimizer>(
@@ -138,81 +107,20 @@ fn trainer<O: TrainOptimizer>(
     TrainerConfig::new().with_max_grad_norm(CLIP).init(runtime, model, optimizer)
 }
 
-/// A matrix as a model of its own.
-#[derive(Module, Debug)]
-struct Matrix {
-    weight: Param<Tensor<2>>,
-}
-
-/// Steps the dense model's experts matrix by matrix with Burn's optimizer.
-struct StepMatrices<'a> {
-    path: Vec<String>,
-    grads: &'a mut GradientsParams,
-    optimizer: &'a mut ModuleOptimizer,
-    /// By layer, expert and place.
-    matrices: &'a mut HashMap<(String, usize, usize), Matrix>,
-}
-
-impl ModuleMapper for StepMatrices<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let path = self.path.join(".");
-        if !path.ends_with("Dense.weight") {
-            return param;
-        }
-        let gradients = self.grads.remove::<D>(param.id).unwrap().inner().reshape([EXPERTS, PARAMS]);
-        param.map(|tensor| {
-            let values = tensor.inner().reshape([EXPERTS, PARAMS]);
-            let mut stepped = Vec::new();
-            for expert in 0..EXPERTS {
-                for (place, dims) in [[FFN, HIDDEN], [FFN, HIDDEN], [HIDDEN, FFN]].into_iter().enumerate() {
-                    let (start, len) = (place * HIDDEN * FFN, HIDDEN * FFN);
-                    let of = |tensor: &Tensor<2>| {
-                        tensor.clone().slice([expert..expert + 1, start..start + len]).reshape(dims)
-                    };
-                    let values = || Param::from_tensor(Tensor::<2>::from_inner(of(&values)).require_grad());
-                    let key = (path.clone(), expert, place);
-                    let matrix = self.matrices.remove(&key).unwrap_or_else(|| Matrix { weight: values() });
-                    let mut grads = GradientsParams::new();
-                    grads.register(matrix.weight.id, of(&gradients));
-                    let matrix = self.optimizer.step(LR, matrix, grads);
-                    stepped.push(matrix.weight.val().inner().reshape([len]));
-                    self.matrices.insert(key, matrix);
-                }
-            }
-            let mut dims = [1; D];
-            (dims[D - 2], dims[D - 1]) = (EXPERTS, PARAMS);
-            Tensor::from_inner(Tensor::cat(stepped, 0).reshape(dims)).require_grad()
-        })
-    }
-}
-
 /// The golden reference: one rank, the dense model, its matrices stepped by one optimizer and everything else by another.
 fn dense(items: &[TaskItem], steps: usize, matrices: MakeOptimizer, rest: MakeOptimizer) -> Trained {
     let mut model = SmallMoe::dense_of(&config(), SEED, &device()).unwrap();
-    let (mut matrix_optimizer, mut optimizer, mut known) = (matrices(), rest(), HashMap::new());
+    let (mut matrices, mut optimizer) = (DenseMatrices::new(matrices(), [HIDDEN, FFN]), rest());
     let mut losses = Vec::new();
     for step in 0..steps {
         let loss = model.loss(&batch(items, step, [0, 1]));
         losses.push(f64::from(loss.clone().into_scalar::<f32>()));
         let mut grads = GradientsParams::from_grads(loss.backward(), &model);
         clip_grad_norm(&FsepRuntime::single(), &model, &mut grads, CLIP).unwrap();
-        model = model.map(&mut StepMatrices {
-            path: Vec::new(),
-            grads: &mut grads,
-            optimizer: &mut matrix_optimizer,
-            matrices: &mut known,
-        });
+        model = matrices.step(LR, model, &mut grads);
         model = optimizer.step(LR, model, grads);
     }
-    (losses, rows(&model, "Dense.weight"), model.replicated())
+    (losses, parameter_rows(&model, "Dense.weight"), model.replicated())
 }
 
 fn largest_difference<'a>(a: impl IntoIterator<Item = &'a f32>, b: impl IntoIterator<Item = &'a f32>) -> f32 {
@@ -384,12 +292,12 @@ fn learning_rates_by_module_reach_experts() {
         let loss = model.loss(&batch(&task_items(BATCH, 1), 0, of(runtime)));
         let mut grads = GradientsParams::from_grads(loss.backward(), &model);
         sync_gradients(runtime, &model, &mut grads)?;
-        let (experts, rest) = (rows(&model, "experts.weight"), model.replicated());
+        let (experts, rest) = (parameter_rows(&model, "experts.weight"), model.replicated());
         let frozen = burn::lr_scheduler::module_lr_scheduler::ModuleLrSchedulerConfig::new(1e-2.into())
             .with_group(ParamGroup::from_predicate("experts"), 0.0);
         let lr: ModuleLearningRate = frozen.init().unwrap().step();
         let model = optimizer.step(lr, model, grads)?;
-        assert_eq!(rows(&model, "experts.weight"), experts);
+        assert_eq!(parameter_rows(&model, "experts.weight"), experts);
         assert_ne!(model.replicated(), rest);
         Ok(())
     });
