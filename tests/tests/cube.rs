@@ -70,7 +70,9 @@ fn training_is_that_of_the_dense_model_on_flex() {
             }
         }
         println!("{layouts:?}: largest relative error of a loss {worst:.2e}");
-        assert!(worst <= 1e-4, "{layouts:?}: {worst:.2e}");
+        // The model's other layers are Burn's, whose products in single precision are of TF32 on NVIDIA's matrix cores: ten bits.
+        let allowed = if cfg!(feature = "cuda") { 5e-3 } else { 1e-4 };
+        assert!(worst <= allowed, "{layouts:?}: {worst:.2e}");
     }
 }
 

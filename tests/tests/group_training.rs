@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::{
-    module::ParamGroup,
+    module::{Module, ParamGroup},
     optim::{AdamWConfig, GradientsParams, ModuleOptimizer, MuonConfig},
     tensor::{Tensor, TensorData},
 };
@@ -67,6 +67,50 @@ fn every_value_and_gradient_is_that_of_the_dense_layer() {
         }
     }
     println!("{cases} cases: largest relative error {worst:.2e}");
+}
+
+#[test]
+fn large_shards_are_averaged_over_many_replicas_whatever_the_order_of_collection() {
+    // So large that a mean takes two exchanges.
+    let config = FSEPMoEConfig::new(32, 96, 8).with_moe_router_topk(2);
+    for (world, shared_by) in [(3, 1), (6, 2)] {
+        let (config, slots) = (config.clone(), small_slots(shared_by));
+        let (tokens, groups) = (vec![9; world], world / shared_by);
+        let case = ParityCase { config, slots, tokens, groups, split: SplitAny::MinMax, steps: 2, seed: 8 };
+        check_parity_of(&case, TOKEN_TRAVEL[0], 1e-5, |comm| comm);
+    }
+    // Each rank leaves out another layer, so that its graph is another one.
+    let gradients = on_ranks((3, 1), |runtime| {
+        let layers: Vec<FSEPMoE> = (0..3).map(|_| config.try_init(runtime, &device())).collect::<Result<_, _>>()?;
+        let x = Tensor::<2>::ones([5, 32], &device());
+        runtime.run(|| {
+            let outputs: Vec<_> = layers.iter().map(|layer| layer.forward(x.clone())).collect();
+            let used = outputs.into_iter().enumerate().filter(|(layer, _)| *layer != runtime.rank());
+            let loss = used.map(|(_, output)| output.square().sum()).reduce(|a, b| a * 0.5 + b).unwrap();
+            let grads = runtime.connect(loss).backward();
+            let gradient = |layer: &FSEPMoE| layer.experts.weight.val().grad(&grads).unwrap().into_data();
+            layers.iter().map(gradient).collect::<Vec<_>>()
+        })
+    });
+    assert!(gradients[0].iter().all(|layer| layer.iter::<f32>().any(|value| value != 0.0)));
+    assert!(gradients.iter().all(|theirs| *theirs == gradients[0]), "all ranks have the same means");
+}
+
+#[test]
+fn groups_that_want_other_gradients_are_told() {
+    let launched = LaunchConfig::new(4).with_timeout(Duration::from_secs(20));
+    let results = launch(&launched, |comm| -> Result<(), FsepError> {
+        let runtime = FsepRuntimeConfig::new().with_expert_parallel_size(2).init(comm)?;
+        let mut layer = FSEPMoEConfig::new(4, 6, 8).try_init(&runtime, &device())?;
+        if runtime.rank() >= 2 {
+            layer.experts = layer.experts.no_grad();
+        }
+        runtime.run(|| drop(layer.forward(Tensor::ones([3, 4], &device())).sum().backward()))
+    });
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("the wanted gradients") || error.contains("gradients wanted"), "{error}");
+    }
 }
 
 fn train(groups: (usize, usize), steps: usize, layouts: LayoutSource, sync: GradientSync) -> Vec<Trained> {
@@ -261,7 +305,7 @@ fn optimizers_that_look_at_matrices_are_refused_for_shards() {
         let optimizer = ModuleOptimizer::from(AdamWConfig::new().build());
         let muon = optimizer.with_group(ParamGroup::from_path("experts.weight"), MuonConfig::new().build(), None);
         match TrainerConfig::new().init(runtime, layer, muon).err() {
-            Some(FsepError::ShardedOptimizer { parameter, .. }) => assert_eq!(parameter, "experts.weight"),
+            Some(FsepError::ExpertOptimizer { parameter, .. }) => assert_eq!(parameter, "experts.weight"),
             other => panic!("{other:?}"),
         }
         Ok(())

@@ -338,7 +338,7 @@ fn what_cannot_be_stepped_is_refused_on_all_ranks() {
     }
     // What a rank has of experts is still no matrix, and the error says what to do.
     let told = errors(2, |runtime| trainer(runtime, &config(), |_| Ok(muon_for_experts())).map(drop));
-    assert!(told.iter().all(|error| error.contains("`WholeMatrixOptimizer` steps experts")), "{told:?}");
+    assert!(told.iter().all(|error| error.contains("`WholeMatrixOptimizer` steps them")), "{told:?}");
 }
 
 #[test]

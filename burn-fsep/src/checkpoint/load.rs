@@ -198,7 +198,7 @@ pub fn list(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, CheckpointError> {
 /// What a checkpoint says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointInfo {
-    /// World size `N` of the training that saved it.
+    /// World size `W` of the training that saved it.
     pub world_size: usize,
     /// Where training stood, without records.
     pub progress: TrainingProgress,
@@ -216,7 +216,7 @@ pub fn verify(checkpoint: impl AsRef<Path>) -> Result<CheckpointInfo, Checkpoint
     let (manifest, _) = Manifest::read(path)?;
     check_files(path, &manifest, |_| true)?;
     let bytes = manifest.files.iter().map(|file| file.bytes).sum();
-    Ok(CheckpointInfo { world_size: manifest.world_size, progress: manifest.progress(), bytes })
+    Ok(CheckpointInfo { world_size: manifest.world_size * manifest.groups, progress: manifest.progress(), bytes })
 }
 
 /// Checks that a checkpoint is one of this model.

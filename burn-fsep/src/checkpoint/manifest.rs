@@ -13,7 +13,8 @@ use crate::{comm::digest, moe::ExpertsInfo, ops::WeightStorage};
 
 /// What the manifest of this version says of itself.
 const FORMAT: &str = "burn-fsep checkpoint";
-const VERSION: u32 = 1;
+/// Of several groups; that of one is version 1, which older programs read.
+const VERSION: u32 = 2;
 pub(super) const MANIFEST: &str = "manifest.json";
 /// One line as `sha256sum` writes it.
 pub(super) const MANIFEST_SUM: &str = "manifest.sha256";
@@ -134,7 +135,7 @@ impl Manifest {
     pub fn new([groups, world_size]: [usize; 2], progress: &TrainingProgress, parameters: Vec<ParameterEntry>) -> Self {
         Self {
             format: FORMAT.into(),
-            version: VERSION,
+            version: if groups > 1 { VERSION } else { 1 },
             writer: concat!("burn-fsep ", env!("CARGO_PKG_VERSION")).into(),
             world_size,
             groups,
@@ -173,7 +174,7 @@ impl Manifest {
         if header.format != FORMAT {
             return Err(damaged(format!("its format is `{}`, not `{FORMAT}`", header.format)));
         }
-        if header.version != VERSION {
+        if !(1..=VERSION).contains(&header.version) {
             return Err(CheckpointError::Version {
                 path: path.clone(),
                 found: header.version,

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::{CommError, Communicator, Operation, agree, error::invalid_argument};
 
-/// The groups of a rank where not all ranks of the world share the experts: M consecutive ranks do, and the W / M groups of them are
+/// The groups of a rank where not all ranks of the world share the experts: N consecutive ranks do, and the W / N groups of them are
 /// data-parallel replicas of one another.
 ///
 /// ```
@@ -24,11 +24,11 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Splits `world`, of W ranks, into groups of M = `experts_ranks` that share the experts. Collective.
+    /// Splits `world`, of W ranks, into groups of N = `experts_ranks` that share the experts. Collective.
     ///
     /// # Errors
     ///
-    /// [`CommError::InvalidArgument`], on all ranks, if M does not divide W or is not equal on all of them; any other [`CommError`].
+    /// [`CommError::InvalidArgument`], on all ranks, if N does not divide W or is not equal on all of them; any other [`CommError`].
     pub fn new(world: Arc<dyn Communicator>, experts_ranks: usize) -> Result<Self, CommError> {
         let operation = Operation::new("groups of ranks");
         let refused = |reason: String| Err(invalid_argument(operation, reason));
@@ -58,12 +58,12 @@ impl Groups {
         &self.world
     }
 
-    /// The ranks that share the experts with this one, of which it is rank r mod M; the world itself if they are all.
+    /// The ranks that share the experts with this one, of which it is rank r mod N; the world itself if they are all.
     pub fn experts(&self) -> &Arc<dyn Communicator> {
         &self.experts
     }
 
-    /// The ranks that have the same shards as this one, one of each of the groups that share experts, of which it is rank r / M; it
+    /// The ranks that have the same shards as this one, one of each of the groups that share experts, of which it is rank r / N; it
     /// alone if all ranks share the experts.
     pub fn replicas(&self) -> &Arc<dyn Communicator> {
         &self.replicas

@@ -112,7 +112,7 @@ impl<B: FsepKernels> GradientSlot<B> {
         self.pass.host.defer(Box::new(move || slot.upgrade().map_or(Ok(()), |slot| slot.finish())))
     }
 
-    fn finish(&self) -> Result<(), FsepError> {
+    fn finish(self: &Arc<Self>) -> Result<(), FsepError> {
         let mut state = self.state.lock();
         let finished = match std::mem::replace(&mut *state, GradientState::Absent) {
             GradientState::Pending(pending) => {
@@ -120,7 +120,9 @@ impl<B: FsepKernels> GradientSlot<B> {
                 match &self.pass.context.replicas {
                     None => GradientState::Ready(gradient),
                     Some(replicas) => {
-                        let operation = self.pass.operation("expert gradients");
+                        let (operation, slot) = (self.pass.operation("expert gradients"), Arc::downgrade(self));
+                        let wait = move || slot.upgrade().map_or(Ok(()), |slot| slot.finish_mean());
+                        self.pass.host.await_mean(Box::new(wait));
                         GradientState::Averaging(PendingMean::start(gradient, replicas.clone(), operation)?)
                     }
                 }
@@ -131,13 +133,25 @@ impl<B: FsepKernels> GradientSlot<B> {
         Ok(())
     }
 
+    fn finish_mean(&self) -> Result<(), FsepError> {
+        let mut state = self.state.lock();
+        let finished = match std::mem::replace(&mut *state, GradientState::Absent) {
+            GradientState::Averaging(mean) => {
+                GradientState::Ready(cast::<B>(mean.wait()?, Some(self.pass.param_dtype.into())))
+            }
+            other => other,
+        };
+        *state = finished;
+        Ok(())
+    }
+
     /// The gradient, if the layer's backward pass left one.
-    pub fn take(&self) -> Result<Option<FloatTensor<B>>, FsepError> {
+    pub fn take(self: &Arc<Self>) -> Result<Option<FloatTensor<B>>, FsepError> {
         self.pass.host.catch_up()?;
         self.finish()?;
+        self.pass.host.finish_means()?;
         Ok(match std::mem::replace(&mut *self.state.lock(), GradientState::Absent) {
             GradientState::Ready(gradient) => Some(gradient),
-            GradientState::Averaging(mean) => Some(cast::<B>(mean.wait()?, Some(self.pass.param_dtype.into()))),
             _ => None,
         })
     }

@@ -90,6 +90,17 @@ pub trait PassHost: std::fmt::Debug + Send + Sync {
     /// The work's.
     fn catch_up(&self) -> Result<(), FsepError>;
 
+    /// Puts the wait for a mean over replicas off until gradients are collected. All are waited for in the order in which they were
+    /// put off: large ones go on to a second exchange then, and autodiff collects in an order of its own.
+    fn await_mean(&self, wait: Deferred);
+
+    /// Waits for the means.
+    ///
+    /// # Errors
+    ///
+    /// Those of the waits.
+    fn finish_means(&self) -> Result<(), FsepError>;
+
     /// Backward of a pass has run.
     fn end_backward(&self, pass: &LayerPass);
 

@@ -13,7 +13,7 @@ use crate::{
     comm::{Communicator, Operation, PendingAllReduce, PendingDeviceExchange, ReduceOp},
 };
 
-/// The mean over ranks of a gradient, under way: between devices where the communicator reaches them, else through host memory.
+/// The mean over ranks of a gradient, in single precision whatever its type, under way: between devices where the communicator reaches them, else through host memory.
 pub(super) enum PendingMean<B: Backend> {
     Device(Box<dyn PendingDeviceExchange>, FloatTensor<B>, Shape),
     Host(PendingAllReduce<f32>, Arc<dyn Communicator>, burn::backend::tensor::Device<B>, Shape),

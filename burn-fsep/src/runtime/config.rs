@@ -143,8 +143,8 @@ impl FsepRuntimeConfig {
     /// # Errors
     ///
     /// [`FsepError::Planner`] for 0 ranks on a node, [`FsepError::Config`] for no chunk of tokens or more than 1024, if the topology is
-    /// not one of `comm`'s ranks, these are not whole groups of the ranks that share experts or the configuration is not equal on all
-    /// ranks, [`FsepError::Comm`] if the communicators cannot be made.
+    /// not one of `comm`'s ranks or the configuration is not equal on all ranks, [`FsepError::Comm`] if the ranks are not whole groups of
+    /// those that share experts or the communicators cannot be made.
     pub fn init(&self, comm: Arc<dyn Communicator>) -> Result<FsepRuntime, FsepError> {
         if !(1..=MAX_TOKEN_CHUNKS).contains(&self.token_chunks) {
             let chunks = self.token_chunks;

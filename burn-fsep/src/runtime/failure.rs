@@ -37,6 +37,11 @@ impl FsepRuntime {
         })
     }
 
+    /// Ends the group because of an error that this rank returns, unless it is alone.
+    pub(crate) fn tell_peers(&self, error: &FsepError) {
+        self.inner.tell_peers(&error.to_string());
+    }
+
     /// Ends the group with an error and unwinds to [`FsepRuntime::run`].
     pub(crate) fn fail(&self, error: FsepError) -> ! {
         self.inner.fail(error)

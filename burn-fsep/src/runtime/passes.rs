@@ -64,7 +64,7 @@ impl FsepRuntime {
         let element = spec.input_dtype(param_dtype).size();
         let dispatch = self.route(layer, Routing { chunks, element, tracked, ahead })?;
         let operation = spec.operation("loads of the experts");
-        let loads = ExpertLoads::start(self.groups().replicas().as_ref(), operation, &dispatch.counts)?;
+        let loads = ExpertLoads::start(self.shards_comm(), operation, tracked, &dispatch.counts)?;
         let unshards = is_sharded.then(|| self.unshards(spec, &dispatch, shards, tracked, begun));
         let (inner, outputs) = (self.inner.clone(), Arc::downgrade(&self.outputs));
         let pass = Arc::new(LayerPass {
@@ -155,7 +155,7 @@ impl FsepRuntime {
         output: &Tensor<2>,
         loads: ExpertLoads,
     ) -> Result<Vec<u64>, FsepError> {
-        let loads = loads.wait()?;
+        let loads = loads.wait(pass.spec.layer)?;
         if pass.tracked.any() {
             self.outputs.remember(pass.spec.layer, pass.dispatch.pass, output);
             if self.inner.observed.is_observing() {
@@ -200,6 +200,14 @@ impl PassHost for RuntimeHost {
 
     fn catch_up(&self) -> Result<(), FsepError> {
         self.inner.schedule.catch_up()
+    }
+
+    fn await_mean(&self, wait: Deferred) {
+        self.inner.schedule.await_mean(wait);
+    }
+
+    fn finish_means(&self) -> Result<(), FsepError> {
+        self.inner.schedule.finish_means()
     }
 
     /// Forgets the output: it cannot be connected to another loss.

@@ -29,7 +29,8 @@ impl FsepRuntime {
 
     /// [`begin_step`](Self::begin_step) before a batch whose gradients are accumulated with those of batches to come: until these have
     /// come the parameters stay, and so do the experts of the layers that keep theirs from forward to backward
-    /// ([`ScheduleConfig::kept_layers`](crate::ScheduleConfig)), which are restored once for all of them.
+    /// ([`ScheduleConfig::kept_layers`](crate::ScheduleConfig)), which are restored once for all of them, beside the two that are alive
+    /// at any time. The last of these batches begins with `begin_step`.
     ///
     /// # Errors
     ///

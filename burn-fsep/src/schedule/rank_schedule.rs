@@ -19,6 +19,8 @@ pub(crate) struct Schedule {
     state: Mutex<State>,
     /// Gradients of the layer whose backward pass ran last, on their way to the shards.
     deferred: Mutex<Option<Deferred>>,
+    /// Waits for means of gradients over replicas, in the order in which they were started.
+    means: Mutex<Vec<Deferred>>,
 }
 
 #[derive(Default)]
@@ -69,7 +71,7 @@ impl fmt::Debug for Schedule {
 
 impl Schedule {
     pub fn new(config: ScheduleConfig) -> Self {
-        Self { config, state: Mutex::default(), deferred: Mutex::default() }
+        Self { config, state: Mutex::default(), deferred: Mutex::default(), means: Mutex::default() }
     }
 
     pub fn config(&self) -> ScheduleConfig {
@@ -181,6 +183,17 @@ impl Schedule {
         work.map_or(Ok(()), |work| work())
     }
 
+    /// Puts the wait for a mean over replicas off until gradients are collected.
+    pub fn await_mean(&self, wait: Deferred) {
+        self.means.lock().push(wait);
+    }
+
+    /// Waits for the means, the first that was started first.
+    pub fn finish_means(&self) -> Result<(), FsepError> {
+        let means = std::mem::take(&mut *self.means.lock());
+        means.into_iter().try_for_each(|wait| wait())
+    }
+
     /// Forgets everything under way, after an error.
     pub fn reset(&self) {
         let mut state = self.state.lock();
@@ -189,7 +202,7 @@ impl Schedule {
         state.order.begin();
         let ahead = (state.ahead.take(), std::mem::take(&mut state.left), std::mem::take(&mut state.staying));
         drop(state);
-        drop((ahead, self.deferred.lock().take()));
+        drop((ahead, self.deferred.lock().take(), std::mem::take(&mut *self.means.lock())));
     }
 }
 

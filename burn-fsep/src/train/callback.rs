@@ -31,7 +31,8 @@ pub struct OptimizerContext<'a> {
 /// An error of the callback's own is [`FsepError::Callback`].
 pub trait TrainingCallback: Send {
     /// Called before [`on_train_start`](Self::on_train_start) where training goes on from a checkpoint, with its records:
-    /// those of [`on_checkpoint`](Self::on_checkpoint) are among them if the callback was there.
+    /// those of [`on_checkpoint`](Self::on_checkpoint) are among them if the callback was there. Where groups of ranks share the experts,
+    /// a rank gets what its own group's first rank has added, and otherwise the first group's.
     ///
     /// # Errors
     ///
@@ -90,7 +91,8 @@ pub trait TrainingCallback: Send {
     }
 
     /// Called when a checkpoint is made after a step, on rank 0, whose records are saved: adds what the callback has to know
-    /// again to go on as if training had not stopped.
+    /// again to go on as if training had not stopped. Where groups of ranks share the experts it is called on the first rank of each,
+    /// on all but rank 0 with no records.
     ///
     /// # Errors
     ///

@@ -28,8 +28,9 @@ pub(crate) fn gather_records(
     let group = replicas.rank();
     if group == 0 {
         add(records)?;
+        // Also those of a checkpoint that had more groups.
+        records.retain(|name, _| !name.starts_with(GROUP));
         if replicas.size() > 1 {
-            records.retain(|name, _| !name.starts_with(GROUP));
             for (group, bytes) in gather(replicas.as_ref(), GATHER, &[])?.iter().enumerate().skip(1) {
                 let unreadable = |error: rmp_serde::decode::Error| CommError::Engine {
                     operation: GATHER.to_string(),
@@ -48,11 +49,14 @@ pub(crate) fn gather_records(
     Ok(())
 }
 
-/// The records that a group goes on with: its own, and the first group's where it has none of that name.
+/// The records that a group goes on with: its own, and the first group's where it has none of that name. Of a checkpoint of another
+/// number of groups the first one's, as with layouts.
 pub(crate) fn records_of_group<'a>(runtime: &FsepRuntime, records: &'a Records) -> Cow<'a, Records> {
-    let group = runtime.groups().replicas().rank();
-    let own = format!("{GROUP}{group}.");
-    if !records.keys().any(|name| name.starts_with(&own)) {
+    let replicas = runtime.groups().replicas();
+    let own = format!("{GROUP}{}.", replicas.rank());
+    let group = |name: &String| name.strip_prefix(GROUP)?.split('.').next()?.parse::<usize>().ok();
+    let groups = records.keys().filter_map(group).max().map_or(1, |last| last + 1);
+    if groups != replicas.size() || replicas.rank() == 0 {
         return Cow::Borrowed(records);
     }
     let mut mine = records.clone();

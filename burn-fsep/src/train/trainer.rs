@@ -78,7 +78,7 @@ impl TrainerConfig {
     ///
     /// # Errors
     ///
-    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; [`FsepError::ShardedOptimizer`] if the
+    /// [`FsepError::Config`] if the configuration cannot work or ranks have different models; [`FsepError::ExpertOptimizer`] if the
     /// optimizer does not step experts element by element; what the planner, the checkpoints or the collectives return.
     pub fn init<M: Module, O: TrainOptimizer>(
         &self,

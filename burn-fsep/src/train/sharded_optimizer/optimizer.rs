@@ -28,8 +28,9 @@ const PARTS: Operation = Operation::new("gradients of a sharded optimizer");
 /// Megatron's distributed optimizer.
 ///
 /// All ranks have the same replicated parameters, and with an optimizer of Burn's each keeps the same state of them: with Adam twice
-/// the parameters' size. Here each rank keeps the state of its own part of every replicated parameter, `ceil(n / N)` of `n` elements,
-/// makes the step of that part alone, and all ranks gather the parts. Experts are parts already and are stepped as they are.
+/// the parameters' size. Here each rank keeps the state of its own part of every replicated parameter, `ceil(n / W)` of `n` elements,
+/// makes the step of that part alone, and all ranks gather the parts. Shards of experts are cut over the ranks that have the same, where
+/// several groups share the experts; otherwise they are stepped as they are.
 ///
 /// [`Trainer`](super::super::Trainer) and `FsepStrategy::with_sharded_optimizer` take it in place of Burn's, and so do
 /// [`checkpoint::save`](crate::checkpoint::save) and [`checkpoint::load`](crate::checkpoint::load): what they write is the same, so a
@@ -127,13 +128,13 @@ impl ShardedOptimizer {
     /// What would not be gathered alike. All ranks get the error.
     fn check_agreed(&self, stepped: &[Stepped]) -> Result<(), FsepError> {
         let mut hasher = DefaultHasher::new();
-        for Stepped { shape, dtype, .. } in stepped {
-            (shape.as_slice(), dtype).hash(&mut hasher);
+        for Stepped { path, shape, dtype, .. } in stepped {
+            (path, shape.as_slice(), dtype).hash(&mut hasher);
         }
         match agree(self.runtime.comm(), PARTS, &[("parameters", hasher.finish())])? {
             None => Ok(()),
             Some(difference) => Err(FsepError::Config(format!(
-                "rank {} has gradients of other replicated parameters than rank 0: average them before the step (`sync_gradients`)",
+                "rank {} has gradients of other parameters than rank 0: average them before the step (`sync_gradients`)",
                 difference.rank
             ))),
         }
@@ -143,8 +144,7 @@ impl ShardedOptimizer {
     fn probe<M: Module>(&mut self, model: &M, mut parameters: HashSet<ParamId>) -> Result<(), FsepError> {
         parameters.retain(|id| !self.probed.contains(id));
         if !parameters.is_empty() {
-            probe::check(&self.optimizer, model, &parameters)
-                .inspect_err(|error| self.runtime.comm().abort(&error.to_string()))?;
+            probe::check(&self.optimizer, model, &parameters).inspect_err(|error| self.runtime.tell_peers(error))?;
             self.probed.extend(parameters);
         }
         Ok(())
@@ -168,7 +168,7 @@ impl CheckpointedOptimizer for ShardedOptimizer {
 ///
 /// # Errors
 ///
-/// [`FsepError::ShardedOptimizer`].
+/// [`FsepError::ExpertOptimizer`].
 pub(in super::super) fn check_experts<M: Module>(
     runtime: &FsepRuntime,
     optimizer: &ModuleOptimizer,
@@ -179,13 +179,10 @@ pub(in super::super) fn check_experts<M: Module>(
         return Ok(());
     }
     let checked = probe::check(optimizer, model, &experts).map_err(|error| match error {
-        FsepError::ShardedOptimizer { parameter, reason } => {
-            let reason = format!("{reason}; `WholeMatrixOptimizer` steps experts matrix by matrix");
-            FsepError::ShardedOptimizer { parameter, reason }
-        }
+        FsepError::ShardedOptimizer { parameter, reason } => FsepError::ExpertOptimizer { parameter, reason },
         other => other,
     });
-    checked.inspect_err(|error| runtime.comm().abort(&error.to_string()))
+    checked.inspect_err(|error| runtime.tell_peers(error))
 }
 
 /// The trained parameters of some placements.

@@ -27,6 +27,8 @@ const PARAMETERS: Operation = Operation::new("parts of replicated parameters");
 /// A parameter of which this rank steps its part.
 pub(super) struct Stepped {
     pub id: ParamId,
+    /// Where it stands in the model.
+    pub path: String,
     pub shape: Shape,
     pub dtype: DType,
     parts: FlatParts,
@@ -61,7 +63,7 @@ impl ParamVisitor for CutGradients<'_> {
         let Some(gradient) = self.grads.remove::<D>(param.id) else { return };
         self.grads.register::<D>(param.id, part_of(gradient, parts, comm.rank()));
         let (id, dtype, comm) = (param.id, param.dtype(), comm.clone());
-        self.stepped.push(Stepped { id, shape, dtype, parts, comm });
+        self.stepped.push(Stepped { id, path: path.path(), shape, dtype, parts, comm });
     }
 }
 

@@ -79,7 +79,7 @@ impl WholeMatrixOptimizer {
                     .into(),
             ));
         }
-        probe::check(&optimizer, model).inspect_err(|error| runtime.comm().abort(&error.to_string()))?;
+        probe::check(&optimizer, model).inspect_err(|error| runtime.tell_peers(error))?;
         Ok(Self { runtime: runtime.clone(), optimizer })
     }
 
