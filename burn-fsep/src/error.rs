@@ -129,10 +129,19 @@ pub enum FsepError {
         /// What was seen.
         reason: String,
     },
+    /// An optimizer that cannot step experts matrix by matrix
+    /// ([`WholeMatrixOptimizer`](crate::train::WholeMatrixOptimizer)).
+    #[error("the experts `{parameter}` cannot be stepped matrix by matrix: {reason}")]
+    WholeMatrixOptimizer {
+        /// The experts' parameter, by its path in the model.
+        parameter: String,
+        /// What was seen.
+        reason: String,
+    },
     /// An optimizer that does not step experts element by element: a rank has shards of them, and no matrix or whole tensor.
     #[error(
-        "the optimizer does not step the experts `{parameter}` element by element, but a rank has only its shards of them; `max_grad_norm` \
-         clips by the norm of all gradients: {reason}"
+        "the optimizer does not step the experts `{parameter}` element by element, but a rank has only its shards of them; \
+         `WholeMatrixOptimizer` steps them matrix by matrix, and `max_grad_norm` clips by the norm of all gradients: {reason}"
     )]
     ExpertOptimizer {
         /// The experts, by their path in the model.

@@ -7,6 +7,7 @@
 
 mod collectives;
 mod compare;
+mod dense_matrices;
 mod dispatchers;
 mod engine;
 mod faults;
@@ -25,6 +26,7 @@ pub use collectives::{
     check_blocks, check_duplicates, check_gather_and_broadcast, check_reductions, check_wrong_arguments,
 };
 pub use compare::{assert_close, relative_error};
+pub use dense_matrices::{DenseMatrices, parameter_rows};
 pub use dispatchers::{RandomDispatch, SplitAny};
 pub use engine::launch;
 pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};

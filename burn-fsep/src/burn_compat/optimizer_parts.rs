@@ -1,5 +1,5 @@
 //! Relied on: a [`ModuleOptimizer`](burn::optim::ModuleOptimizer) finds the state of a parameter by its id, and its group by id or path,
-//! whatever module the parameter stands in and whatever its shape; optimizers that treat every element by itself step a part of a
+//! whatever module the parameter stands in and whatever its shape, also where several stand at one path; optimizers that treat every element by itself step a part of a
 //! parameter as they step it in the whole, and keep a state of the part's shape. Loading an empty record leaves no state.
 
 #[cfg(all(test, feature = "flex"))]
@@ -42,6 +42,14 @@ mod tests {
         assert_eq!(part(stepped.val().inner()).into_data(), cut.val().inner().into_data());
         let state = states_of(optimizers[1].to_record()).unwrap().remove(&id.val()).unwrap();
         assert!(state.tensors.values().all(|tensor| tensor.shape().to_vec() == [1, 2]), "{state:?}");
+        // At the same path under another id it has another state.
+        let other = Param::from_tensor(Tensor::from_inner(row([[1.0; 4]])));
+        let other_id = other.id;
+        step(&mut optimizers[1], other, row([[2.0; 4]]));
+        let mut states = states_of(optimizers[1].to_record()).unwrap();
+        let ours = states.remove(&id.val()).unwrap();
+        assert_eq!(ours.tensors, state.tensors);
+        assert_eq!(states.into_keys().collect::<Vec<_>>(), [other_id.val()]);
         let [_, optimizer] = optimizers;
         let without = optimizer.load_record(OptimizerRecord::default());
         assert!(states_of(without.to_record()).unwrap().is_empty());

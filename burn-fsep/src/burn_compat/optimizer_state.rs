@@ -37,6 +37,13 @@ impl<T> ParamState<T> {
         Ok(ParamState { tensors: tensors.collect::<Result<_, E>>()?, scalars: self.scalars })
     }
 
+    /// Makes it the state of a parameter of so many dimensions, if it is one.
+    pub fn set_num_dims(&mut self, num_dims: usize) {
+        if let Some(rank) = self.scalars.get_mut(RANK) {
+            *rank = Scalar::UInt(num_dims as u64);
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.tensors.is_empty() && self.scalars.is_empty()
     }

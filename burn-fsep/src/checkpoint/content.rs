@@ -21,11 +21,16 @@ pub(super) struct Content {
 }
 
 /// The part of a state's tensors that a rank keeps.
-pub(super) struct StatePart {
-    /// Of each tensor, with padding.
-    pub shape: Vec<usize>,
-    /// Its elements in the whole tensor.
-    pub range: Range<usize>,
+pub(super) enum StatePart {
+    /// Of the parameter as this rank has it.
+    Cut {
+        /// Of each tensor, with padding.
+        shape: Vec<usize>,
+        /// Its elements in the whole tensor.
+        range: Range<usize>,
+    },
+    /// That of whole experts, of all ranks' shards.
+    Experts(Sharding),
 }
 
 /// Checks the sizes of all files, and checksum and table of those that `is_ours` picks by their place in the manifest.
@@ -100,7 +105,8 @@ impl Content {
                 }
                 Some((_, to)) => {
                     let shape = |tensor: &Entry<'_>| match state_part {
-                        Some(part) if tensor.field.is_some() => part.shape.clone(),
+                        Some(StatePart::Cut { shape, .. }) if tensor.field.is_some() => shape.clone(),
+                        Some(StatePart::Experts(owned)) if tensor.field.is_some() => owned.shape().to_vec(),
                         _ => to.shape().to_vec(),
                     };
                     tensors_of(entry)
@@ -117,8 +123,15 @@ impl Content {
             let mut file = None;
             for (parts, _, shardings, state_part) in &mut all {
                 let Some((from, to)) = shardings else { continue };
-                let overlaps = from.overlaps(source, to, rank);
-                if overlaps.is_empty() {
+                let values = from.overlaps(source, to, rank);
+                let states = match state_part {
+                    None => values.clone(),
+                    Some(StatePart::Cut { range, .. }) => {
+                        values.iter().filter_map(|overlap| overlap.within(range)).collect()
+                    }
+                    Some(StatePart::Experts(owned)) => from.overlaps(source, owned, rank),
+                };
+                if values.is_empty() && states.is_empty() {
                     continue;
                 }
                 let file = match &mut file {
@@ -126,14 +139,8 @@ impl Content {
                     none => none.insert(TensorFile::open(checkpoint.join(experts_file(source, manifest.world_size)))?),
                 };
                 for part in parts {
-                    match state_part {
-                        Some(StatePart { range, .. }) if part.field.is_some() => {
-                            let overlaps: Vec<_> =
-                                overlaps.iter().filter_map(|overlap| overlap.within(range)).collect();
-                            part.fill(file, &from.shape(), &overlaps)?;
-                        }
-                        _ => part.fill(file, &from.shape(), &overlaps)?,
-                    }
+                    let overlaps = if part.field.is_some() { &states } else { &values };
+                    part.fill(file, &from.shape(), overlaps)?;
                 }
             }
         }
@@ -199,7 +206,7 @@ impl Part {
 
     /// Reads a whole tensor; of a state its part, if there is one.
     fn read(file: &mut TensorFile, entry: Entry<'_>, part: Option<&StatePart>) -> Result<Self, CheckpointError> {
-        if let (Some(StatePart { shape, range }), true) = (part, entry.field.is_some()) {
+        if let (Some(StatePart::Cut { shape, range }), true) = (part, entry.field.is_some()) {
             let saved = entry.shape;
             let mut part = Self::zeros(entry, shape)?;
             part.fill(file, saved, &[Overlap { from: range.start, to: 0, len: range.len() }])?;

@@ -14,6 +14,8 @@ use super::{
     folder::checkpoints,
     manifest::{Manifest, ParameterEntry},
     model::{ModelParam, load_values, model_params},
+    reshard::Sharding,
+    whole_experts::states_of_parts,
 };
 use crate::{
     FsepRuntime,
@@ -95,13 +97,24 @@ pub fn load<M: Module, O: CheckpointedOptimizer>(
         })
     };
     let Content { values, states, records } = reading.finish(comm, READ)?;
-    let places: Vec<_> = params.iter().map(|param| (param.id, param.path.as_str())).collect();
+    // What the optimizer keeps states of: parameters, or parts of the experts that this rank steps whole.
+    let (mut places, mut placed) = (Vec::new(), Vec::new());
+    for (param, state) in params.iter().zip(states) {
+        let states = match param.experts.filter(|_| O::HELD == HeldState::OwnExperts) {
+            Some(info) => states_of_parts(&info, param.id, [shard, shards], &state),
+            None => vec![(param.id, state)],
+        };
+        for (id, state) in states {
+            places.push((id, param.path.as_str()));
+            placed.push(state);
+        }
+    }
     let loaded =
-        load_states(optimizer.module_optimizer(), &places, states).map_err(
+        load_states(optimizer.module_optimizer(), &places, placed).map_err(
             |StateError { place, reason }| match place {
                 Some(place) => CheckpointError::Optimizer {
                     checkpoint: path.clone(),
-                    parameter: params[place].path.clone(),
+                    parameter: places[place].1.to_string(),
                     reason,
                 },
                 None => CheckpointError::Unsupported { what: "optimizer".into(), reason },
@@ -281,6 +294,9 @@ fn state_parts(
     held: HeldState,
 ) -> Result<Vec<Option<StatePart>>, CheckpointError> {
     let part = |param: &ModelParam| {
+        if let Some(info) = param.experts.filter(|_| held == HeldState::OwnExperts) {
+            return Ok(Some(StatePart::Experts(Sharding::runs(&info, runtime.groups().experts().size()))));
+        }
         let Some((parts, replicas)) = param.state_parts(runtime, held) else { return Ok(None) };
         let state = manifest.parameter(&param.path).into_iter().flat_map(|saved| &saved.state);
         for (field, saved) in state {
@@ -295,7 +311,7 @@ fn state_parts(
             }
         }
         let (shape, range) = (parts.part_shape(param.value_shape.len()), parts.range(replicas.rank()));
-        Ok(Some(StatePart { shape, range }))
+        Ok(Some(StatePart::Cut { shape, range }))
     };
     params.iter().map(part).collect()
 }

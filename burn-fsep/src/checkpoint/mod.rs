@@ -35,6 +35,7 @@ mod tensors;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 mod unsharded;
+mod whole_experts;
 
 pub(crate) use all_or_none::{SharedError, Work, all_or_none, gather};
 pub use config::CheckpointConfig;

@@ -1,16 +1,19 @@
 use burn::optim::ModuleOptimizer;
 
-/// What a rank keeps of the optimizer state of replicated parameters.
+/// What a rank keeps of the optimizer state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeldState {
-    /// All of it, as every other rank does.
+    /// Of replicated parameters all of it, as every other rank does; of experts that of its shards.
     Whole,
-    /// That of its own part of each parameter.
+    /// Of replicated parameters that of its own part of each.
     OwnPart,
+    /// Of replicated parameters all of it; of experts that of the matrices of those that it steps whole.
+    OwnExperts,
 }
 
-/// An optimizer whose state checkpoints hold: Burn's [`ModuleOptimizer`], or one whose state is cut over ranks
-/// ([`ShardedOptimizer`](crate::train::ShardedOptimizer)). What is in the files is the same.
+/// An optimizer whose state checkpoints hold: Burn's [`ModuleOptimizer`], one whose state is cut over ranks
+/// ([`ShardedOptimizer`](crate::train::ShardedOptimizer)), or one that steps whole experts
+/// ([`WholeMatrixOptimizer`](crate::train::WholeMatrixOptimizer)). What is in the files is the same.
 pub trait CheckpointedOptimizer: Clone {
     /// What a rank keeps of the state.
     const HELD: HeldState;

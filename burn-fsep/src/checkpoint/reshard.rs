@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use crate::{moe::ExpertsInfo, ops::WeightStorage};
+use crate::{moe::ExpertsInfo, ops::WeightStorage, shard::WholeExperts};
 
 /// How the experts of one layer are sharded over ranks. All lengths in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,12 @@ impl Sharding {
     /// All experts whole in one tensor `[E, P]`.
     pub fn whole(info: &ExpertsInfo) -> Self {
         Self { storage: WeightStorage::Resident, ..Self::new(info, 1) }
+    }
+
+    /// Whole experts in runs, as [`WholeExperts`] gives them to ranks: `[ceil(E / ranks), P]`, the last of which may be none's.
+    pub fn runs(info: &ExpertsInfo, ranks: usize) -> Self {
+        let experts = WholeExperts { experts: info.num_experts, ranks }.run() * ranks;
+        Self { storage: WeightStorage::Resident, experts, ..Self::new(info, ranks) }
     }
 
     /// Shape of each rank's tensor: `[E, S]` or `[E / N, P]`.

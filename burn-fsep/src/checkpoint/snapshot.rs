@@ -4,14 +4,19 @@ use burn::{module::Module, optim::OptimizerRecord};
 
 use super::{
     CheckpointError, HeldState,
+    all_or_none::all_or_none,
     model::{ModelParam, model_values},
     tensors::HostTensor,
+    whole_experts::{States, states_of_shards},
 };
 use crate::{
     FsepRuntime,
     burn_compat::{ParamState, states_of},
+    comm::Operation,
     shard::FlatParts,
 };
+
+const SNAPSHOT: Operation = Operation::new("state of a checkpoint");
 
 /// A parameter with what goes into files of it.
 pub(super) struct SavedParam {
@@ -22,7 +27,7 @@ pub(super) struct SavedParam {
     pub parts: Option<FlatParts>,
 }
 
-/// What a rank has to save of a model and its optimizer, in host memory; in the model's order.
+/// What a rank has to save of a model and its optimizer, in host memory; in the model's order. Collective if ranks step whole experts.
 ///
 /// # Errors
 ///
@@ -34,14 +39,21 @@ pub(super) fn snapshot<M: Module>(
     held: HeldState,
 ) -> Result<Vec<SavedParam>, CheckpointError> {
     let unsupported = |what: &str, reason: String| CheckpointError::Unsupported { what: what.into(), reason };
-    let params = model_values(runtime, model)?;
-    let mut states = states_of(optimizer).map_err(|reason| unsupported("optimizer", reason))?;
+    let local = model_values(runtime, model).and_then(|params| Ok((params, host_states(optimizer)?)));
+    let (params, mut states) = match held {
+        HeldState::OwnExperts => {
+            let (params, states) = all_or_none(runtime.comm(), SNAPSHOT, local)?;
+            let states = states_of_shards(runtime, params.iter().map(|(param, _)| param), states)?;
+            (params, states)
+        }
+        HeldState::Whole | HeldState::OwnPart => local?,
+    };
     let mut saved = Vec::with_capacity(params.len());
     let mut seen = HashSet::new();
     for (param, value) in params {
         // A parameter that stands in two places of a model has one state.
         let state = if seen.insert(param.id) { states.remove(&param.id.val()) } else { None };
-        let state = state.unwrap_or_default().try_map(HostTensor::new)?;
+        let state = state.unwrap_or_default();
         let parts = param.state_parts(runtime, held).map(|(parts, _)| parts);
         if param.experts.is_some()
             && parts.is_none()
@@ -64,6 +76,13 @@ pub(super) fn snapshot<M: Module>(
             "the model has no parameter of this id: save the model that this optimizer trains".into(),
         )),
     }
+}
+
+/// An optimizer's states in host memory.
+fn host_states(optimizer: OptimizerRecord) -> Result<States, CheckpointError> {
+    let unsupported = |reason| CheckpointError::Unsupported { what: "optimizer".into(), reason };
+    let states = states_of(optimizer).map_err(unsupported)?;
+    states.into_iter().map(|(id, state)| Ok((id, state.try_map(HostTensor::new)?))).collect()
 }
 
 /// Checks that a state is what its optimizer says that it holds: the part, or the whole.

@@ -60,7 +60,7 @@ impl<M: Module> GradientStep<M> {
             ("connect", u64::from(config.connect)),
             ("buckets", config.buckets.as_ref().map_or(0, |buckets| buckets.bucket_bytes() as u64)),
             ("planner", u64::from(config.planner.is_some())),
-            ("sharded optimizer", u64::from(held == HeldState::OwnPart)),
+            ("sharded optimizer or whole-matrix optimizer", held as u64),
         ];
         if let Some(difference) = agree(runtime.comm(), Operation::new("options of the training"), &options)? {
             return Err(FsepError::Config(format!(

@@ -2,6 +2,7 @@
 
 mod accumulation;
 mod adamw;
+mod at_path;
 mod broadcast;
 mod buckets;
 mod callback;
@@ -24,6 +25,7 @@ mod sync;
 mod tokens;
 mod trainer;
 mod trainer_config;
+mod whole_matrix;
 
 pub use accumulation::Accumulation;
 pub use adamw::{FusedAdamW, FusedAdamWConfig, FusedAdamWState};
@@ -50,3 +52,4 @@ pub use sync::sync_gradients;
 pub use tokens::{token_mean, try_token_mean};
 pub use trainer::{Trainer, TrainerStep};
 pub use trainer_config::TrainerConfig;
+pub use whole_matrix::WholeMatrixOptimizer;

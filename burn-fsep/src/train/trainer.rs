@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     FsepError, FsepRuntime,
-    checkpoint::{Checkpoints, TrainingProgress},
+    checkpoint::{Checkpoints, HeldState, TrainingProgress},
     comm::{Operation, ReduceBuffer, ReduceOp, all_gather_u64},
 };
 
@@ -73,7 +73,7 @@ pub struct TrainerStep {
 
 impl TrainerConfig {
     /// The trainer of a rank. `optimizer` is one of Burn's, or a [`ShardedOptimizer`](super::ShardedOptimizer), of whose state each rank
-    /// keeps its part. Gives all ranks rank 0's values of the replicated parameters
+    /// keeps its part, or a [`WholeMatrixOptimizer`](super::WholeMatrixOptimizer), which steps experts whole. Gives all ranks rank 0's values of the replicated parameters
     /// ([`broadcast_parameters`](super::broadcast_parameters)). Collective.
     ///
     /// # Errors
@@ -95,7 +95,9 @@ impl<M: Module, O: TrainOptimizer> Trainer<M, O> {
         let gradients = GradientStep::new(runtime, config, O::HELD)?;
         let checkpoints = config.checkpoints.as_ref().map(|config| config.init(runtime)).transpose()?;
         let model = broadcast_parameters(runtime, model)?;
-        check_experts(runtime, optimizer.module_optimizer(), &model)?;
+        if O::HELD != HeldState::OwnExperts {
+            check_experts(runtime, optimizer.module_optimizer(), &model)?;
+        }
         let mut planner = config.planner.as_ref().map(|planner| planner.init());
         if let Some(planner) = &mut planner {
             if config.start.step > 0 {

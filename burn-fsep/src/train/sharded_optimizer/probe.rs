@@ -7,12 +7,15 @@
 use std::collections::HashSet;
 
 use burn::{
-    module::{Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId},
+    module::{Module, Param, ParamId},
     optim::{GradientsParams, ModuleOptimizer, OptimizerRecord},
     tensor::{DType, Device, Tensor, TensorData},
 };
 
-use super::super::params::{ModulePath, ParamVisitor, visit_params};
+use super::super::{
+    at_path::AtPath,
+    params::{ModulePath, ParamVisitor, visit_params},
+};
 use crate::{
     FsepError,
     burn_compat::{ParamState, catch_panic, states_of},
@@ -113,7 +116,7 @@ impl Place {
         };
         let mut optimizer = optimizer.clone();
         let param = Param::initialized(self.id, Tensor::from_inner(tensor(&VALUES)));
-        let mut probe = Probe { path: self.path.clone(), param };
+        let mut probe = AtPath { path: self.path.clone(), param };
         for gradient in &GRADIENTS {
             let mut grads = GradientsParams::new();
             grads.register(self.id, tensor(gradient));
@@ -124,59 +127,3 @@ impl Place {
         Ok((values, state))
     }
 }
-
-/// A module of one parameter, which stands at any path.
-#[derive(Debug, Clone)]
-struct Probe<const D: usize> {
-    path: String,
-    param: Param<Tensor<D>>,
-}
-
-const CONTAINER: &str = "burn-fsep:Probe";
-
-impl<const D: usize> Module for Probe<D> {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        visitor.enter_module(&self.path, CONTAINER);
-        Module::visit(&self.param, visitor);
-        visitor.exit_module(&self.path, CONTAINER);
-    }
-
-    fn map<M: ModuleMapper>(mut self, mapper: &mut M) -> Self {
-        mapper.enter_module(&self.path, CONTAINER);
-        self.param = Module::map(self.param, mapper);
-        mapper.exit_module(&self.path, CONTAINER);
-        self
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        Module::collect_devices(&self.param, devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self { param: Module::fork(self.param, device), ..self }
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self { param: Module::to_device(self.param, device), ..self }
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        self.clone()
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-}
-
-impl<const D: usize> ModuleDisplayDefault for Probe<D> {
-    fn content(&self, content: burn::module::Content) -> Option<burn::module::Content> {
-        content.optional()
-    }
-}
-
-impl<const D: usize> ModuleDisplay for Probe<D> {}
