@@ -258,8 +258,8 @@ fn hostile_manifests_are_refused() {
             assert!(error.is_damage(), "{what}: {error}");
         }
     }
-    for error in forge(&|m| m["version"] = 2.into()) {
-        assert!(error.to_string().contains("has format version 2, this version of burn-fsep reads up to 1"), "{error}");
+    for error in forge(&|m| m["version"] = 3.into()) {
+        assert!(error.to_string().contains("has format version 3, this version of burn-fsep reads up to 2"), "{error}");
     }
     for error in forge(&|m| experts(m)["experts"]["num_experts"] = (1u64 << 60).into()) {
         assert!(
