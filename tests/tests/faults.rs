@@ -47,9 +47,9 @@ fn a_fault_at_any_collective_is_reported_by_every_other_rank() {
     let never = Fault::Failure { rank: 1, at: usize::MAX, mode: FaultMode::Panic };
     let calls = launch(&LaunchConfig::new(RANKS), |comm| step(comm, never));
     let calls = calls.into_iter().map(Result::unwrap).max().unwrap();
-    // The runtime; two layers of options, counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
+    // The runtime and its groups; two layers of options, counts, 3 exchanges forward and 4 backward, each started and waited for; then sync and
     // clipping.
-    assert_eq!(calls, 1 + 2 * (2 + 2 * 7) + 3);
+    assert_eq!(calls, 3 + 2 * (2 + 2 * 7) + 3);
 
     for mode in [FaultMode::Panic, FaultMode::Error] {
         for at in 0..calls {
