@@ -1,9 +1,12 @@
 use std::{fmt, net::TcpListener, sync::Arc};
 
-use burn_fsep::comm::{
-    CommError, Communicator,
-    local::{self, LaunchConfig, RankError},
-    process::{JobToken, ProcessConfig},
+use burn_fsep::{
+    FsepError, FsepRuntime, FsepRuntimeConfig,
+    comm::{
+        CommError, Communicator,
+        local::{self, LaunchConfig, RankError},
+        process::{JobToken, ProcessConfig},
+    },
 };
 
 /// Runs `program` as `N` ranks that are threads of this process, over the engine of local threads; with `FSEP_TEST_ENGINE=tcp`
@@ -23,6 +26,20 @@ where
         Ok("tcp") => launch_over_tcp(config, program),
         Ok(other) => panic!("FSEP_TEST_ENGINE={other}: leave it out, or say tcp"),
     }
+}
+
+/// [`launch`] of ranks with a runtime of this configuration each, none of which fails.
+///
+/// # Panics
+///
+/// As [`launch`], and with the error of a rank that fails.
+pub fn launch_runtimes<T: Send>(
+    launched: &LaunchConfig,
+    config: &FsepRuntimeConfig,
+    program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync,
+) -> Vec<T> {
+    let results = launch(launched, |comm| program(&config.init(comm)?));
+    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
 }
 
 fn launch_over_tcp<T, E, F>(config: &LaunchConfig, program: F) -> Vec<Result<T, RankError<E>>>

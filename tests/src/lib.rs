@@ -28,7 +28,7 @@ pub use collectives::{
 pub use compare::{assert_close, relative_error};
 pub use dense_matrices::{DenseMatrices, parameter_rows};
 pub use dispatchers::{RandomDispatch, SplitAny};
-pub use engine::launch;
+pub use engine::{launch, launch_runtimes};
 pub use faults::{CallRecord, Fault, FaultMode, FaultyCommunicator};
 pub use golden::{FileTensor, GOLDEN, golden, read_model_tensors, read_safetensors, write_safetensors};
 pub use groups::check_groups;

@@ -20,7 +20,7 @@ use burn_fsep::{
     train::FusedAdamWConfig,
 };
 use burn_fsep_planner::Layout;
-use burn_fsep_tests::{SmallMoe, TaskItem, Trainer, device, launch, task_items};
+use burn_fsep_tests::{SmallMoe, TaskItem, Trainer, device, launch_runtimes, task_items};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 /// A multiple of all numbers of ranks in these tests.
@@ -52,13 +52,12 @@ fn on_ranks<T: Send>(ranks: usize, program: impl Fn(&FsepRuntime) -> Result<T, F
 }
 
 fn on_ranks_with<T: Send>(
-    config: impl Fn() -> FsepRuntimeConfig + Sync,
+    config: impl Fn() -> FsepRuntimeConfig,
     ranks: usize,
     program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync,
 ) -> Vec<T> {
     let launched = LaunchConfig::new(ranks).with_timeout(Duration::from_secs(20));
-    let results = launch(&launched, |comm| program(&config().with_seed(3).init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launched, &config().with_seed(3), program)
 }
 
 /// Trains, saves a checkpoint, and trains on: the losses after the checkpoint, and what rank 0 had when it saved.

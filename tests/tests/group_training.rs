@@ -22,7 +22,8 @@ use burn_fsep::{
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
     GradientSync, HandTraining, LayoutSource, ParityCase, SmallMoe, SplitAny, TOKEN_TRAVEL, TaskBatcher, TaskItem,
-    Trained, check_parity_of, dense_loss_curve, device, launch, small_slots, task_items, train_by_hand,
+    Trained, check_parity_of, dense_loss_curve, device, launch, launch_runtimes, small_slots, task_items,
+    train_by_hand,
 };
 
 const SEED: u64 = 3;
@@ -38,8 +39,7 @@ fn on_ranks<T: Send>(
 ) -> Vec<T> {
     let launched = LaunchConfig::new(world).with_timeout(Duration::from_secs(60));
     let config = FsepRuntimeConfig::new().with_seed(SEED).with_expert_parallel_size(shared_by);
-    let results = launch(&launched, |comm| program(&config.init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launched, &config, program)
 }
 
 #[test]

@@ -20,15 +20,14 @@ use burn_fsep::{
     moe::{ExpertActivation, GroupScore},
 };
 use burn_fsep_tests::{
-    FileTensor, GOLDEN, HubModel, assert_close, device, golden, launch, named_parameters, plain_device,
+    FileTensor, GOLDEN, HubModel, assert_close, device, golden, launch_runtimes, named_parameters, plain_device,
     read_model_tensors, read_safetensors, write_safetensors,
 };
 
 /// What every rank of a group makes of its runtime.
 fn on_ranks<T: Send>(ranks: usize, program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync) -> Vec<T> {
     let launched = LaunchConfig::new(ranks).with_timeout(Duration::from_secs(20));
-    let results = launch(&launched, |comm| program(&FsepRuntimeConfig::new().with_seed(3).init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launched, &FsepRuntimeConfig::new().with_seed(3), program)
 }
 
 fn load(name: &str, runtime: &FsepRuntime, parallelism: ExpertParallelism) -> Result<HubModel, FsepError> {

@@ -13,7 +13,7 @@ use burn_fsep::{
     comm::local::LaunchConfig,
     train::{ShardedOptimizer, TrainOptimizer},
 };
-use burn_fsep_tests::{TaskItem, Trainer, launch, task_items};
+use burn_fsep_tests::{TaskItem, Trainer, launch_runtimes, task_items};
 
 const BATCH: usize = 24;
 const STEPS: usize = 6;
@@ -30,8 +30,7 @@ fn config(ranks: usize) -> FSEPMoEConfig {
 
 fn on_ranks<T: Send>(ranks: usize, program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync) -> Vec<T> {
     let launched = LaunchConfig::new(ranks).with_timeout(Duration::from_secs(20));
-    let results = launch(&launched, |comm| program(&FsepRuntimeConfig::new().with_seed(3).init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launched, &FsepRuntimeConfig::new().with_seed(3), program)
 }
 
 /// Trains, saves, and trains on: the bits when it saved and in the end, and the losses after the checkpoint.

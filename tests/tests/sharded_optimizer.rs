@@ -19,13 +19,12 @@ use burn_fsep::{
 };
 use burn_fsep_planner::PlannerStrategy;
 use burn_fsep_tests::{
-    GradientSync, HandTraining, LayoutSource, Trained, dense_loss_curve, device, launch, launch_config, task_items,
-    train_with_sharded_optimizer, train_with_trainer,
+    GradientSync, HandTraining, LayoutSource, Trained, dense_loss_curve, device, launch, launch_config,
+    launch_runtimes, task_items, train_with_sharded_optimizer, train_with_trainer,
 };
 
 fn on_ranks<T: Send>(ranks: usize, program: impl Fn(&FsepRuntime) -> Result<T, FsepError> + Sync) -> Vec<T> {
-    let results = launch(&launch_config(ranks), |comm| program(&FsepRuntimeConfig::new().with_seed(3).init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launch_config(ranks), &FsepRuntimeConfig::new().with_seed(3), program)
 }
 
 /// Parameters of all kinds: few elements and many, half precision, one in two places, frozen, and without gradients.

@@ -19,7 +19,8 @@ use burn_fsep::{
     train::{TrainOptimizer, Trainer, TrainerConfig, WholeMatrixOptimizer, clip_grad_norm, sync_gradients},
 };
 use burn_fsep_tests::{
-    DenseMatrices, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, parameter_rows, task_items,
+    DenseMatrices, SmallMoe, TaskBatch, TaskBatcher, TaskItem, device, launch, launch_runtimes, parameter_rows,
+    task_items,
 };
 
 const SEED: u64 = 3;
@@ -42,8 +43,7 @@ fn on_ranks<T: Send>(
 ) -> Vec<T> {
     let launched = LaunchConfig::new(world).with_timeout(Duration::from_secs(60));
     let config = FsepRuntimeConfig::new().with_seed(SEED).with_expert_parallel_size(shared_by);
-    let results = launch(&launched, |comm| program(&config.init(comm)?));
-    results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}"))).collect()
+    launch_runtimes(&launched, &config, program)
 }
 
 type MakeOptimizer = fn() -> ModuleOptimizer;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::{
     backend::{Backend, TensorMetadata, tensor::FloatTensor},
-    tensor::{DType, FloatDType, Shape, TensorData},
+    tensor::{FloatDType, Shape, TensorData},
 };
 
 use super::{FsepKernels, tensor_exchange::into_host, types::cast};
@@ -69,9 +69,7 @@ impl<B: FsepKernels> PendingMean<B> {
             }
             Self::Host(pending, comm, device, shape) => {
                 let values = pending.wait(comm.as_ref())?;
-                let data = TensorData::new(values, shape);
-                debug_assert_eq!(data.dtype(), DType::F32);
-                Ok(B::float_from_data(data, &device))
+                Ok(B::float_from_data(TensorData::new(values, shape), &device))
             }
         }
     }

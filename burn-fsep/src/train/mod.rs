@@ -14,6 +14,7 @@ mod expert_bias;
 mod gradients;
 mod group_records;
 mod optimizer;
+mod optimizer_checks;
 mod params;
 mod planner_callback;
 mod planner_config;

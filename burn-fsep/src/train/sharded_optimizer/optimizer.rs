@@ -1,7 +1,4 @@
-use std::{
-    collections::HashSet,
-    hash::{DefaultHasher, Hash, Hasher},
-};
+use std::collections::HashSet;
 
 use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLearningRate,
@@ -11,7 +8,10 @@ use burn::{
 };
 
 use super::{
-    super::params::{ModulePath, ParamVisitor, Placement, visit_params},
+    super::{
+        optimizer_checks::{agree_on_gradients, refuse_state},
+        params::{ModulePath, ParamVisitor, Placement, visit_params},
+    },
     parts::{CutGradients, CutParameters, PutBack, Stepped, gather},
     probe,
 };
@@ -19,7 +19,7 @@ use crate::{
     FsepError, FsepRuntime,
     burn_compat::states_of,
     checkpoint::{CheckpointedOptimizer, HeldState},
-    comm::{Operation, agree},
+    comm::Operation,
 };
 
 const PARTS: Operation = Operation::new("gradients of a sharded optimizer");
@@ -69,14 +69,11 @@ impl ShardedOptimizer {
     /// [`FsepError::ShardedOptimizer`] if the optimizer does not step a parameter of the model element by element: found by two steps
     /// of six elements in its place, whole and in halves. [`FsepError::Config`] if the optimizer has state.
     pub fn new<M: Module>(runtime: &FsepRuntime, optimizer: ModuleOptimizer, model: &M) -> Result<Self, FsepError> {
-        let states = states_of(optimizer.to_record()).map_err(FsepError::Config)?;
-        if !states.is_empty() {
-            return Err(FsepError::Config(
-                "the optimizer has the whole state of its parameters already: make a sharded optimizer of a new one, and load the \
-                 checkpoint into that"
-                    .into(),
-            ));
-        }
+        refuse_state(
+            &optimizer,
+            "the optimizer has the whole state of its parameters already: make a sharded optimizer of a new one, and load the \
+             checkpoint into that",
+        )?;
         let mut sharded = Self { runtime: runtime.clone(), optimizer, probed: HashSet::new() };
         let cut = trained(model, |placement| placement.replicas(runtime).is_some());
         sharded.probe(model, cut)?;
@@ -127,17 +124,9 @@ impl ShardedOptimizer {
 
     /// What would not be gathered alike. All ranks get the error.
     fn check_agreed(&self, stepped: &[Stepped]) -> Result<(), FsepError> {
-        let mut hasher = DefaultHasher::new();
-        for Stepped { path, shape, dtype, .. } in stepped {
-            (path, shape.as_slice(), dtype).hash(&mut hasher);
-        }
-        match agree(self.runtime.comm(), PARTS, &[("parameters", hasher.finish())])? {
-            None => Ok(()),
-            Some(difference) => Err(FsepError::Config(format!(
-                "rank {} has gradients of other parameters than rank 0: average them before the step (`sync_gradients`)",
-                difference.rank
-            ))),
-        }
+        let facts: Vec<_> = stepped.iter().map(|param| (&param.path, param.shape.as_slice(), param.dtype)).collect();
+        let how = "other parameters than rank 0: average them before the step (`sync_gradients`)";
+        agree_on_gradients(&self.runtime, PARTS, facts, how)
     }
 
     /// Looks at those of the parameters that it has not looked at yet.

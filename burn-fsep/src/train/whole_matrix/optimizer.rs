@@ -1,7 +1,4 @@
-use std::{
-    collections::HashMap,
-    hash::{DefaultHasher, Hash, Hasher},
-};
+use std::collections::HashMap;
 
 use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLearningRate,
@@ -10,15 +7,17 @@ use burn::{
 };
 
 use super::{
-    super::params::{ModulePath, visit_params},
+    super::{
+        optimizer_checks::{agree_on_gradients, refuse_state},
+        params::{ModulePath, visit_params},
+    },
     experts::{StepExperts, TakeGradients},
     probe,
 };
 use crate::{
     FsepError, FsepRuntime,
-    burn_compat::states_of,
     checkpoint::{CheckpointedOptimizer, HeldState},
-    comm::{Operation, agree},
+    comm::Operation,
 };
 
 const STEP: Operation = Operation::new("gradients of a whole-matrix optimizer");
@@ -71,14 +70,11 @@ impl WholeMatrixOptimizer {
     /// does not take biases at all); or if it has experts in a group by their id. Found by steps of small matrices in their place.
     /// [`FsepError::Config`] if the optimizer has state.
     pub fn new<M: Module>(runtime: &FsepRuntime, optimizer: ModuleOptimizer, model: &M) -> Result<Self, FsepError> {
-        let states = states_of(optimizer.to_record()).map_err(FsepError::Config)?;
-        if !states.is_empty() {
-            return Err(FsepError::Config(
-                "the optimizer has state already, and it is none of matrices: make a whole-matrix optimizer of a new one, and load the \
-                 checkpoint into that"
-                    .into(),
-            ));
-        }
+        refuse_state(
+            &optimizer,
+            "the optimizer has state already, and it is none of matrices: make a whole-matrix optimizer of a new one, and load the \
+             checkpoint into that",
+        )?;
         probe::check(&optimizer, model).inspect_err(|error| runtime.tell_peers(error))?;
         Ok(Self { runtime: runtime.clone(), optimizer })
     }
@@ -100,15 +96,7 @@ impl WholeMatrixOptimizer {
         let mut take = TakeGradients { grads: &mut grads, taken: HashMap::new(), facts: Vec::new() };
         visit_params(&model, &mut take);
         let (gradients, facts) = (take.taken, take.facts);
-        // Before any exchange: a rank with fewer of them would leave the others waiting.
-        let mut hasher = DefaultHasher::new();
-        facts.hash(&mut hasher);
-        if let Some(difference) = agree(runtime.comm(), STEP, &[("experts", hasher.finish())])? {
-            return Err(FsepError::Config(format!(
-                "rank {} has gradients of the experts of other layers than rank 0, or of other types",
-                difference.rank
-            )));
-        }
+        agree_on_gradients(&runtime, STEP, facts, "the experts of other layers than rank 0, or of other types")?;
         runtime.run(|| {
             let (optimizer, path) = (&mut self.optimizer, ModulePath::default());
             let model = model.map(&mut StepExperts { runtime: &runtime, optimizer, lr: &lr, gradients, path });

@@ -4,7 +4,7 @@ use burn_fsep::planner::memory::{
 use rank_args::Backend;
 
 use crate::{
-    BenchArgs, Dtype, FinetuneArgs, MoeHfError,
+    BenchArgs, Dtype, FinetuneArgs, MemoryArgs, MoeHfError, OptimizerArgs, ParallelArgs,
     inspect::ParameterCounts,
     model::{DecoderConfig, FeedForwardConfig},
 };
@@ -62,33 +62,26 @@ pub(crate) struct JobSizes {
 impl JobSizes {
     /// Those of `bench` with so many ranks.
     pub fn of_bench(args: &BenchArgs, ranks: usize) -> Self {
-        let with = &args.parallel;
-        Self {
-            ranks,
-            expert_parallel_size: with.ranks.expert_parallel_size,
-            slots: with.ranks.slots,
-            kept_layers: with.ranks.kept_layers,
-            dtype: with.dtype,
-            sharded_optimizer: args.memory.sharded_optimizer,
-            batch: Batch::OfRank(args.batch),
-            seq_len: args.seq_len,
-            backend: with.ranks.backend,
-        }
+        Self::of(&args.parallel, &args.memory, ranks, Batch::OfRank(args.batch), args.seq_len)
     }
 
     /// Those of `finetune` with so many ranks.
     pub fn of_finetune(args: &FinetuneArgs, ranks: usize) -> Self {
-        let with = &args.parallel;
+        let OptimizerArgs { batch, seq_len, .. } = args.optimizer;
+        Self::of(&args.parallel, &args.memory, ranks, Batch::OfJob(batch), seq_len)
+    }
+
+    fn of(parallel: &ParallelArgs, memory: &MemoryArgs, ranks: usize, batch: Batch, seq_len: usize) -> Self {
         Self {
             ranks,
-            expert_parallel_size: with.ranks.expert_parallel_size,
-            slots: with.ranks.slots,
-            kept_layers: with.ranks.kept_layers,
-            dtype: with.dtype,
-            sharded_optimizer: args.memory.sharded_optimizer,
-            batch: Batch::OfJob(args.optimizer.batch),
-            seq_len: args.optimizer.seq_len,
-            backend: with.ranks.backend,
+            expert_parallel_size: parallel.ranks.expert_parallel_size,
+            slots: parallel.ranks.slots,
+            kept_layers: parallel.ranks.kept_layers,
+            dtype: parallel.dtype,
+            sharded_optimizer: memory.sharded_optimizer,
+            batch,
+            seq_len,
+            backend: parallel.ranks.backend,
         }
     }
 
